@@ -1,0 +1,134 @@
+"""CPU or CUDA: the one module in which the two hosts differ.
+
+Megatron-core and NeMo are written for CUDA. `enable()` lets their unchanged code run on a machine without one:
+it answers `torch.cuda` bookkeeping for the CPU, sends `device="cuda"` and `.cuda()` to the CPU, and points
+Megatron's random-state tracker at the CPU generator. Where CUDA is available it changes nothing at all, so
+there is a single code path. Call it once per process, before Megatron-core is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_enabled = False
+
+
+def is_cuda() -> bool:
+    """Whether this process trains on CUDA."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that tensors of this process live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda() else _CPU
+
+
+def process_group_backend() -> str:
+    return "nccl" if is_cuda() else "gloo"
+
+
+def peak_memory_bytes() -> int:
+    """Peak bytes so far: allocated CUDA memory, or the process' peak resident set on the CPU."""
+    if is_cuda():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _names_cuda(target: object) -> bool:
+    if isinstance(target, torch.device):
+        return target.type == "cuda"
+    return isinstance(target, str) and target.split(":")[0] == "cuda"
+
+
+class _CudaNamesMeanCpu(TorchFunctionMode):
+    """Redirects every request for a CUDA tensor to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's gradient clipping compares this string with 'torch.cuda.FloatTensor'.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _NullStream:
+    """A CUDA stream or event on a host that has none: every method does nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def _answer(names: str, make) -> None:
+    # One function object per name: torch.compile's tables refuse two names for one object.
+    for name in names.split():
+        setattr(torch.cuda, name, functools.partial(make))
+
+
+def enable() -> bool:
+    """Prepare this process for Megatron-core on the host it runs on.
+
+    Returns:
+        True when the CPU stand-ins are in place, False when CUDA is there and nothing was changed.
+    """
+    global _enabled
+    if is_cuda():
+        return False
+    if _enabled:
+        return True
+    _enabled = True
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+    def nothing(*args, **kwargs):
+        return None
+
+    def zero(*args, **kwargs):
+        return 0
+
+    _answer("current_device", lambda *args: _CPU)
+    _answer("set_device synchronize empty_cache ipc_collect reset_peak_memory_stats", nothing)
+    _answer("max_memory_allocated max_memory_reserved memory_allocated memory_reserved", zero)
+    _answer("current_stream default_stream Stream Event", lambda *args, **kwargs: _NullStream())
+    _answer("stream", lambda stream: contextlib.nullcontext())
+    _answer("get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _answer("set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _answer("manual_seed manual_seed_all", lambda seed: torch.random.default_generator.manual_seed(seed))
+    torch.cuda.nvtx.range_push = nothing
+    torch.cuda.nvtx.range_pop = nothing
+    torch.nn.Module.cuda = lambda self, device=None: self
+    # Megatron decorates small fusions with torch.compile; on the CPU they run as written.
+    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
+    _CudaNamesMeanCpu().__enter__()
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    barrier = torch.distributed.barrier
+
+    @functools.wraps(barrier)
+    def barrier_without_device_ids(group=None, async_op=False, device_ids=None):
+        return barrier(group, async_op)  # gloo has no device-bound barriers
+
+    torch.distributed.barrier = barrier_without_device_ids
+    return True
