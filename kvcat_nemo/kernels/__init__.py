@@ -1,0 +1,5 @@
+"""Attention kernels behind one small protocol; the oracle in method/attention.py is the reference of every one."""
+
+from kvcat_nemo.kernels.gated import causal_attention, gated_attention
+
+__all__ = ["causal_attention", "gated_attention"]

@@ -1,0 +1,1 @@
+"""The method, as its papers write it: plain torch, no Megatron, no NeMo, no transformers."""

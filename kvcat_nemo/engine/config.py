@@ -1,0 +1,100 @@
+"""What a Megatron configuration must look like for a paired pass, checked before any process group starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from kvcat_nemo.method.config import KVCatConfig
+
+
+@dataclass
+class KVCatFields:
+    """Adds the method's settings to any Megatron or NeMo model configuration."""
+
+    kvcat: KVCatConfig = field(default_factory=KVCatConfig)
+    """The method: policy, weights, groups, router."""
+
+
+@dataclass
+class KVCatTransformerConfig(KVCatFields, TransformerConfig):
+    """Megatron-core's own configuration with KV-CAT settings, for use without NeMo."""
+
+
+def validate_model_config(config) -> None:
+    """Refuse what the engine does not support. Each error names the field, the value and the fix.
+
+    Args:
+        config: a TransformerConfig (NeMo's model configurations are) with a `kvcat` field.
+    """
+    kvcat: KVCatConfig = config.kvcat
+    kvcat.validate()
+
+    def refuse(name: str, fix: str) -> None:
+        raise ValueError(f"model.config.{name}={getattr(config, name)!r}: {fix}")
+
+    if config.attention_dropout:
+        refuse("attention_dropout", "the two passes must see the same attention; set it to 0.0")
+    if config.hidden_dropout:
+        refuse("hidden_dropout", "dropout would be the teacher's and the student's difference; set it to 0.0")
+    if config.calculate_per_token_loss:
+        refuse("calculate_per_token_loss", "the routers' loss is scaled per micro-batch; set it to False")
+    if getattr(config, "mtp_num_layers", None):
+        refuse("mtp_num_layers", "multi-token prediction is not supported with a paired pass; set it to None")
+    if config.num_moe_experts:
+        refuse("num_moe_experts", "mixture-of-experts models are not supported; use a dense model")
+    if getattr(config, "multi_latent_attention", False):
+        refuse("multi_latent_attention", "KV slots of latent attention are not supported; use a model with plain or grouped heads")
+    if config.context_parallel_size > 1:
+        refuse("context_parallel_size", "the router's linear attention is not exact over split sequences yet; set it to 1")
+    if config.fp8:
+        refuse("fp8", "gated attention needs bf16 or float32; set it to None")
+    if not kvcat.paired:
+        return
+    if config.recompute_granularity is not None:
+        refuse("recompute_granularity", "recomputation of a paired pass is not supported yet; set it to None")
+    if getattr(config, "enable_cuda_graph", False):
+        refuse("enable_cuda_graph", "the layers' mask is an input that graphs do not carry; set it to False")
+    if kvcat.policy == "router":
+        _refuse_straddling_groups(config)
+
+
+def _refuse_straddling_groups(config) -> None:
+    stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    starts = set(config.kvcat.group_starts(config.num_layers))
+    if stages == 1:
+        return
+    uneven = [n for n in _UNEVEN_SPLIT_FIELDS if getattr(config, n, None)]
+    if uneven:
+        name = uneven[0]
+        raise ValueError(f"model.config.{name}={getattr(config, name)!r}: uneven pipeline stages are not supported; unset it")
+    if config.num_layers % stages:
+        raise ValueError(
+            f"model.config.pipeline_model_parallel_size={config.pipeline_model_parallel_size}: "
+            f"{config.num_layers} layers do not divide into {stages} stages; choose a divisor"
+        )
+    firsts = range(0, config.num_layers, config.num_layers // stages)
+    if any(first not in starts for first in firsts):
+        groups = [g for g in range(stages, config.num_layers + 1, stages) if config.num_layers % g == 0 or g == stages]
+        fitting = [p for p in range(1, config.num_layers + 1) if _stages_fit(config, p, starts)]
+        raise ValueError(
+            f"kvcat.num_groups={config.kvcat.num_groups} with {stages} pipeline stages of {config.num_layers} layers: a layer "
+            f"group straddles a stage, and its mask does not travel between stages. Use {' or '.join(map(str, fitting))} "
+            f"stage(s), or num_groups in {groups}"
+        )
+
+
+_UNEVEN_SPLIT_FIELDS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def _stages_fit(config, stages: int, starts: set[int]) -> bool:
+    if config.num_layers % stages:
+        return False
+    return all(first in starts for first in range(0, config.num_layers, config.num_layers // stages))

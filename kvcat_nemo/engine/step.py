@@ -1,0 +1,92 @@
+"""From token metrics to the loss of a micro-batch, and from micro-batches to the named figures of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from kvcat_nemo.engine.layer import kvcat_layers
+from kvcat_nemo.engine.parallel_loss import TOKEN_METRICS
+from kvcat_nemo.method.config import KVCatConfig
+
+GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped")
+
+
+def microbatch_loss(metrics_KBT: Tensor, loss_mask_BT: Tensor, kvcat: KVCatConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchor and distillation terms of a micro-batch (the budget term rides on the layers, engine.layer).
+
+    Args:
+        metrics_KBT: token metrics of the model's last stage; loss_mask_BT: 1 where a token counts.
+
+    Returns:
+        weighted loss summed over tokens, number of tokens (int), and the sums of every token metric [K + 1], the last
+        being the number of tokens.
+    """
+    mask = loss_mask_BT.to(metrics_KBT.dtype)
+    sums = (metrics_KBT * mask).sum((1, 2))
+    tokens = mask.sum()
+    loss = kvcat.anchor_weight * sums[0]
+    if kvcat.paired:
+        loss = loss + kvcat.distill_weight * sums[1]
+    return loss, tokens.to(torch.int), torch.cat([sums.detach(), tokens[None]])
+
+
+def step_metrics(
+    token_sums: Iterable[Tensor], chunks: Iterable[torch.nn.Module], kvcat: KVCatConfig, device=None
+) -> dict[str, float]:
+    """Named figures of a step, the same on every rank. A collective call: every rank of the job must make it.
+
+    Args:
+        token_sums: third results of `microbatch_loss`, empty on all stages but the last.
+        chunks: this rank's model chunks; their layers' statistics are taken and cleared.
+
+    Returns:
+        loss parts raw (`loss/…`) and weighted (`weighted/…`), their total, `ce_masked`, `top1_agreement`,
+        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `tokens`.
+    """
+    token_names = TOKEN_METRICS if kvcat.paired else TOKEN_METRICS[:1]
+    rows = kvcat.num_groups * len(GROUP_METRICS)
+    sums = torch.zeros(len(token_names) + 1 + 2 * rows, dtype=torch.float64, device=device)
+    for micro in token_sums:
+        sums[: len(token_names) + 1] += micro.to(sums)
+    group_sums = sums[len(token_names) + 1 :].view(kvcat.num_groups, len(GROUP_METRICS), 2)  # sum and count
+    for chunk in chunks:
+        for layer in kvcat_layers(chunk):
+            for stats in layer.pop_stats():
+                for i, name in enumerate(GROUP_METRICS):
+                    value = getattr(stats, name)
+                    if value is not None:
+                        group_sums[stats.group, i] += torch.stack([value, torch.ones_like(value)]).to(sums)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return _name(sums, token_names, group_sums, kvcat)
+
+
+def _name(sums: Tensor, token_names, group_sums: Tensor, kvcat: KVCatConfig) -> dict[str, float]:
+    tokens = float(sums[len(token_names)])
+    mean = {name: float(sums[i]) / tokens if tokens else math.nan for i, name in enumerate(token_names)}
+    out = {"tokens": tokens, "loss/anchor": mean["ce_dense"]}
+    weights = {"anchor": kvcat.anchor_weight}
+    if kvcat.paired:
+        out |= {"loss/distill": mean["kl"], "ce_masked": mean["ce_masked"], "top1_agreement": mean["top1"]}
+        weights["distill"] = kvcat.distill_weight
+    averages: dict[str, list[float]] = {name: [] for name in GROUP_METRICS}
+    for group in range(kvcat.num_groups):
+        for i, name in enumerate(GROUP_METRICS):
+            total, count = group_sums[group, i].tolist()
+            if count:
+                averages[name].append(total / count)
+                out[f"{name}/group{group}"] = total / count
+    for name, values in averages.items():
+        if values:
+            out["loss/budget" if name == "budget" else name] = sum(values) / len(values)
+    if averages["budget"]:
+        weights["budget"] = kvcat.budget_weight
+    for name, weight in weights.items():
+        out[f"weighted/{name}"] = weight * out[f"loss/{name}"]
+    out["loss/total"] = sum(out[f"weighted/{name}"] for name in weights)
+    return out

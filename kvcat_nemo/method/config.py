@@ -1,0 +1,92 @@
+"""What a KV-CAT run can choose. Defaults are the paper's (arXiv 2605.05971) where it says, ours where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Policy = Literal["router", "random", "attention", "none"]
+
+
+@dataclass
+class KVCatConfig:
+    """Settings of the method, independent of model and trainer."""
+
+    policy: Policy = "router"
+    """What decides which KV slots the masked pass may see; `none` trains on the dense pass alone."""
+    target_keep_fraction: float = 0.5
+    """ρ: the fraction of KV slots the masked pass keeps, in (0, 1)."""
+    num_groups: int = 4
+    """Layer groups; the first layer of each owns the router whose mask the whole group shares."""
+
+    distill_weight: float = 1.0
+    """Weight of KL(stopgrad(dense) ‖ masked), mean over tokens."""
+    budget_weight: float = 0.1
+    """Weight of the budget loss, averaged over routers."""
+    anchor_weight: float = 1.0
+    """Weight of the dense pass' next-token cross-entropy."""
+    distill_temperature: float = 1.0
+    """Softmax temperature τ of both sides of the KL (the KL is multiplied by τ²)."""
+
+    router_dim: int = 64
+    """Width of the router's causal linear attention."""
+    router_input: Literal["masked", "dense"] = "masked"
+    """Which stream's hidden states the router reads."""
+    router_detach_input: bool = False
+    """Cut the gradient from the router into the backbone."""
+    router_init_keep: float = 1.0
+    """Keep probability of every token at step 0, in [0.5, 1]; 1 is the paper's W_P = −I."""
+    router_init_jitter: float = 0.02
+    """Standard deviation, times 1/√width, of the noise on W_P that breaks the zero gradient at p = 1."""
+    router_lr_mult: float = 1.0
+    """Learning rate of the routers over that of the backbone."""
+
+    sinks: int = 0
+    """First slots that every query always sees."""
+    recent_window: int = 1
+    """Last slots that a query always sees; 1 is its own slot."""
+    seed: int = 1234
+    """Seed of router initialisation and of the random policy."""
+
+    def __post_init__(self):
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the field, the value and the fix."""
+        _one_of(self, "policy", ("router", "random", "attention", "none"))
+        _one_of(self, "router_input", ("masked", "dense"))
+        _check(self, "target_keep_fraction", 0 < self.target_keep_fraction < 1, "give a fraction between 0 and 1, such as 0.5")
+        _check(self, "num_groups", self.num_groups >= 1, "give at least 1")
+        _check(self, "router_dim", self.router_dim >= 1, "give a width of at least 1")
+        _check(self, "router_init_keep", 0.5 <= self.router_init_keep <= 1, "give a probability from 0.5 to 1")
+        _check(self, "router_init_jitter", self.router_init_jitter >= 0, "give 0 or more")
+        _check(self, "router_lr_mult", self.router_lr_mult > 0, "give a positive factor")
+        _check(self, "distill_temperature", self.distill_temperature > 0, "give a positive temperature")
+        _check(self, "sinks", self.sinks >= 0, "give 0 or more slots")
+        _check(self, "recent_window", self.recent_window >= 1, "give at least 1: a query always sees its own slot")
+        for name in ("distill_weight", "budget_weight", "anchor_weight"):
+            _check(self, name, getattr(self, name) >= 0, "give a weight of 0 or more")
+
+    @property
+    def paired(self) -> bool:
+        """Whether a masked pass runs beside the dense one."""
+        return self.policy != "none"
+
+    def group_starts(self, num_layers: int) -> tuple[int, ...]:
+        """Layers (counted from 0) that begin a group: 0, 6, 12, 18 for 24 layers in four groups."""
+        _check(self, "num_groups", self.num_groups <= num_layers, f"give at most the number of layers, {num_layers}")
+        return tuple(i * num_layers // self.num_groups for i in range(self.num_groups))
+
+    def group_of_layer(self, layer: int, num_layers: int) -> int:
+        """Index of the group that `layer` (counted from 0) belongs to."""
+        return sum(start <= layer for start in self.group_starts(num_layers)) - 1
+
+
+def _check(config: KVCatConfig, name: str, good: bool, fix: str) -> None:
+    assert name in {f.name for f in fields(config)}
+    if not good:
+        raise ValueError(f"kvcat.{name}={getattr(config, name)!r}: {fix}")
+
+
+def _one_of(config: KVCatConfig, name: str, choices: tuple[str, ...]) -> None:
+    _check(config, name, getattr(config, name) in choices, f"choose one of {', '.join(choices)}")
