@@ -1,0 +1,112 @@
+"""`kvcat data`: corpora and tokenised Megatron datasets."""
+
+from __future__ import annotations
+
+import contextlib
+
+import click
+
+
+@click.group()
+def command():
+    """Fetch corpora and build tokenised Megatron datasets."""
+
+
+@contextlib.contextmanager
+def _plain_errors():
+    from kvcat_nemo.data.fetch import FetchError
+
+    try:
+        yield
+    except (ValueError, FetchError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@command.command()
+@click.argument("corpus")
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--force", is_flag=True, help="Write OUT again even when it is there.")
+def fetch(corpus, out, force):
+    """Fetch a named CORPUS and write it to OUT as JSON lines of {"id", "text"}.
+
+    Known: qasper (260 full research papers).
+
+    \b
+    Example:
+      kvcat data fetch qasper data/qasper.jsonl
+    """
+    from kvcat_nemo.data.corpora import fetch_corpus
+
+    with _plain_errors():
+        fetch_corpus(corpus, out, force=force, say=_say)
+
+
+@command.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option(
+    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder with a fast tokenizer."
+)
+@click.option("--out", "out_dir", required=True, help="Folder to write; it appears when it is complete.")
+@click.option(
+    "--held-out", default=0.1, show_default=True, help="Share of documents to hold out; 0 for none."
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="JSON field or Parquet column of the text."
+)
+@click.option("--eod-token", help="End-of-document token.  [default: the tokenizer's end-of-sequence token]")
+@click.option("--workers", default=2, show_default=True, help="Tokeniser threads.")
+@click.option("--seed", default=1234, show_default=True, help="Seed of the split.")
+@click.option("--skip-bad", is_flag=True, help="Count broken records instead of stopping at the first.")
+@click.option("--force", is_flag=True, help="Replace a dataset that was built from other inputs.")
+def build(sources, **options):
+    """Build a Megatron indexed dataset from SOURCEs: files, folders or quoted glob patterns
+    of .jsonl, .jsonl.gz, .txt (one document per file) and .parquet.
+
+    Documents are split into train and held-out by their text and the seed; exact duplicates and empty documents
+    are left out and counted. Writes train.bin/.idx, heldout.bin/.idx and manifest.json.
+
+    \b
+    Examples:
+      kvcat data build data/qasper.jsonl --tokenizer models/smollm2-135m --out data/qasper
+      kvcat data build 'corpus/**/*.parquet' --text-field content --tokenizer MODEL --out data/mine
+    """
+    from kvcat_nemo.data.indexed import build_dataset
+
+    with _plain_errors():
+        build_dataset(sources, say=_say, **options)
+
+
+@command.command()
+@click.argument("prefix")
+@click.option(
+    "--tokenizer", "tokenizer_dir", help="Hugging Face folder.  [default: the one the manifest names]"
+)
+@click.option("--tokens", default=48, show_default=True, help="How many first tokens to show decoded.")
+def inspect(prefix, tokenizer_dir, tokens):
+    """Show what the indexed dataset PREFIX.bin/.idx holds; fails when a document doesn't end with EOD.
+
+    \b
+    Example:
+      kvcat data inspect data/qasper/train
+    """
+    from kvcat_nemo.data.inspect import inspect_dataset
+
+    with _plain_errors():
+        report = inspect_dataset(prefix, tokenizer_dir, tokens)
+    click.echo(f"documents  {report.documents:,}")
+    click.echo(f"tokens     {report.tokens:,} ({report.dtype})")
+    click.echo(
+        f"lengths    shortest {report.shortest:,}, median {report.median:,}, longest {report.longest:,}"
+    )
+    click.echo(
+        f"EOD        {report.eod_token!r} ({report.eod_id}) ends {report.ended:,} of {report.documents:,}"
+    )
+    click.echo(f"           and stands inside documents {report.eod_inside:,} times")
+    click.echo(f"begins     {report.beginning!r}")
+    if report.ended != report.documents:
+        missing = report.documents - report.ended
+        raise click.ClickException(f"{prefix}: {missing:,} documents don't end with {report.eod_token!r}")
