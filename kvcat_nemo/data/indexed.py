@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kvcat_nemo.data.corpora import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.files import new_folder, sha256_of
 from kvcat_nemo.data.manifest import (
     FORMAT,
@@ -20,8 +19,9 @@ from kvcat_nemo.data.manifest import (
     dataset_fingerprint,
     read_manifest,
 )
+from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import HELD_OUT, SKIP, TRAIN, Plan, plan_split
-from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, use_threads
+from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, threads
 
 __all__ = ["DatasetManifest", "build_dataset", "dataset_fingerprint", "read_manifest"]
 
@@ -75,7 +75,8 @@ def build_dataset(
     sources = [str(source) for source in sources]
     files = find_files(sources)
     _refuse_foreign(out)
-    use_threads(workers)
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
     tokenizer = load_tokenizer(tokenizer_dir, eod_token)
 
     options = ReadOptions(text_field, skip_bad)
@@ -108,7 +109,7 @@ def build_dataset(
         say(f"{out}: already built from the same texts, tokenizer and seed, re-used")
         return dataclasses.replace(existing, reused=True)
 
-    with new_folder(out) as folder:
+    with threads(workers), new_folder(out) as folder:
         with _bar(progress, desc="tokenise", unit="char", unit_scale=True, total=plan.characters) as bar:
             documents = read_documents(files, ReadOptions(text_field, skip_bad))
             splits = _write(documents, plan, tokenizer, folder, bar)

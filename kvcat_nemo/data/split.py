@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kvcat_nemo.data.corpora import Document
+from kvcat_nemo.data.reading import Document
 
 SKIP, TRAIN, HELD_OUT = range(3)
 

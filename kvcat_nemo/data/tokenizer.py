@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +81,22 @@ def load_tokenizer(folder: str | Path, eod_token: str | None = None) -> Document
     )
 
 
-def use_threads(workers: int) -> None:
-    """Let the tokenizer use `workers` threads. Takes effect when called before this process first tokenises."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
+@contextlib.contextmanager
+def threads(workers: int) -> Iterator[None]:
+    """Let the tokenizer use `workers` threads inside the block.
+
+    The first block of a process fixes the number; later ones can only switch between that and 1.
+    """
+    wanted = {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true" if workers > 1 else "false"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _model_vocabulary(folder: Path) -> int | None:
