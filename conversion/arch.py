@@ -1,0 +1,266 @@
+"""A neutral description of a dense decoder, and the Megatron configuration and model that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcat_nemo.conversion.rope import RopeScaling, inverse_frequencies, rope_from_config
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a dense decoder, the same whichever library runs it."""
+
+    family: str
+    """"llama", "qwen2" or "qwen3": chooses the weight map."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """KV heads; divides num_attention_heads."""
+    kv_channels: int
+    """Dimension of one head; need not be hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Rows of the embedding as the Hugging Face model has them, without Megatron's padding."""
+    seq_length: int
+    """max_position_embeddings, tokens."""
+    rms_norm_eps: float
+    rotary_base: float
+    rope_scaling: RopeScaling | None
+    tied: bool
+    """Whether the output layer is the embedding."""
+    qkv_bias: bool
+    qk_norm: bool
+    """Whether queries and keys pass an RMSNorm per head."""
+
+
+def from_hf_config(config: Mapping[str, Any]) -> Architecture:
+    """Read a Hugging Face config.json.
+
+    Raises:
+        ValueError: for an architecture or an option that the conversion would not carry over faithfully; the
+            message names the field and its value.
+    """
+    family = config.get("model_type")
+    classes = config.get("architectures") or [_CLASSES.get(family)]
+    if family not in _CLASSES or classes != [_CLASSES[family]]:
+        raise ValueError(
+            f"config.json: unknown architecture: model_type {family!r}, architectures {classes!r}; "
+            f"supported are {', '.join(f'{m} ({c})' for m, c in _CLASSES.items())}"
+        )
+    _refuse_options(config, family)
+
+    def need(name: str) -> Any:
+        if config.get(name) is None:
+            raise ValueError(f"config.json: {name} is missing; add it")
+        return config[name]
+
+    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    groups = config.get("num_key_value_heads") or heads
+    # Qwen3's class defaults head_dim to 128 whatever the hidden size is; the others derive it.
+    head_dim = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    if heads % groups:
+        raise ValueError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+        )
+    base, scaling = rope_from_config(config)
+    return Architecture(
+        family=family,
+        num_layers=need("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=need("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=head_dim,
+        vocab_size=need("vocab_size"),
+        seq_length=need("max_position_embeddings"),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        rotary_base=base,
+        rope_scaling=scaling,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def _refuse_options(config: Mapping[str, Any], family: str) -> None:
+    allowed = {
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+        "hidden_act": (None, "silu"),
+        "use_sliding_window": (None, False),
+        "quantization_config": (None,),
+    }
+    if family == "llama":
+        allowed["sliding_window"] = (None,)
+    for field, values in allowed.items():
+        if config.get(field) not in values:
+            raise ValueError(
+                f"config.json: {field} is {config[field]!r}; only {values[-1]!r} is supported for {family}"
+            )
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"config.json: layer_types holds {sorted(kinds)}; only full_attention is supported")
+
+
+def load_architecture(folder: str | Path) -> Architecture:
+    """The architecture of a Hugging Face folder, or of an imported folder (its hf/ part).
+
+    Raises:
+        ValueError: when there is no config.json, or as `from_hf_config`.
+    """
+    from kvcat_nemo.conversion.folders import read_config
+
+    return from_hf_config(read_config(folder))
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisible_by: int = 1) -> int:
+    """The smallest multiple of divisible_by × tensor_model_parallel_size that holds vocab_size rows."""
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_layout(
+    arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
+) -> None:
+    """Refuse a parallel layout that Megatron cannot run the model in.
+
+    Raises:
+        ValueError: names the fields that do not divide, and the sizes that work.
+    """
+    splits = {
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+    }
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    wrong = [f"{name} {value}" for name, value in splits.items() if tp < 1 or value % tp]
+    if wrong:
+        works = [n for n in range(1, arch.num_query_groups + 1) if not any(v % n for v in splits.values())]
+        raise ValueError(
+            f"tensor_model_parallel_size {tp} does not divide {', '.join(wrong)}; sizes that work: {_list(works)}"
+        )
+    if pp < 1 or arch.num_layers % pp:
+        works = [n for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0]
+        raise ValueError(
+            f"pipeline_model_parallel_size {pp} does not divide num_layers {arch.num_layers}; "
+            f"sizes that work: {_list(works)}"
+        )
+
+
+def _list(values: list[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def transformer_config(
+    arch: Architecture,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron's configuration of `arch`, for the CPU host and for CUDA.
+
+    Args:
+        dtype: of the parameters and of what pipeline stages exchange; float32 when None.
+        overrides: further TransformerConfig fields.
+
+    Raises:
+        ValueError: as `check_layout`.
+    """
+    check_layout(arch, tensor_model_parallel_size, pipeline_model_parallel_size)
+    from kvcat_nemo.engine import host
+
+    host.enable()
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dtype = dtype or torch.float32
+    fields = dict(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        attention_softmax_in_fp32=True,
+        use_cpu_initialization=not host.is_cuda(),
+        # The fused kernels need Transformer Engine or Apex; a caller that has them turns them on.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    return TransformerConfig(**(fields | overrides))
+
+
+def gpt_model(
+    arch: Architecture,
+    config: TransformerConfig,
+    *,
+    layer_spec: Any = None,
+    vocab_divisible_by: int = 1,
+    parallel_output: bool = False,
+) -> GPTModel:
+    """A plain GPTModel of this rank's pipeline stage; Megatron's parallel state must be initialised.
+
+    Args:
+        layer_spec: Megatron's local spec when None.
+        vocab_divisible_by: the vocabulary is padded to a multiple of this times the tensor parallel size.
+        parallel_output: True leaves the logits [B, T, V_padded / tp] split over tensor parallel ranks.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    model = GPTModel(
+        config,
+        layer_spec or get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm),
+        vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size, vocab_divisible_by),
+        max_sequence_length=arch.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rotary_base,
+    )
+    apply_rope(model, arch)
+    return model
+
+
+def apply_rope(model: GPTModel, arch: Architecture) -> None:
+    """Give a GPTModel exactly the rotary frequencies of `arch`; call it before the first forward pass."""
+    # Megatron's own llama3 scaling fixes three of the four factors, and it has none of the linear kind.
+    rotary = model.rotary_pos_emb
+    frequencies = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
+    rotary.inv_freq = frequencies.to(rotary.inv_freq.device)

@@ -1,0 +1,201 @@
+"""Sharded safetensors, read and written one tensor at a time.
+
+Plain file reads instead of memory maps: mapped pages count as the process' memory, and a truncated file shows
+up as a clear error before anything is converted instead of as a bus error in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from kvcat_nemo.conversion.folders import read_json
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """First byte, from the start of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file, with every length checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated: its header is not complete; fetch it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from None
+    header.pop("__metadata__", None)
+    tensors, data_end = {}, 8 + length
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}")
+        start, end = entry["data_offsets"]
+        stored = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
+        if end - start != stored.nbytes:
+            raise ValueError(f"{file}: {name} takes {end - start} bytes, its shape needs {stored.nbytes}")
+        data_end = max(data_end, 8 + length + end)
+        tensors[name] = stored
+    if data_end > size:
+        raise ValueError(f"{file} is truncated: {size} bytes of {data_end}; fetch it again")
+    if data_end < size:
+        raise ValueError(f"{file} has {size - data_end} bytes after its last tensor; fetch it again")
+    return tensors
+
+
+class SafetensorsFolder:
+    """The weights of a Hugging Face folder, one file or sharded with an index.
+
+    Raises:
+        ValueError: for pickled weights, truncated files, shards that are missing or disagree with the index.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        if (folder / _INDEX).is_file():
+            index = read_json(folder / _INDEX)["weight_map"]
+            files = sorted(set(index.values()))
+            missing = [name for name in files if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; fetch them")
+        elif (folder / _SINGLE).is_file():
+            index, files = None, [_SINGLE]
+        else:
+            pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+            if pickled:
+                raise ValueError(
+                    f"{folder} holds pickled weights ({', '.join(pickled[:3])}), which can run code when loaded; "
+                    f"convert them to safetensors first"
+                )
+            raise ValueError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        for name in files:
+            tensors = _read_header(folder / name)
+            twice = self.tensors.keys() & tensors.keys()
+            if twice:
+                raise ValueError(f"{folder}: {sorted(twice)[0]} is in two shards")
+            self.tensors.update(tensors)
+        if index is not None:
+            wrong = [n for n, f in index.items() if n not in self.tensors or self.tensors[n].file.name != f]
+            wrong += [n for n in self.tensors if n not in index]
+            if wrong:
+                raise ValueError(f"{folder}: {_INDEX} and the shards disagree on {wrong[0]}; fetch it again")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored dtype, in memory of its own."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.start)
+            view = _bytes_of(tensor)
+            while len(view):
+                count = stream.readinto(view)
+                if not count:
+                    raise ValueError(f"{stored.file} became shorter while {name} was read")
+                view = view[count:]
+        return tensor
+
+
+class SafetensorsWriter:
+    """Writes tensors in any order into shards that are laid out beforehand.
+
+    Args:
+        tensors: name → (shape, dtype), in the order they are to lie in the files.
+        max_shard_size: bytes of tensor data in one file; a larger tensor gets a file of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        max_shard_size: int,
+    ):
+        shards: list[list[str]] = [[]]
+        filled = 0
+        nbytes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+        for name in tensors:
+            if shards[-1] and filled + nbytes[name] > max_shard_size:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += nbytes[name]
+        self._stored: dict[str, Stored] = {}
+        self._unwritten = set(tensors)
+        index = {}
+        for number, names in enumerate(shards, 1):
+            file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            # Wider types first: every tensor then starts at a multiple of its item size.
+            names.sort(key=lambda name: -tensors[name][1].itemsize)
+            header, offset = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                shape, dtype = tensors[name]
+                end = offset + nbytes[name]
+                header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+                offset = end
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            with (folder / file).open("wb") as stream:
+                stream.write(struct.pack("<Q", len(text)) + text)
+                stream.truncate(8 + len(text) + offset)
+            for name in names:
+                shape, dtype = tensors[name]
+                start = 8 + len(text) + header[name]["data_offsets"][0]
+                self._stored[name] = Stored(folder / file, dtype, tuple(shape), start)
+                index[name] = file
+        if len(shards) > 1:
+            body = {
+                "metadata": {"total_size": sum(nbytes.values())},
+                "weight_map": dict(sorted(index.items())),
+            }
+            (folder / _INDEX).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        stored = self._stored[name]
+        assert tuple(tensor.shape) == stored.shape and tensor.dtype == stored.dtype, name
+        self._unwritten.remove(name)
+        view, position = _bytes_of(tensor.contiguous()), stored.start
+        with stored.file.open("r+b", buffering=0) as stream:
+            while len(view):
+                count = os.pwrite(stream.fileno(), view, position)
+                view, position = view[count:], position + count
+
+    def close(self) -> None:
+        assert not self._unwritten, f"never written: {sorted(self._unwritten)[:3]}"
+
+
+def find_not_finite(tensor: torch.Tensor) -> str | None:
+    """ "NaN" or "infinity" if the tensor holds one; looks at it in pieces, to stay small beside it."""
+    for piece in tensor.reshape(-1).split(4_000_000):
+        if not torch.isfinite(piece).all():
+            return "NaN" if torch.isnan(piece).any() else "infinity"
+    return None

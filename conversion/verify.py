@@ -1,0 +1,196 @@
+"""Proof that a Megatron checkpoint is the same model as a Hugging Face folder: weights, logits, decoded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kvcat_nemo.conversion.arch import Architecture, check_layout, load_architecture
+from kvcat_nemo.conversion.exporting import MegatronModel
+from kvcat_nemo.conversion.folders import find_weights
+from kvcat_nemo.conversion.importing import check_source
+from kvcat_nemo.conversion.ranks import run_ranks
+from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
+from kvcat_nemo.conversion.verify_rank import RankJob, greedy
+from kvcat_nemo.conversion.weight_map import instances
+
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want "
+    "of a wife. However little known the feelings or views of such a man may be on his first entering a "
+    "neighbourhood, this truth is so well fixed in the minds of the surrounding families, that he is considered "
+    "the rightful property of some one or other of their daughters."
+)
+"""Jane Austen, Pride and Prejudice (1813): the text that is compared unless another one is given."""
+
+_MAX_TEXT_TOKENS = 96
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found; `ok` only if every part of it holds."""
+
+    ok: bool
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    tensors: int
+    """Hugging Face tensors compared."""
+    different_tensors: tuple[str, ...]
+    """Those whose bytes differ after the way to Megatron and back."""
+    stored_dtype: str
+    text_tokens: int
+    text_source: str
+    max_abs_difference: float
+    """Of float32 logits, over all tokens and the whole vocabulary."""
+    tolerance: float
+    mean_kl: float
+    """KL(Hugging Face ‖ Megatron) per token, nats."""
+    top1_agreement: float
+    """Share of tokens at which both name the same most probable next token."""
+    decoded: tuple[int, ...]
+    """Token ids that Megatron decodes greedily."""
+    decoded_hf: tuple[int, ...]
+    failures: tuple[str, ...]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def verify(
+    hf_dir: str | Path,
+    checkpoint: str | Path,
+    *,
+    layouts: Sequence[tuple[int, int]] = ((1, 1),),
+    tolerance: float = 1e-4,
+    new_tokens: int = 32,
+    text: str | None = None,
+    timeout: float = 1800.0,
+) -> list[Report]:
+    """Compare a Megatron checkpoint with a Hugging Face folder, once per layout.
+
+    Args:
+        layouts: (tensor, pipeline) parallel sizes.
+        tolerance: largest absolute difference of float32 logits that passes.
+        new_tokens: tokens to decode greedily with both.
+        text: compared text; TEXT when None.
+        timeout: seconds for the Megatron processes of one layout.
+
+    Raises:
+        ValueError: when one side cannot be read, a layout is impossible, or a rank fails. A difference between
+            the models is no error: it is in the report.
+    """
+    arch = load_architecture(hf_dir)
+    for tp, pp in layouts:
+        check_layout(arch, tp, pp)
+    weights = find_weights(checkpoint)
+    compared, different, dtype = compare_weights(hf_dir, weights, arch)
+    ids, source = _token_ids(Path(hf_dir), arch, text)
+    logits, decoded = hf_answer(hf_dir, ids, new_tokens)
+    reports = []
+    for tp, pp in layouts:
+        job = RankJob(str(weights), arch, tp, pp, tuple(ids), _prompt(ids), new_tokens)
+        (answer,) = run_ranks([job], timeout=timeout)
+        reports.append(
+            judge(
+                answer,
+                logits,
+                decoded,
+                tolerance=tolerance,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                tensors=compared,
+                different_tensors=tuple(different),
+                stored_dtype=dtype,
+                text_tokens=len(ids),
+                text_source=source,
+            )
+        )
+    return reports
+
+
+def compare_weights(hf_dir: str | Path, weights: Path, arch: Architecture) -> tuple[int, list[str], str]:
+    """(tensors compared, names of those that differ in any bit, stored dtype), one tensor at a time."""
+    source = SafetensorsFolder(hf_dir)
+    check_source(source, arch)
+    model = MegatronModel.open(weights, arch)
+    compared, different, dtypes = 0, [], set()
+    for weight, layer in tqdm(list(instances(arch)), desc="weights", unit="tensor", disable=None):
+        for name, ours in model.read(weight, layer):
+            theirs = source.read(name).to(ours.dtype)
+            bits = {4: torch.int32, 2: torch.int16}[ours.dtype.itemsize]
+            if not torch.equal(ours.view(bits), theirs.view(bits)):
+                different.append(name)
+            compared += 1
+            dtypes.add(str(ours.dtype).removeprefix("torch."))
+            del ours, theirs
+    return compared, different, "+".join(sorted(dtypes))
+
+
+def hf_answer(hf_dir: str | Path, ids: list[int], new_tokens: int) -> tuple[torch.Tensor, list[int]]:
+    """float32 logits [T, V] of transformers' model, and what it decodes greedily."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(hf_dir), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+    @torch.no_grad()
+    def logits_of(tokens):
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+    return logits_of(ids), greedy(logits_of, ids[: _prompt(ids)], new_tokens)
+
+
+def judge(answer: dict, logits: torch.Tensor, decoded: list[int], *, tolerance: float, **known) -> Report:
+    """The report on Megatron's `answer`, measured against transformers' logits [T, V] and decoded tokens."""
+    ours = answer["logits"]
+    difference = float((ours - logits).abs().max())
+    log_p, log_q = logits.double().log_softmax(-1), ours.double().log_softmax(-1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    failures = []
+    if known["different_tensors"]:
+        names = known["different_tensors"]
+        failures.append(f"{len(names)} of {known['tensors']} tensors differ, first {names[0]}")
+    if not difference <= tolerance:  # not ">": NaN must fail too
+        failures.append(f"logits differ by {difference:.3g}, tolerance {tolerance:g}")
+    if list(answer["decoded"]) != list(decoded):
+        pairs = enumerate(zip(answer["decoded"], decoded, strict=True))
+        first = next(i for i, (a, b) in pairs if a != b)
+        failures.append(f"decoded tokens differ from token {first} on")
+    return Report(
+        ok=not failures,
+        max_abs_difference=difference,
+        tolerance=tolerance,
+        mean_kl=kl,
+        top1_agreement=float((ours.argmax(-1) == logits.argmax(-1)).double().mean()),
+        decoded=tuple(answer["decoded"]),
+        decoded_hf=tuple(decoded),
+        failures=tuple(failures),
+        **known,
+    )
+
+
+def _prompt(ids: list[int]) -> int:
+    return min(_PROMPT_TOKENS, len(ids))
+
+
+def _token_ids(hf_dir: Path, arch: Architecture, text: str | None) -> tuple[list[int], str]:
+    limit = min(_MAX_TEXT_TOKENS, arch.seq_length)
+    has_tokenizer = any((hf_dir / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    if not has_tokenizer:
+        if text is not None:
+            raise ValueError(f"{hf_dir} has no tokenizer, so --text cannot be used; add its tokenizer files")
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(arch.vocab_size, (min(48, limit),), generator=generator).tolist()
+        return ids, "random token ids (no tokenizer)"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+    ids = tokenizer(text or TEXT)["input_ids"][:limit]
+    if len(ids) < 2:
+        raise ValueError(f"--text has {len(ids)} token(s); give at least two")
+    return ids, "text"

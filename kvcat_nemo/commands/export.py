@@ -1,0 +1,39 @@
+"""`kvcat export`: the plain Hugging Face model of a training run."""
+
+from __future__ import annotations
+
+import click
+
+from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_option
+
+
+@click.command()
+@click.argument("ckpt", type=click.Path(exists=True, file_okay=False))
+@click.argument("out", type=click.Path())
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False),
+    help="Imported or Hugging Face folder that config and tokenizer come from; by default the one that "
+    "kvcat_base.json in the checkpoint or the run names.",
+)
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")
+@dtype_option
+@force_option
+def command(ckpt, out, base, max_shard_size, dtype, force):
+    """Write the plain Hugging Face model of a training checkpoint CKPT to the folder OUT.
+
+    CKPT is a NeMo checkpoint or a run folder, of which the newest finished checkpoint is taken. The result
+    has no router in it and loads with transformers.
+
+    \b
+    Examples:
+      kvcat export results/run exported/mine
+      kvcat export results/run/checkpoints/step=100 exported/mine --base checkpoints/smollm2-135m
+    """
+    from kvcat_nemo.conversion.exporting import export_hf
+    from kvcat_nemo.conversion.folders import find_weights
+
+    with clear_errors():
+        click.echo(f"checkpoint {find_weights(ckpt)}")
+        options = dict(base=base, max_shard_size=max_shard_size, dtype=dtype, force=force)
+        click.echo(f"wrote {export_hf(ckpt, out, **options)}")
