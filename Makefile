@@ -20,6 +20,7 @@ help:  ## list what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
 
 setup: $(STAMP)  ## make .venv with all that training and tests need (quick when nothing changed)
+	@echo "setup: $(VENV) is ready"
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] == (3, 11) else f"setup: {sys.executable} is Python {v[0]}.{v[1]}; the pins in constraints.txt are for Python 3.11. Install it, or name it: make setup PYTHON=/path/to/python3.11")'
@@ -33,7 +34,6 @@ $(STAMP):
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]' >> $(LOG) 2>&1 \
 	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
 	@touch $@
-	@echo "setup: done"
 
 test: setup  ## run the tests
 	$(VENV)/bin/python -m pytest --durations=15 $(ARGS)

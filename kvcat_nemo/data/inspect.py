@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,18 @@ class Inspection:
     """EOD tokens anywhere but at a document's end."""
     beginning: str
     """The first tokens of the first document, decoded."""
+
+
+def _check_index(file: Path) -> None:
+    """Raise ValueError for an index that isn't whole: Megatron's reader would only assert somewhere inside."""
+    with open(file, "rb") as opened:
+        head = opened.read(34)
+    if len(head) == 34 and head[:9] == b"MMIDIDX\0\0":
+        # After the magic: version u64, dtype u8, sequences u64, document bounds u64; then the three arrays.
+        sequences, bounds = struct.unpack("<QQ", head[18:])
+        if file.stat().st_size == 34 + 12 * sequences + 8 * bounds and sequences and bounds > 1:
+            return
+    raise ValueError(f"{file} is damaged, or holds no document")
 
 
 def inspect_dataset(
@@ -60,10 +73,8 @@ def inspect_dataset(
             raise
     tokenizer = load_tokenizer(tokenizer_dir, eod_token)
 
-    try:
-        dataset = IndexedDataset(str(prefix))
-    except Exception as error:  # the reader asserts, and NumPy complains, about damaged files
-        raise ValueError(f"{prefix}.idx is damaged ({error})") from error
+    _check_index(Path(f"{prefix}.idx"))
+    dataset = IndexedDataset(str(prefix))
     lengths = np.asarray(dataset.sequence_lengths, dtype=np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.memmap(f"{prefix}.bin", dtype=dataset.index.dtype, mode="r")

@@ -104,9 +104,11 @@ def _read_jsonl(file: Path, options: ReadOptions) -> Iterator[Document]:
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line.decode("utf-8"))
+                    record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
                     document = _document(record, f"{file.name}:{number}", options.text_field)
-                except ValueError as error:
+                except json.JSONDecodeError as error:
+                    options.broken(f"{file}, line {number}", f"no JSON at column {error.colno}: {error.msg}")
+                except (ValueError, RecursionError) as error:
                     options.broken(f"{file}, line {number}", str(error))
                 else:
                     yield document
