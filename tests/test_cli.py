@@ -1,9 +1,11 @@
 """The command line: help everywhere, quickly, and errors without a traceback."""
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -85,3 +87,19 @@ def test_errors_are_one_message(words, message, tmp_path, monkeypatch):
 def test_the_base_models_are_listed():
     result = CliRunner().invoke(main, ["model", "list"])
     assert result.exit_code == 0 and "smollm2-135m" in result.output and "Apache-2.0" in result.output
+
+
+def documented_commands():
+    """The `kvcat …` lines of docs/data.md."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    kvcat ")]
+    assert len(lines) >= 5
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_documented_commands_parse(words):
+    command = main
+    while isinstance(command, click.Group):
+        _, command, words = command.resolve_command(click.Context(command), words)
+    command.make_context(command.name, list(words))
