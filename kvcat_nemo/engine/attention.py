@@ -73,4 +73,5 @@ class GatedCoreAttention(MegatronModule):
             scale=self.scale,
             sinks=kvcat.sinks,
             recent_window=kvcat.recent_window,
+            gradient_cap=kvcat.gate_gradient_cap,
         )

@@ -45,9 +45,15 @@ def validate_model_config(config) -> None:
     if config.num_moe_experts:
         refuse("num_moe_experts", "mixture-of-experts models are not supported; use a dense model")
     if getattr(config, "multi_latent_attention", False):
-        refuse("multi_latent_attention", "KV slots of latent attention are not supported; use a model with plain or grouped heads")
+        refuse(
+            "multi_latent_attention",
+            "KV slots of latent attention are not supported; use a model with plain or grouped heads",
+        )
     if config.context_parallel_size > 1:
-        refuse("context_parallel_size", "the router's linear attention is not exact over split sequences yet; set it to 1")
+        refuse(
+            "context_parallel_size",
+            "the router's linear attention is not exact over split sequences yet; set it to 1",
+        )
     if config.fp8:
         refuse("fp8", "gated attention needs bf16 or float32; set it to None")
     if not kvcat.paired:
@@ -68,7 +74,9 @@ def _refuse_straddling_groups(config) -> None:
     uneven = [n for n in _UNEVEN_SPLIT_FIELDS if getattr(config, n, None)]
     if uneven:
         name = uneven[0]
-        raise ValueError(f"model.config.{name}={getattr(config, name)!r}: uneven pipeline stages are not supported; unset it")
+        raise ValueError(
+            f"model.config.{name}={getattr(config, name)!r}: uneven pipeline stages are not supported; unset it"
+        )
     if config.num_layers % stages:
         raise ValueError(
             f"model.config.pipeline_model_parallel_size={config.pipeline_model_parallel_size}: "
@@ -76,7 +84,11 @@ def _refuse_straddling_groups(config) -> None:
         )
     firsts = range(0, config.num_layers, config.num_layers // stages)
     if any(first not in starts for first in firsts):
-        groups = [g for g in range(stages, config.num_layers + 1, stages) if config.num_layers % g == 0 or g == stages]
+        groups = [
+            g
+            for g in range(stages, config.num_layers + 1, stages)
+            if config.num_layers % g == 0 or g == stages
+        ]
         fitting = [p for p in range(1, config.num_layers + 1) if _stages_fit(config, p, starts)]
         raise ValueError(
             f"kvcat.num_groups={config.kvcat.num_groups} with {stages} pipeline stages of {config.num_layers} layers: a layer "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcat_nemo.engine.parallel_loss import token_losses
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.policies import random_gate
+from kvcat_nemo.method.policies import random_gate, window_ids
 
 
 class KVCatGPTModel(GPTModel):
@@ -29,14 +29,13 @@ class KVCatGPTModel(GPTModel):
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        sample_ids: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """One forward pass of this pipeline stage.
 
         Args:
             input_ids, position_ids, labels: [B, T].
-            sample_ids: [B], the windows' numbers in the run's order; the random policy draws from them.
+                Every pipeline stage needs input_ids: the random policy draws from them.
 
         Returns:
             last stage: token metrics [4 or 1, B, T] (engine.parallel_loss.token_losses) with labels, logits [B, T, V]
@@ -45,14 +44,18 @@ class KVCatGPTModel(GPTModel):
         kvcat: KVCatConfig = self.config.kvcat
         if labels is None or not kvcat.paired:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
-        gates = initial_gates(kvcat, input_ids, sample_ids)
+        gates = initial_gates(kvcat, input_ids)
         twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
-        return super().forward(*twice, attention_mask, labels=labels, extra_block_kwargs={"context": gates}, **kwargs)
+        return super().forward(
+            *twice, attention_mask, labels=labels, extra_block_kwargs={"context": gates}, **kwargs
+        )
 
     def _postprocess(self, hidden_states, labels=None, **kwargs):
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits, _ = self.output_layer(hidden_states, weight=weight)
         kvcat: KVCatConfig = self.config.kvcat
         return token_losses(
@@ -65,15 +68,14 @@ class KVCatGPTModel(GPTModel):
         )
 
 
-def initial_gates(kvcat: KVCatConfig, input_ids: Tensor, sample_ids: Tensor | None) -> Tensor:
+def initial_gates(kvcat: KVCatConfig, input_ids: Tensor) -> Tensor:
     """Gates that enter the first layer of a stage: [R, B, T] draws of the random policy, else a placeholder of ones."""
     B, T = input_ids.shape
     if kvcat.policy != "random":
         return torch.ones(1, B, T, device=input_ids.device)
-    if sample_ids is None:
-        raise ValueError("sample_ids: the random policy needs the windows' numbers")
-    draws = (
-        random_gate(sample_ids, T, keep=kvcat.target_keep_fraction, seed=kvcat.seed, group=group)
+    ids = window_ids(input_ids)
+    draws = [
+        random_gate(ids, T, keep=kvcat.target_keep_fraction, seed=kvcat.seed, group=group)
         for group in range(kvcat.num_groups)
-    )
-    return torch.stack(list(draws))
+    ]
+    return torch.stack(draws)

@@ -52,7 +52,9 @@ class _Shard:
     def argmax(self, x: Tensor) -> Tensor:
         value, index = x.max(-1)
         best = self.reduce(value.clone(), ReduceOp.MAX)
-        index = torch.where(value == best, index + self.first, torch.full_like(index, torch.iinfo(index.dtype).max))
+        index = torch.where(
+            value == best, index + self.first, torch.full_like(index, torch.iinfo(index.dtype).max)
+        )
         return self.reduce(index, ReduceOp.MIN)
 
 

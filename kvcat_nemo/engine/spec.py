@@ -11,7 +11,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from kvcat_nemo.engine.attention import GatedCoreAttention
 from kvcat_nemo.engine.layer import KVCatTransformerLayer
@@ -43,8 +47,13 @@ def kvcat_block_spec(config, vp_stage: int | None = None) -> ModuleSpec:
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
         if config.normalization != "RMSNorm":
-            raise ValueError(f"model.config.normalization={config.normalization!r}: only RMSNorm is supported without Transformer Engine")
-        layer, norm = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"), RMSNorm
+            raise ValueError(
+                f"model.config.normalization={config.normalization!r}: only RMSNorm is supported without Transformer Engine"
+            )
+        layer, norm = (
+            get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"),
+            RMSNorm,
+        )
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         if attention.q_layernorm is not IdentityOp:

@@ -16,7 +16,9 @@ from kvcat_nemo.method.config import KVCatConfig
 GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped")
 
 
-def microbatch_loss(metrics_KBT: Tensor, loss_mask_BT: Tensor, kvcat: KVCatConfig) -> tuple[Tensor, Tensor, Tensor]:
+def microbatch_loss(
+    metrics_KBT: Tensor, loss_mask_BT: Tensor, kvcat: KVCatConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """Anchor and distillation terms of a micro-batch (the budget term rides on the layers, engine.layer).
 
     Args:

@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcat_nemo.method.attention import gated_attention_reference
+from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, gated_attention_reference
 
 
-def _plain(q_BTHD, k_BTGD, v_BTGD, gate_BTG, *, scale, sinks, recent_window):
+def _plain(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings):
     # The oracle's own algebra in the given dtype, with the softmax in at least float32.
     dtype = q_BTHD.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    q, k, v = q_BTHD.to(wide), k_BTGD.to(wide), v_BTGD.to(wide)
-    gate = gate_BTG.to(wide)
-    return gated_attention_reference(q, k, v, gate, scale=scale, sinks=sinks, recent_window=recent_window).to(dtype)
+    q, k, v, gate = (x.to(wide) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
+    return gated_attention_reference(q, k, v, gate, **settings).to(dtype)
 
 
-def _oracle(q_BTHD, k_BTGD, v_BTGD, gate_BTG, *, scale, sinks, recent_window):
+def _oracle(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings):
     q, k, v, gate = (x.double() for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
-    out = gated_attention_reference(q, k, v, gate, scale=scale, sinks=sinks, recent_window=recent_window)
-    return out.to(q_BTHD.dtype)
+    return gated_attention_reference(q, k, v, gate, **settings).to(q_BTHD.dtype)
 
 
 BACKENDS = {"plain": _plain, "oracle": _oracle}
@@ -39,6 +37,7 @@ def gated_attention(
     scale: float,
     sinks: int = 0,
     recent_window: int = 1,
+    gradient_cap: float = GATE_GRADIENT_CAP,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -49,6 +48,7 @@ def gated_attention(
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all heads.
         scale: softmax scale.
         sinks, recent_window: slots that no gate hides.
+        gradient_cap: logits by which a dropped slot may exceed the visible ones in its gate's gradient.
         cu_seqlens: several documents in one window; not supported by today's backends.
         backend: `plain`, `oracle` (float64) or `auto`.
 
@@ -59,21 +59,28 @@ def gated_attention(
         ValueError: on shapes that do not fit, or a backend or feature that is not there.
     """
     if cu_seqlens is not None:
-        raise ValueError("cu_seqlens: packed documents are not supported by gated attention yet; give one document stream per window")
+        raise ValueError(
+            "cu_seqlens: packed documents are not supported by gated attention yet; give one document stream per window"
+        )
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of auto, {', '.join(BACKENDS)}")
     B, T, H, D = q_BTHD.shape
     G = k_BTGD.shape[2]
     if k_BTGD.shape != (B, T, G, D) or v_BTGD.shape[:3] != (B, T, G) or H % G:
-        raise ValueError(f"q {tuple(q_BTHD.shape)}, k {tuple(k_BTGD.shape)}, v {tuple(v_BTGD.shape)}: not [B,T,H,D] and [B,T,G,D] with G dividing H")
+        raise ValueError(
+            f"q {tuple(q_BTHD.shape)}, k {tuple(k_BTGD.shape)}, v {tuple(v_BTGD.shape)}: not [B,T,H,D] and [B,T,G,D] with G dividing H"
+        )
     if gate_BTG.shape not in ((B, T, G), (B, T, 1)):
         raise ValueError(f"gate {tuple(gate_BTG.shape)}: give [{B}, {T}, {G}] or [{B}, {T}, 1]")
     kernel = BACKENDS["plain" if backend == "auto" else backend]
-    return kernel(q_BTHD, k_BTGD, v_BTGD, gate_BTG, scale=scale, sinks=sinks, recent_window=recent_window)
+    settings = {"scale": scale, "sinks": sinks, "recent_window": recent_window, "gradient_cap": gradient_cap}
+    return kernel(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings)
 
 
 def causal_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scale: float) -> Tensor:
     """Plain causal attention by PyTorch's fused kernel, [B, T, H, D]: the dense half of a paired pass."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(
+        1, 2
+    )

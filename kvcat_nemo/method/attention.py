@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOGIT_CAP = 30.0
-"""A dropped slot's weight relative to the row's largest visible one is capped at exp(30).
+GATE_GRADIENT_CAP = 30.0
+"""In its gate's gradient, a dropped slot's weight relative to the row's largest visible one is at most exp(30).
 
-Its output is unaffected (the gate is 0). Only the gradient of its gate is, which without the cap is as large as the
-exponential of the gap and overflows where a dropped slot dominates a row by some eighty logits.
+The output is unaffected (the gate is 0). Without a cap the gradient is as large as the exponential of the gap and
+overflows where a dropped slot dominates a row by some eighty logits.
 """
 
 
@@ -34,6 +34,7 @@ def gated_attention_reference(
     scale: float,
     sinks: int = 0,
     recent_window: int = 1,
+    gradient_cap: float = GATE_GRADIENT_CAP,
 ) -> Tensor:
     """Renormalised gating with gradients to q, k, v and to every gate, dropped slots included.
 
@@ -44,6 +45,7 @@ def gated_attention_reference(
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all.
         scale: softmax scale, normally D^-½.
         sinks, recent_window: slots that no gate hides; the own slot is always one of them.
+        gradient_cap: logits by which a dropped slot may exceed the visible ones in its gate's gradient; exact below.
 
     Returns:
         [B, T, H, D] in q's dtype. Memory is O(T²).
@@ -61,7 +63,7 @@ def gated_attention_reference(
     top = s_BGNTT.detach().masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
     gap = s_BGNTT - top
     # Hidden slots may lie far above the visible ones; the future is cut before exp so that it cannot overflow.
-    gap = torch.where(visible, gap, gap.clamp(max=LOGIT_CAP)).masked_fill(~causal, float("-inf"))
+    gap = torch.where(visible, gap, gap.clamp(max=gradient_cap)).masked_fill(~causal, float("-inf"))
     e = g * gap.exp()
     o = (e / e.sum(-1, keepdim=True)) @ v
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).to(q_BTHD.dtype)

@@ -45,6 +45,8 @@ class KVCatConfig:
     """First slots that every query always sees."""
     recent_window: int = 1
     """Last slots that a query always sees; 1 is its own slot."""
+    gate_gradient_cap: float = 30.0
+    """Logits by which a dropped slot may exceed a row's visible ones in the gradient of its gate; exact below."""
     seed: int = 1234
     """Seed of router initialisation and of the random policy."""
 
@@ -55,15 +57,33 @@ class KVCatConfig:
         """Raise a ValueError that names the field, the value and the fix."""
         _one_of(self, "policy", ("router", "random", "attention", "none"))
         _one_of(self, "router_input", ("masked", "dense"))
-        _check(self, "target_keep_fraction", 0 < self.target_keep_fraction < 1, "give a fraction between 0 and 1, such as 0.5")
+        _check(
+            self,
+            "target_keep_fraction",
+            0 < self.target_keep_fraction < 1,
+            "give a fraction between 0 and 1, such as 0.5",
+        )
         _check(self, "num_groups", self.num_groups >= 1, "give at least 1")
         _check(self, "router_dim", self.router_dim >= 1, "give a width of at least 1")
-        _check(self, "router_init_keep", 0.5 <= self.router_init_keep <= 1, "give a probability from 0.5 to 1")
+        _check(
+            self, "router_init_keep", 0.5 <= self.router_init_keep <= 1, "give a probability from 0.5 to 1"
+        )
         _check(self, "router_init_jitter", self.router_init_jitter >= 0, "give 0 or more")
         _check(self, "router_lr_mult", self.router_lr_mult > 0, "give a positive factor")
         _check(self, "distill_temperature", self.distill_temperature > 0, "give a positive temperature")
         _check(self, "sinks", self.sinks >= 0, "give 0 or more slots")
-        _check(self, "recent_window", self.recent_window >= 1, "give at least 1: a query always sees its own slot")
+        _check(
+            self,
+            "recent_window",
+            self.recent_window >= 1,
+            "give at least 1: a query always sees its own slot",
+        )
+        _check(
+            self,
+            "gate_gradient_cap",
+            0 <= self.gate_gradient_cap <= 80,
+            "give 0 to 80 logits (exp overflows float32 above)",
+        )
         for name in ("distill_weight", "budget_weight", "anchor_weight"):
             _check(self, name, getattr(self, name) >= 0, "give a weight of 0 or more")
 
@@ -74,7 +94,12 @@ class KVCatConfig:
 
     def group_starts(self, num_layers: int) -> tuple[int, ...]:
         """Layers (counted from 0) that begin a group: 0, 6, 12, 18 for 24 layers in four groups."""
-        _check(self, "num_groups", self.num_groups <= num_layers, f"give at most the number of layers, {num_layers}")
+        _check(
+            self,
+            "num_groups",
+            self.num_groups <= num_layers,
+            f"give at most the number of layers, {num_layers}",
+        )
         return tuple(i * num_layers // self.num_groups for i in range(self.num_groups))
 
     def group_of_layer(self, layer: int, num_layers: int) -> int:

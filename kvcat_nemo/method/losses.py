@@ -1,6 +1,6 @@
 """The three losses as pure functions with named parts (arXiv 2605.05971). Shapes: B batch, T tokens, V vocabulary.
 
-    L = w_distill·KL(stopgrad(dense) ‖ masked) + w_budget·L_budget + w_anchor·CE(dense, next token)
+L = w_distill·KL(stopgrad(dense) ‖ masked) + w_budget·L_budget + w_anchor·CE(dense, next token)
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class LossParts:
 
 def next_token_ce(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Cross-entropy of each token in nats, [B, T]; labels are already shifted."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none").view(labels_BT.shape)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none").view(
+        labels_BT.shape
+    )
 
 
 def kl_teacher_student(teacher_BTV: Tensor, student_BTV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -51,7 +53,9 @@ def budget_loss(p: Tensor, hard: Tensor, keep: float) -> Tensor:
     return kept * probability / keep + (1 - kept) * (1 - probability) / (1 - keep)
 
 
-def kvcat_loss(anchor: Tensor, distill: Tensor | None, budgets: list[Tensor], config: KVCatConfig) -> LossParts:
+def kvcat_loss(
+    anchor: Tensor, distill: Tensor | None, budgets: list[Tensor], config: KVCatConfig
+) -> LossParts:
     """Weigh the three terms.
 
     Args:
@@ -59,7 +63,11 @@ def kvcat_loss(anchor: Tensor, distill: Tensor | None, budgets: list[Tensor], co
         budgets: one budget loss per router (empty for policies without one).
     """
     raw = {"anchor": anchor}
-    weights = {"anchor": config.anchor_weight, "distill": config.distill_weight, "budget": config.budget_weight}
+    weights = {
+        "anchor": config.anchor_weight,
+        "distill": config.distill_weight,
+        "budget": config.budget_weight,
+    }
     if distill is not None:
         raw["distill"] = distill
     if budgets:

@@ -27,20 +27,35 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ shifted(x, 31)
 
 
-def random_gate(sample_ids_B: Tensor, tokens: int, *, keep: float, seed: int, group: int) -> Tensor:
-    """Each slot is kept with probability `keep`, from a hash of (seed, group, sample, position).
-
-    No generator state: every layout, rank and recomputation draws the same mask for the same sample.
+def window_ids(tokens_BT: Tensor) -> Tensor:
+    """A number for each window, from its content: the same on every rank and layout, and after every resume.
 
     Args:
-        sample_ids_B: int64, the number of each window in the run's order.
+        tokens_BT: integer token ids.
+
+    Returns:
+        [B] int64.
+    """
+    position = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    return _mix(_mix(position) ^ tokens_BT.to(torch.int64)).sum(1)
+
+
+def random_gate(window_ids_B: Tensor, tokens: int, *, keep: float, seed: int, group: int) -> Tensor:
+    """Each slot is kept with probability `keep`, from a hash of (seed, group, window, position).
+
+    No generator state: every layout, rank and recomputation draws the same mask for the same window.
+
+    Args:
+        window_ids_B: int64, a number per window (`window_ids`).
         tokens: T.
 
     Returns:
         [B, T] float32 of zeros and ones.
     """
-    position = torch.arange(tokens, device=sample_ids_B.device)
-    stream = _mix(sample_ids_B.to(torch.int64) + _mix(torch.tensor(seed * 1000003 + group, device=sample_ids_B.device)))
+    position = torch.arange(tokens, device=window_ids_B.device)
+    stream = _mix(
+        window_ids_B.to(torch.int64) + _mix(torch.tensor(seed * 1000003 + group, device=window_ids_B.device))
+    )
     bits = _mix(stream[:, None] + position * -7046029254386353131)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)
     return (uniform < keep).to(torch.float32)

@@ -61,7 +61,9 @@ class Router(nn.Module):
         """Initialise from the config's seed and the group's number alone, so every rank draws the same values."""
         rng = torch.Generator().manual_seed(config.seed * 1009 + group)
         for linear in (self.q, self.k, self.v, self.o):
-            linear.weight.copy_(torch.randn(linear.weight.shape, generator=rng) / math.sqrt(linear.in_features))
+            linear.weight.copy_(
+                torch.randn(linear.weight.shape, generator=rng) / math.sqrt(linear.in_features)
+            )
         self.proposal.weight.copy_(initial_proposal(self.hidden_size, config, rng))
 
     def _apply(self, fn, recurse=True):

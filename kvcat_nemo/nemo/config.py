@@ -1,0 +1,163 @@
+"""NeMo's model configurations with KV-CAT settings: one line each, nothing copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.llama import Llama31Config, apply_rope_scaling
+from nemo.lightning import get_vocab_size
+
+from kvcat_nemo.engine import host
+from kvcat_nemo.engine.config import KVCatFields, validate_model_config
+from kvcat_nemo.engine.model import KVCatGPTModel
+from kvcat_nemo.engine.spec import has_transformer_engine, kvcat_block_spec
+
+_FUSIONS = (
+    "gradient_accumulation_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "apply_rope_fusion",
+    "persist_layer_norm",
+    "cross_entropy_loss_fusion",
+)
+
+
+@dataclass
+class KVCatModelConfig(KVCatFields):
+    """Mixed into a NeMo GPT configuration: builds the paired model instead of NeMo's."""
+
+    true_vocab_size: int | None = None
+    """Tokens of the vocabulary without padding; columns after it take no probability. None: `vocab_size`."""
+
+    def __post_init__(self):
+        if not host.is_cuda():
+            for name in _FUSIONS:
+                setattr(self, name, False)
+            self.use_cpu_initialization = True
+            self.bf16 = self.fp16 = False
+            self.params_dtype = self.pipeline_dtype = self.autocast_dtype = torch.float32
+        elif not has_transformer_engine():
+            self.gradient_accumulation_fusion = False
+        super().__post_init__()
+
+    def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> KVCatGPTModel:
+        """Build this rank's part of the paired model; called by NeMo's GPTModel.
+
+        Raises:
+            ValueError: when a setting does not fit a paired pass (engine.config.validate_model_config).
+        """
+        validate_model_config(self)
+        vocab_size = self.vocab_size or get_vocab_size(
+            self, tokenizer.vocab_size, self.make_vocab_size_divisible_by
+        )
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        model = KVCatGPTModel(
+            self,
+            transformer_layer_spec=kvcat_block_spec(self, vp_stage=vp_stage),
+            vocab_size=-(-vocab_size // tp) * tp,
+            true_vocab_size=self.true_vocab_size or vocab_size,
+            max_sequence_length=self.seq_length,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            pre_process=pre_process
+            or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=post_process
+            or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+            vp_stage=vp_stage,
+        )
+        if isinstance(self, Llama31Config):
+            model.rotary_pos_emb.inv_freq = apply_rope_scaling(
+                model.rotary_pos_emb.inv_freq,
+                factor=self.scale_factor,
+                low_freq_factor=self.low_freq_factor,
+                high_freq_factor=self.high_freq_factor,
+                old_context_len=self.old_context_len,
+            )
+        return model
+
+
+# The mixin's fields have defaults, and so have all of NeMo's; it stands first so that its methods win.
+
+
+@dataclass
+class KVCatLlamaConfig(KVCatModelConfig, llm.LlamaConfig):
+    """Any Llama without rope scaling."""
+
+
+@dataclass
+class KVCatSmolLM2Config135M(KVCatLlamaConfig):
+    """SmolLM2-135M: 30 layers, 9 query heads on 3 KV heads, tied embeddings."""
+
+    num_layers: int = 30
+    hidden_size: int = 576
+    ffn_hidden_size: int = 1536
+    num_attention_heads: int = 9
+    num_query_groups: int = 3
+    kv_channels: int = 64
+    vocab_size: int = 49152
+    seq_length: int = 8192
+    rotary_base: float = 100000.0
+    layernorm_epsilon: float = 1e-5
+    share_embeddings_and_output_weights: bool = True
+
+
+@dataclass
+class KVCatLlama31Config8B(KVCatModelConfig, llm.Llama31Config8B):
+    """Llama-3.1-8B."""
+
+
+@dataclass
+class KVCatQwen2Config(KVCatModelConfig, llm.Qwen2Config):
+    """Any dense Qwen2 or Qwen2.5."""
+
+
+@dataclass
+class KVCatQwen25Config500M(KVCatModelConfig, llm.Qwen25Config500M):
+    """Qwen2.5-0.5B. Its embeddings are tied, which NeMo's configuration does not say."""
+
+    share_embeddings_and_output_weights: bool = True
+
+
+@dataclass
+class KVCatQwen25Config1P5B(KVCatModelConfig, llm.Qwen25Config1P5B):
+    """Qwen2.5-1.5B, tied like the 0.5B."""
+
+    share_embeddings_and_output_weights: bool = True
+
+
+@dataclass
+class KVCatQwen25Config7B(KVCatModelConfig, llm.Qwen25Config7B):
+    """Qwen2.5-7B."""
+
+
+@dataclass
+class KVCatQwen3Config1P7B(KVCatModelConfig, llm.Qwen3Config1P7B):
+    """Qwen3-1.7B."""
+
+
+def architecture(config) -> dict[str, object]:
+    """The fields of a model configuration that must be those of the checkpoint it starts from."""
+    names = [
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "rotary_base",
+        "layernorm_epsilon",
+        "share_embeddings_and_output_weights",
+        "add_qkv_bias",
+        "qk_layernorm",
+    ]
+    known = {f.name for f in fields(config)}
+    return {name: getattr(config, name) for name in names if name in known}

@@ -1,0 +1,80 @@
+"""A progress bar that says what a KV-CAT run is doing: loss parts, keep rate, tokens/s, time left."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from kvcat_nemo.nemo.callbacks import KVCatMetrics
+
+
+class KVCatProgress(ProgressBar):
+    """One bar for the training steps and one for each validation, on the first rank only."""
+
+    def __init__(self):
+        super().__init__()
+        self._bar: tqdm | None = None
+        self._validation: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def _metrics(self, trainer) -> KVCatMetrics | None:
+        return next((c for c in trainer.callbacks if isinstance(c, KVCatMetrics)), None)
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if self._enabled and trainer.is_global_zero and self._bar is None:
+            done = trainer.global_step
+            self._bar = tqdm(
+                total=trainer.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True
+            )
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        metrics = self._metrics(trainer)
+        if self._bar is None or metrics is None:
+            return
+        m = metrics.train
+        figures = {
+            "anchor": f"{m['loss/anchor']:.3f}",
+            "distill": f"{m['loss/distill']:.3f}" if "loss/distill" in m else None,
+            "keep": f"{m['keep_rate']:.3f}" if "keep_rate" in m else None,
+            "tok/s": f"{m.get('tokens_per_second', 0):,.0f}",
+        }
+        self._bar.set_postfix({k: v for k, v in figures.items() if v is not None}, refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer, *args) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        if self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
+            total = sum(n for n in trainer.num_val_batches if n != float("inf"))
+            self._validation = tqdm(
+                total=total or None,
+                desc=f"validation at step {trainer.global_step}",
+                unit="batch",
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def on_validation_batch_end(self, *args, **kwargs) -> None:
+        if self._validation is not None:
+            self._validation.update(1)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if self._validation is None:
+            return
+        self._validation.close()
+        self._validation = None
+        metrics = self._metrics(trainer)
+        if metrics is not None and metrics.validation:
+            m = metrics.validation
+            masked = (
+                f", masked {m['masked_ppl']:.2f} at keep {m['keep_rate']:.3f}" if "masked_ppl" in m else ""
+            )
+            tqdm.write(f"step {trainer.global_step}: held-out perplexity dense {m['dense_ppl']:.2f}{masked}")

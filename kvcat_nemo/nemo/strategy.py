@@ -1,0 +1,126 @@
+"""NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from nemo import lightning as nl
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.utils import logging
+
+from kvcat_nemo.engine import host
+from kvcat_nemo.nemo.base import check_base
+
+RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
+
+
+class KVCatStrategy(nl.MegatronStrategy):
+    """MegatronStrategy that also runs on a CPU host and starts from base checkpoints, which hold no routers."""
+
+    def connect(self, model) -> None:
+        if not host.is_cuda():
+            self._fit_cpu(model)
+        super().connect(model)
+
+    def _fit_cpu(self, model) -> None:
+        # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
+        self._process_group_backend = host.process_group_backend()
+        self.async_save = self.parallel_load = False
+        self.pipeline_dtype = torch.float32
+        self.ddp_config.overlap_grad_reduce = self.ddp_config.overlap_param_gather = False
+        # Its checkpoint layout expects the fused Adam of CUDA hosts; on the CPU every rank holds the whole state.
+        self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
+        # The progress printer gathers a table of timers from all ranks, which never ends on gloo when it is empty.
+        self.timers = None
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        if not host.is_cuda():  # NeMo seeds Megatron's tracker only where it counts GPUs
+            state = torch.get_rng_state()
+            tensor_parallel.model_parallel_cuda_manual_seed(
+                RNG_SEED + 100 * parallel_state.get_pipeline_model_parallel_rank()
+            )
+            torch.set_rng_state(state)
+
+    def selective_restore(self) -> None:
+        """Load the weights of `restore_config.path`: a converted base model, or a training checkpoint.
+
+        Raises:
+            ValueError: when the checkpoint is of another architecture, or lacks a parameter other than a router's.
+        """
+        if not self.restore_config:
+            return
+        if self.restore_config.load_optim_state:
+            raise ValueError(
+                "resume.restore_config.load_optim_state=True: a base model has no optimizer state; set it to False"
+            )
+        path = Path(self.restore_config.path)
+        check_base(path, self.lightning_module.config)
+        weights = ckpt_to_weights_subdir(path, is_saving=False)
+        stored = set(dist_checkpointing.load_tensors_metadata(str(weights)))
+        wanted = self.megatron_parallel.sharded_state_dict(metadata={})
+        has_routers = any(".router." in key for key in stored)
+        missing: list[str] = []
+
+        def fit(entry):
+            if not isinstance(entry, ShardedBase):
+                return entry
+            if entry.key not in stored:
+                entry.key = entry.key.removeprefix("module.")  # NeMo's keys carry its wrapper's name
+            if entry.key in stored:
+                return entry
+            if ".router." in entry.key and not has_routers:
+                return LocalNonpersistentObject(entry.data)  # as initialised
+            if entry.key.endswith("_extra_state"):
+                return LocalNonpersistentObject(None)
+            missing.append(entry.key)
+            return entry
+
+        dict_list_map_inplace(fit, wanted)
+        if missing:
+            raise ValueError(
+                f"{path} does not hold {len(missing)} of the model's parameters, such as {missing[0]}: it is not a checkpoint of this "
+                "model (for routers: kvcat.num_groups and kvcat.router_dim must be those of the run that saved it)"
+            )
+        loaded = dist_checkpointing.load(wanted, str(weights))
+        self.load_model_state_dict({"state_dict": loaded}, strict=True)
+        routers = "routers and all" if has_routers else "routers start anew"
+        logging.info(f"Started from the weights of {path} ({routers})")
+        self.barrier("kvcat.base_loaded")
+
+
+class KVCatPrecision(nl.MegatronMixedPrecision):
+    """bf16 (or what is asked for) on CUDA, float32 on a CPU host."""
+
+    def __init__(
+        self,
+        precision: str = "bf16-mixed",
+        params_dtype: torch.dtype | None = None,
+        pipeline_dtype: torch.dtype | None = None,
+        autocast_enabled: bool = False,
+        grad_reduce_in_fp32: bool = True,
+    ):
+        if not host.is_cuda():
+            precision, params_dtype, pipeline_dtype = "32", torch.float32, torch.float32
+        super().__init__(
+            precision=precision,
+            params_dtype=params_dtype,
+            pipeline_dtype=pipeline_dtype,
+            autocast_enabled=autocast_enabled,
+            grad_reduce_in_fp32=grad_reduce_in_fp32,
+        )
+
+
+class KVCatOptimizerModule(MegatronOptimizerModule):
+    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`."""
+
+    def optimizers(self, model):
+        kvcat = model.module.config.kvcat
+        self.lr_mult = kvcat.router_lr_mult
+        self.scale_lr_cond = lambda name, parameter: ".router." in name
+        return super().optimizers(model)

@@ -1,0 +1,90 @@
+"""From a NeMo recipe to a KV-CAT one: swap the parts that know the method, keep the rest."""
+
+from __future__ import annotations
+
+import nemo_run as run
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
+
+from kvcat_nemo.method.config import KVCatConfig
+from kvcat_nemo.nemo.callbacks import KVCatMetrics
+from kvcat_nemo.nemo.data import KVCatDataModule
+from kvcat_nemo.nemo.model import KVCatModel
+from kvcat_nemo.nemo.progress import KVCatProgress
+from kvcat_nemo.nemo.resume import KVCatResume
+from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
+from kvcat_nemo.nemo.tracking import MLflowTracker
+
+
+def as_kvcat(
+    recipe: run.Partial, config: type, *, base: str | None, paths: str | None, dir: str | None, name: str
+) -> run.Partial:
+    """A NeMo pretraining recipe with the paired model, its data, its start and its records.
+
+    The paper's training set-up is filled in (arXiv 2605.05971): sequence 1,024, 131 k tokens a step, 40 k steps, AdamW
+    1e-4 → 5e-6 with 600 steps of warm-up, weight decay 0.01, betas (0.9, 0.95), clip 1.0.
+
+    Args:
+        recipe: any of NeMo's `pretrain_recipe()`s; changed in place and returned.
+        config: the model configuration, one of kvcat_nemo.nemo.config.
+        base: converted base model, for its weights and its tokenizer; paths: the data (kvcat_nemo.nemo.data).
+        dir, name: the run's folder is dir/name.
+    """
+    recipe.model = run.Config(KVCatModel, config=run.Config(config, kvcat=run.Config(KVCatConfig)))
+    trainer = recipe.trainer
+    trainer.accelerator = "auto"  # CUDA where it is, the CPU elsewhere: the recipe is the same
+    trainer.strategy = run.Config(KVCatStrategy, **_arguments(trainer.strategy))
+    trainer.strategy.ddp = run.Config(
+        DistributedDataParallelConfig,
+        check_for_nan_in_grad=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+    )
+    trainer.plugins = run.Config(KVCatPrecision, **_arguments(trainer.plugins or bf16_mixed()))
+    trainer.logger = False  # the loggers are the log's
+    trainer.callbacks = [run.Config(KVCatMetrics), run.Config(KVCatProgress)]
+    trainer.max_steps = 40_000
+    trainer.val_check_interval = 1_000
+    trainer.limit_val_batches = 8
+    trainer.limit_test_batches = 0
+    trainer.num_sanity_val_steps = 0
+    trainer.log_every_n_steps = 1
+    trainer.accumulate_grad_batches = 1  # Megatron accumulates micro-batches itself
+    recipe.data = run.Config(
+        KVCatDataModule, paths=paths, base=base, seq_length=1024, micro_batch_size=4, global_batch_size=128
+    )
+    optim = recipe.optim
+    recipe.optim = run.Config(KVCatOptimizerModule, config=optim.config, lr_scheduler=optim.lr_scheduler)
+    recipe.optim.config.lr = 1e-4
+    recipe.optim.config.weight_decay = 0.01
+    recipe.optim.config.adam_beta1, recipe.optim.config.adam_beta2 = 0.9, 0.95
+    recipe.optim.config.clip_grad = 1.0
+    recipe.optim.lr_scheduler.warmup_steps = 600
+    recipe.optim.lr_scheduler.constant_steps = 0
+    recipe.optim.lr_scheduler.min_lr = 5e-6
+    recipe.log = run.Config(
+        nl.NeMoLogger,
+        name=name,
+        log_dir=dir or "runs",
+        ckpt=run.Config(
+            nl.ModelCheckpoint,
+            monitor="step",
+            mode="max",
+            save_top_k=2,
+            save_last="link",  # NeMo would write the last checkpoint twice
+            every_n_train_steps=1_000,
+            save_optim_on_train_end=True,
+            filename="{step}",
+        ),
+        tensorboard=None,
+        extra_loggers=[run.Config(MLflowTracker, experiment="kvcat")],
+    )
+    recipe.resume = run.Config(KVCatResume, base=base)
+    return recipe
+
+
+def _arguments(config: run.Config) -> dict:
+    """The arguments that were set on a fiddle configuration."""
+    return dict(config.__arguments__)
