@@ -29,7 +29,8 @@ $(STAMP):
 	@rm -f $(VENV)/.setup-*
 	@: > $(LOG)
 	@echo "setup: $(TORCH) (log: $(LOG))"
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; }
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' >> $(LOG) 2>&1 \
+	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
 	@echo "setup: kvcat-nemo with NeMo, Megatron-core and the tools for tests (some minutes the first time)"
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]' >> $(LOG) 2>&1 \
 	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }

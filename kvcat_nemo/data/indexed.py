@@ -74,7 +74,10 @@ def build_dataset(
     out = Path(out_dir)
     sources = [str(source) for source in sources]
     files = find_files(sources)
-    _refuse_foreign(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder")
+    if out.exists() and not (out / MANIFEST).exists():
+        _refuse_foreign(out)
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     tokenizer = load_tokenizer(tokenizer_dir, eod_token)
@@ -201,16 +204,13 @@ def _dtype(tokenizer: DocumentTokenizer) -> type:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raise unless `out` is free, empty or a dataset: --force must never delete anything else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder")
-    names = {path.name for path in out.iterdir()}
-    own = {MANIFEST} | {
-        name + end for name in _SPLITS.values() for end in (".bin", ".idx", ".documents.jsonl")
-    }
-    if foreign := sorted(names - own):
+    """Raise if `out` holds anything that isn't a dataset's: --force must never delete anything else."""
+    ends = (".bin", ".idx", ".documents.jsonl")
+    own = {MANIFEST} | {name + end for name in _SPLITS.values() for end in ends}
+    # Megatron keeps its shuffled indices beside the data. They go with it: for other data they would be wrong.
+    caches = tuple(f"{name}/cache/GPTDataset_indices/" for name in _SPLITS.values())
+    files = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    if foreign := sorted(name for name in files if name not in own and not name.startswith(caches)):
         raise ValueError(f"{out} holds files of other kinds ({', '.join(foreign[:3])}); give another folder")
 
 
@@ -227,6 +227,7 @@ def _existing(out: Path, wanted: DatasetManifest, force: bool) -> DatasetManifes
         why = str(error)
     if not force:
         raise ValueError(f"{out} is there already, {why} (--force replaces it)")
+    _refuse_foreign(out)
     return None
 
 

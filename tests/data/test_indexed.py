@@ -147,6 +147,25 @@ def test_force_never_deletes_a_folder_with_other_files(corpus, tokenizer_dir, tm
     assert corpus.exists()
 
 
+def test_megatrons_index_caches_are_kept_on_reuse_and_go_when_the_data_changes(
+    corpus, tokenizer_dir, tmp_path
+):
+    out = tmp_path / "out"
+    build(corpus, tokenizer_dir, out)
+    cache = out / "train" / "cache" / "GPTDataset_indices"
+    cache.mkdir(parents=True)
+    (cache / "x-shuffle_index.npy").write_bytes(b"1")
+    again, _ = build(corpus, tokenizer_dir, out, force=True)
+    assert again.reused and cache.exists()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="files of other kinds .notes.txt"):
+        build(corpus, tokenizer_dir, out, seed=5, force=True)
+    assert (out / "notes.txt").exists() and cache.exists()
+    (out / "notes.txt").unlink()
+    build(corpus, tokenizer_dir, out, seed=5, force=True)
+    assert not cache.exists()
+
+
 def test_an_interrupted_build_leaves_nothing(corpus, tokenizer_dir, tmp_path, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
