@@ -164,7 +164,7 @@ def export_hf(
         ValueError: when the checkpoint is not exactly one model of the base's architecture, or holds NaN.
     """
     weights = find_weights(checkpoint)
-    base = hf_side(base) if base else find_base(weights, Path(checkpoint))
+    base = hf_side(base) if base else find_base(weights)
     config = read_json(base / "config.json")
     arch = from_hf_config(config)
     model = MegatronModel.open(weights, arch)

@@ -92,7 +92,12 @@ def find_weights(path: str | Path) -> Path:
             if _is_unfinished(checkpoint):
                 raise ValueError(f"{checkpoint} is unfinished: its -unfinished marker is still beside it")
             return weights
-    found = [m.parent.parent for m in path.rglob("weights/metadata.json") if _is_weights(m.parent)]
+    found = [
+        m.parent.parent
+        for m in path.rglob("weights/metadata.json")
+        # Hidden folders are conversions that have not been published.
+        if _is_weights(m.parent) and not any(p.startswith(".") for p in m.relative_to(path).parts)
+    ]
     finished = [checkpoint for checkpoint in found if not _is_unfinished(checkpoint)]
     if not finished:
         hint = f"; {len(found)} unfinished one(s) were skipped" if found else ""
@@ -100,26 +105,22 @@ def find_weights(path: str | Path) -> Path:
     return max(finished, key=_recency) / "weights"
 
 
-def find_base(weights: Path, stop: Path) -> Path:
-    """Where config and tokenizer of a checkpoint come from: its hf/, or the nearest kvcat_base.json above it.
+def find_base(weights: Path) -> Path:
+    """Where config and tokenizer of a checkpoint come from: its hf/, or the nearest kvcat_base.json.
 
-    Args:
-        weights: the distributed checkpoint.
-        stop: the folder the user named; the search ends there (or at the checkpoint, if that is further up).
+    That file is looked for beside the weights and in up to three folders above the checkpoint (NeMo puts
+    checkpoints into run/version/checkpoints/).
 
     Raises:
         ValueError: when neither is there.
     """
-    folder, stop = weights.resolve(), stop.resolve()
-    above = [folder, folder.parent]
-    while above[-1] != stop and stop in above[-1].parents:
-        above.append(above[-1].parent)
-    for candidate in above:
-        if (candidate / "hf" / "config.json").is_file():
-            return candidate / "hf"
-        if (candidate / BASE).is_file():
-            base = Path(read_json(candidate / BASE)["base"])
-            return hf_side(base if base.is_absolute() else candidate / base)
+    weights = weights.absolute()  # not resolved: weights may be a link out of the run
+    for level, folder in enumerate([weights, *weights.parents][:5]):
+        if level <= 1 and (folder / "hf" / "config.json").is_file():
+            return folder / "hf"
+        if (folder / BASE).is_file():
+            base = Path(read_json(folder / BASE)["base"])
+            return hf_side(base if base.is_absolute() else folder / base)
     raise ValueError(
         f"{weights} does not say which Hugging Face model it belongs to; name an imported or a Hugging Face "
         f"folder with --base"

@@ -32,6 +32,8 @@ class RankJob:
     prompt: int
     """Greedy decoding starts after this many of the tokens."""
     new_tokens: int
+    precision: str = "float32"
+    """"float32" or "float64": of the whole computation."""
 
 
 def greedy(logits_of, token_ids: list[int], count: int) -> list[int]:
@@ -43,7 +45,7 @@ def greedy(logits_of, token_ids: list[int], count: int) -> list[int]:
 
 
 def _pipelined_logits(model, config, job: RankJob, ids: list[int]) -> torch.Tensor:
-    """float32 logits [T, V] of one text, known to every rank afterwards."""
+    """Logits [T, V] of one text, known to every rank of the pipeline afterwards."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -68,7 +70,9 @@ def _pipelined_logits(model, config, job: RankJob, ids: list[int]) -> torch.Tens
         )
     vocab = job.arch.vocab_size
     # Megatron appends rows for the tensor parallel size; they are no part of the model.
-    logits = kept[0][0, :, :vocab].float().contiguous() if kept else torch.empty(len(ids), vocab)
+    logits = torch.empty(len(ids), vocab, dtype=config.params_dtype)
+    if kept:
+        logits.copy_(kept[0][0, :, :vocab])
     torch.distributed.broadcast(
         logits,
         parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -78,7 +82,7 @@ def _pipelined_logits(model, config, job: RankJob, ids: list[int]) -> torch.Tens
 
 
 def load_model(job: RankJob):
-    """The float32 GPTModel of this rank with the checkpoint's weights in it, and its config."""
+    """The GPTModel of this rank with the checkpoint's weights in it, and its config."""
     from megatron.core import dist_checkpointing
 
     from kvcat_nemo.conversion.arch import gpt_model, transformer_config
@@ -89,6 +93,7 @@ def load_model(job: RankJob):
         job.arch,
         tensor_model_parallel_size=job.tensor_model_parallel_size,
         pipeline_model_parallel_size=job.pipeline_model_parallel_size,
+        dtype=getattr(torch, job.precision),
     )
     model = gpt_model(job.arch, config).eval()
     prefix = model_prefix(CheckpointReader(job.weights))
