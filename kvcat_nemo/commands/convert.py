@@ -123,6 +123,13 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force):
     "--tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens to decode with both."
 )
 @click.option("--text", help="Text to compare on; a paragraph of Jane Austen by default.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float64"]),
+    default="float32",
+    show_default=True,
+    help="Of the computation. float64 tells rounding from error: tensor parallel ranks sum in another order.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
 @click.option(
     "--timeout",
@@ -131,7 +138,7 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force):
     show_default=True,
     help="Seconds for the Megatron processes.",
 )
-def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, json_file, timeout):
+def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, timeout):
     """Prove that the Megatron checkpoint CKPT is the same model as the Hugging Face folder HF_DIR.
 
     Compares every tensor bit by bit, float32 logits over a text, and greedily decoded tokens. Starts
@@ -145,7 +152,9 @@ def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, json_file, timeout):
     from kvcat_nemo.conversion.verify import verify as run
 
     with clear_errors():
-        options = dict(tolerance=tolerance, new_tokens=tokens, text=text, timeout=timeout)
+        options = dict(
+            tolerance=tolerance, new_tokens=tokens, text=text, precision=precision, timeout=timeout
+        )
         (report,) = run(hf_dir, ckpt, layouts=[(tp, pp)], **options)
         if json_file:
             Path(json_file).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -154,7 +163,7 @@ def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, json_file, timeout):
     click.echo(f"layout   tensor parallel {tp}, pipeline parallel {pp}")
     click.echo(f"weights  {same} of {report.tensors} tensors bit-exact ({report.stored_dtype})")
     click.echo(
-        f"logits   max |difference| {report.max_abs_difference:.3g} (tolerance {tolerance:g}), "
+        f"logits   {precision}, max |difference| {report.max_abs_difference:.3g} (tolerance {tolerance:g}), "
         f"KL {report.mean_kl:.3g} nats, top-1 agreement {report.top1_agreement:.2%}, "
         f"{report.text_tokens} tokens of {report.text_source}"
     )

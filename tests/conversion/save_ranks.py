@@ -31,15 +31,11 @@ def main(spec_file, rank, world_size):
         parallel_state.initialize_model_parallel(tp, pp)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         arch = load_architecture(job["imported"])
-        config = transformer_config(
-            arch, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
-        )
+        config = transformer_config(arch, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
         plain = gpt_model(arch, config)
         # NeMo's prefix: the imported checkpoint must answer to it too.
         prefix = job["prefix"]
-        state = dist_checkpointing.load(
-            plain.sharded_state_dict(prefix=prefix), job["imported"] + "/weights"
-        )
+        state = dist_checkpointing.load(plain.sharded_state_dict(prefix=prefix), job["imported"] + "/weights")
         plain.load_state_dict({k.removeprefix(prefix): v for k, v in state.items()})
         model = DistributedDataParallel(config, DistributedDataParallelConfig(), plain)
         optimizer = get_megatron_optimizer(

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from conversion_models import CONFIGS, LLAMA3_ROPE, build, edit_config, same_bits, tensors_of
+from safetensors.torch import load_file
 
 from kvcat_nemo.conversion.arch import from_hf_config, load_architecture, padded_vocab_size
 from kvcat_nemo.conversion.exporting import export_hf, is_router_key
@@ -28,7 +28,10 @@ def test_round_trip_is_bit_exact_and_loads_with_transformers(name, hf_models, im
     assert_same_tensors(hf_models[name], out)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.config.to_diff_dict() == AutoModelForCausalLM.from_pretrained(hf_models[name]).config.to_diff_dict()
+    assert (
+        model.config.to_diff_dict()
+        == AutoModelForCausalLM.from_pretrained(hf_models[name]).config.to_diff_dict()
+    )
 
 
 def test_bfloat16_shards_go_in_and_out(tmp_path):
@@ -105,7 +108,11 @@ def test_map_names_and_shapes_are_those_of_transformers(name, hf_models):
 
 def test_groups_interleave_as_megatron_splits_them(hf_models):
     arch = load_architecture(hf_models["llama3"])
-    g, d, per_group = arch.num_query_groups, arch.kv_channels, arch.num_attention_heads // arch.num_query_groups
+    g, d, per_group = (
+        arch.num_query_groups,
+        arch.kv_channels,
+        arch.num_attention_heads // arch.num_query_groups,
+    )
     # Each row is named: (kind, head, channel).
     parts = [
         torch.tensor([[kind, head, c] for head in range(heads) for c in range(d)])
@@ -183,6 +190,10 @@ def test_padded_vocab_size():
 
 
 def test_router_keys():
-    routers = ["decoder.layers.router.weight", "decoder.layers.3.self_attention.router.q", "decoder.routers.0.w"]
+    routers = [
+        "decoder.layers.router.weight",
+        "decoder.layers.3.self_attention.router.q",
+        "decoder.routers.0.w",
+    ]
     assert all(map(is_router_key, routers))
     assert not is_router_key("decoder.layers.mlp.linear_fc1.weight") and not is_router_key("decoder.router_x")
