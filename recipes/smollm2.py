@@ -1,20 +1,20 @@
 """SmolLM2-135M: a real model that trains on a laptop's CPU. The quickstart's recipe."""
 
-from __future__ import annotations
+from typing import Optional
 
 import nemo_run as run
-from nemo.collections import llm
 from nemo.collections.llm.recipes import llama32_1b
 
 from kvcat_nemo.nemo.config import KVCatSmolLM2Config135M
 from kvcat_nemo.recipes.base import as_kvcat
+from kvcat_nemo.recipes.overrides import recipe
 
 
-@run.cli.factory(target=llm.pretrain, name="kvcat_smollm2_135m")
+@recipe("kvcat_smollm2_135m")
 def kvcat_smollm2_135m(
-    base: str | None = None,
-    paths: str | None = None,
-    dir: str | None = None,
+    base: Optional[str] = None,
+    paths: Optional[str] = None,
+    dir: Optional[str] = None,
     name: str = "kvcat_smollm2_135m",
 ) -> run.Partial:
     """KV-CAT on SmolLM2-135M in one process: short windows and a short run; routers at layers 0, 7, 15, 22.
@@ -22,20 +22,20 @@ def kvcat_smollm2_135m(
     The paper's routers start at keep probability 1 and have 40,000 steps to come down. A run of some tens of steps starts
     them at the threshold instead (`router_init_keep`), so that the masked pass masks from the first step.
     """
-    recipe = as_kvcat(
+    out = as_kvcat(
         llama32_1b.pretrain_recipe(), KVCatSmolLM2Config135M, base=base, paths=paths, dir=dir, name=name
     )
-    recipe.trainer.devices = 1
-    recipe.trainer.num_nodes = 1
-    recipe.trainer.strategy.context_parallel_size = 1
-    recipe.trainer.max_steps = 40
-    recipe.trainer.val_check_interval = 20
-    recipe.trainer.limit_val_batches = 8
-    recipe.model.config.kvcat.router_init_keep = 0.5
-    recipe.data.seq_length = 512
-    recipe.data.micro_batch_size = 1
-    recipe.data.global_batch_size = 1
-    recipe.data.num_workers = 0
-    recipe.optim.lr_scheduler.warmup_steps = 4
-    recipe.log.ckpt.every_n_train_steps = 40
-    return recipe
+    out.trainer.devices = 1
+    out.trainer.num_nodes = 1
+    out.trainer.strategy.context_parallel_size = 1
+    out.trainer.max_steps = 40
+    out.trainer.val_check_interval = 20
+    out.trainer.limit_val_batches = 8
+    out.model.config.kvcat.router_init_keep = 0.5
+    out.data.seq_length = 512
+    out.data.micro_batch_size = 1
+    out.data.global_batch_size = 1
+    out.data.num_workers = 0
+    out.optim.lr_scheduler.warmup_steps = 4
+    out.log.ckpt.every_n_train_steps = 40
+    return out

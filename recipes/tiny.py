@@ -1,21 +1,21 @@
 """A model of 0.2 M parameters on made-up windows: seconds per run, for tests and first looks."""
 
-from __future__ import annotations
+from typing import Optional
 
 import nemo_run as run
-from nemo.collections import llm
 
 from kvcat_nemo.nemo.config import KVCatQwen2Config
 from kvcat_nemo.nemo.data import SyntheticDataModule
+from kvcat_nemo.recipes.overrides import recipe
 from kvcat_nemo.recipes.smollm2 import kvcat_smollm2_135m
 
 
-@run.cli.factory(target=llm.pretrain, name="kvcat_tiny")
-def kvcat_tiny(dir: str | None = None, name: str = "kvcat_tiny") -> run.Partial:
+@recipe("kvcat_tiny")
+def kvcat_tiny(dir: Optional[str] = None, name: str = "kvcat_tiny") -> run.Partial:
     """KV-CAT on a 4-layer Qwen2-style model with two routers; needs no checkpoint and no data."""
-    recipe = kvcat_smollm2_135m(dir=dir, name=name)
-    kvcat = recipe.model.config.kvcat
-    recipe.model.config = run.Config(
+    out = kvcat_smollm2_135m(dir=dir, name=name)
+    kvcat = out.model.config.kvcat
+    out.model.config = run.Config(
         KVCatQwen2Config,
         kvcat=kvcat,
         num_layers=4,
@@ -29,10 +29,10 @@ def kvcat_tiny(dir: str | None = None, name: str = "kvcat_tiny") -> run.Partial:
     )
     kvcat.num_groups = 2
     kvcat.router_dim = 16
-    recipe.data = run.Config(SyntheticDataModule)
-    recipe.optim.config.lr = 1e-3
-    recipe.trainer.max_steps = 20
-    recipe.trainer.val_check_interval = 10
-    recipe.trainer.limit_val_batches = 2
-    recipe.log.ckpt.every_n_train_steps = 10
-    return recipe
+    out.data = run.Config(SyntheticDataModule)
+    out.optim.config.lr = 1e-3
+    out.trainer.max_steps = 20
+    out.trainer.val_check_interval = 10
+    out.trainer.limit_val_batches = 2
+    out.log.ckpt.every_n_train_steps = 10
+    return out

@@ -1,7 +1,5 @@
 """Callbacks of a training run: the figures of every step, validation at both ends, and what the run is made of."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

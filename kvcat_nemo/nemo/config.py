@@ -1,8 +1,7 @@
 """NeMo's model configurations with KV-CAT settings: one line each, nothing copied."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
+from typing import Optional
 
 import torch
 from megatron.core import parallel_state
@@ -30,7 +29,7 @@ _FUSIONS = (
 class KVCatModelConfig(KVCatFields):
     """Mixed into a NeMo GPT configuration: builds the paired model instead of NeMo's."""
 
-    true_vocab_size: int | None = None
+    true_vocab_size: Optional[int] = None
     """Tokens of the vocabulary without padding; columns after it take no probability. None: `vocab_size`."""
 
     def __post_init__(self):

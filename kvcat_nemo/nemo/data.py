@@ -1,10 +1,8 @@
 """Data modules: tokenised Megatron datasets with exact resume, and a synthetic stream for tests."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
@@ -78,7 +76,7 @@ class KVCatDataModule(PreTrainingDataModule):
     def __init__(
         self,
         paths: Any = None,
-        base: str | None = None,
+        base: Optional[str] = None,
         tokenizer: Any = None,
         seq_length: int = 1024,
         micro_batch_size: int = 1,
@@ -86,7 +84,7 @@ class KVCatDataModule(PreTrainingDataModule):
         num_workers: int = 2,
         seed: int = 1234,
         split: str = "980,20,0",
-        index_mapping_dir: str | None = None,
+        index_mapping_dir: Optional[str] = None,
     ):
         if paths is None:
             raise ValueError("data.paths=None: give a folder made by kvcat data build, or dataset prefixes")

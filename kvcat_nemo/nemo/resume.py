@@ -1,10 +1,8 @@
 """Where a run starts: its own last checkpoint, a base model, or nothing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
@@ -15,7 +13,7 @@ from nemo.utils import AppState, logging
 class KVCatResume(nl.AutoResume):
     """NeMo's AutoResume with a base model to start from, and a word on what it decided."""
 
-    base: str | None = None
+    base: Optional[str] = None
     """A converted base model (kvcat convert import) or a training checkpoint whose weights a new run starts from."""
     mode: Literal["auto", "must", "never"] = "auto"
     """auto: go on from the run's last checkpoint if there is one; must: fail without one; never: fail with one."""

@@ -1,7 +1,5 @@
 """NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

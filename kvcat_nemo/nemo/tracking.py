@@ -1,13 +1,11 @@
 """Where a run's figures go: a JSON-lines file beside the checkpoints, and MLflow."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -69,7 +67,7 @@ class MLflowTracker(MLFlowLogger):
     A store that fails does not stop training: it is reported once, and the JSON-lines file has all figures.
     """
 
-    def __init__(self, experiment: str = "kvcat", tracking_uri: str | None = None):
+    def __init__(self, experiment: str = "kvcat", tracking_uri: Optional[str] = None):
         uri = (
             tracking_uri
             or os.environ.get("MLFLOW_TRACKING_URI")
@@ -104,7 +102,7 @@ class MLflowTracker(MLFlowLogger):
         }
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: Optional[int] = None) -> None:
         """As Lightning's, but a step that a metric already has is not logged again (MLflow would keep both)."""
 
         def send():
