@@ -1,0 +1,1 @@
+"""Hugging Face ↔ Megatron: one weight map per architecture, streamed both ways, and the proof that nothing changed."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcat_nemo.conversion.layout import check_layout, padded_vocab_size
 from kvcat_nemo.conversion.rope import RopeScaling, inverse_frequencies, rope_from_config
 
 if TYPE_CHECKING:
@@ -123,44 +124,6 @@ def load_architecture(folder: str | Path) -> Architecture:
     from kvcat_nemo.conversion.folders import read_config
 
     return from_hf_config(read_config(folder))
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisible_by: int = 1) -> int:
-    """The smallest multiple of divisible_by × tensor_model_parallel_size that holds vocab_size rows."""
-    multiple = divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
-def check_layout(
-    arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
-) -> None:
-    """Refuse a parallel layout that Megatron cannot run the model in.
-
-    Raises:
-        ValueError: names the fields that do not divide, and the sizes that work.
-    """
-    splits = {
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_query_groups,
-        "ffn_hidden_size": arch.ffn_hidden_size,
-    }
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    wrong = [f"{name} {value}" for name, value in splits.items() if tp < 1 or value % tp]
-    if wrong:
-        works = [n for n in range(1, arch.num_query_groups + 1) if not any(v % n for v in splits.values())]
-        raise ValueError(
-            f"tensor_model_parallel_size {tp} does not divide {', '.join(wrong)}; sizes that work: {_list(works)}"
-        )
-    if pp < 1 or arch.num_layers % pp:
-        works = [n for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0]
-        raise ValueError(
-            f"pipeline_model_parallel_size {pp} does not divide num_layers {arch.num_layers}; "
-            f"sizes that work: {_list(works)}"
-        )
-
-
-def _list(values: list[int]) -> str:
-    return ", ".join(map(str, values))
 
 
 def transformer_config(

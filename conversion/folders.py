@@ -111,8 +111,10 @@ def find_base(weights: Path) -> Path:
     That file is looked for beside the weights and in up to three folders above the checkpoint (NeMo puts
     checkpoints into run/version/checkpoints/).
 
+    A relative path in it counts from that file, or else from the working directory.
+
     Raises:
-        ValueError: when neither is there.
+        ValueError: when neither is there, or the named folder is not.
     """
     weights = weights.absolute()  # not resolved: weights may be a link out of the run
     for level, folder in enumerate([weights, *weights.parents][:5]):
@@ -120,7 +122,12 @@ def find_base(weights: Path) -> Path:
             return folder / "hf"
         if (folder / BASE).is_file():
             base = Path(read_json(folder / BASE)["base"])
-            return hf_side(base if base.is_absolute() else folder / base)
+            beside = folder / base  # an absolute base stays as it is
+            if not (beside.is_dir() or base.is_dir()):
+                raise ValueError(
+                    f"{folder / BASE} names {base}, which is not there; name the base with --base"
+                )
+            return hf_side(beside if beside.is_dir() else base)
     raise ValueError(
         f"{weights} does not say which Hugging Face model it belongs to; name an imported or a Hugging Face "
         f"folder with --base"

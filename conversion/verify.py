@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kvcat_nemo.conversion.arch import Architecture, check_layout, load_architecture
+from kvcat_nemo.conversion.arch import Architecture, load_architecture
 from kvcat_nemo.conversion.exporting import MegatronModel
 from kvcat_nemo.conversion.folders import find_weights
 from kvcat_nemo.conversion.importing import check_source
+from kvcat_nemo.conversion.layout import check_layout
 from kvcat_nemo.conversion.ranks import run_ranks
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
 from kvcat_nemo.conversion.verify_rank import RankJob, greedy

@@ -10,7 +10,7 @@ import pytest
 from conversion_models import CONFIGS, same_bits, tensors_of
 
 from kvcat_nemo.conversion.arch import load_architecture
-from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
+from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader, CheckpointWriter
 from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.ranks import run_ranks
 from kvcat_nemo.conversion.verify import hf_answer, judge
@@ -146,3 +146,39 @@ def test_a_run_that_names_no_base_is_refused(imported, tmp_path):
     (tmp_path / "run" / "weights").symlink_to(imported["qwen3"] / "weights")
     with pytest.raises(ValueError, match="--base"):
         export_hf(tmp_path / "run", tmp_path / "out")
+
+
+def test_the_base_may_be_relative_and_must_exist(imported, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    checkpoint = run / "version" / "checkpoints" / "step=1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").symlink_to(imported["qwen3"] / "weights")
+    (tmp_path / "base").symlink_to(imported["qwen3"])
+    for base, folder in (("../base", "/"), ("base", tmp_path)):
+        (run / "kvcat_base.json").write_text(json.dumps({"base": base}))
+        monkeypatch.chdir(folder)
+        assert export_hf(checkpoint, tmp_path / "out", force=True).is_dir()
+    (run / "kvcat_base.json").write_text(json.dumps({"base": "gone"}))
+    with pytest.raises(ValueError, match="names gone, which is not there"):
+        export_hf(checkpoint, tmp_path / "none")
+
+
+def test_layers_that_are_not_stacked_are_exported_too(imported, hf_models, tmp_path):
+    """Megatron saves layers that differ from one another under keys of their own."""
+    reader = CheckpointReader(imported["qwen3"] / "weights")
+    (tmp_path / "weights").mkdir()
+    writer = CheckpointWriter(tmp_path / "weights", ("module.",))
+    for key, shape in reader.shapes.items():
+        if key.startswith("module."):
+            continue
+        whole = reader.read(key, [0] * len(shape), shape)
+        if not key.startswith("decoder.layers."):
+            writer.add_tensor(key, whole, shape, [0] * len(shape))
+            continue
+        for layer, tensor in enumerate(whole):
+            name = key.replace("layers.", f"layers.{layer}.")
+            writer.add_tensor(name, tensor.clone(), shape[1:], [0] * tensor.ndim)
+    writer.close()
+    out = export_hf(tmp_path, tmp_path / "out", base=hf_models["qwen3"])
+    exported, original = tensors_of(out), tensors_of(hf_models["qwen3"])
+    assert [n for n in original if not same_bits(exported[n], original[n])] == []

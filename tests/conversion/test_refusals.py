@@ -12,10 +12,11 @@ from conversion_models import edit_config, tensors_of
 from safetensors.torch import save_file
 
 from kvcat_nemo.cli import main
-from kvcat_nemo.conversion.arch import check_layout, load_architecture
+from kvcat_nemo.conversion.arch import load_architecture
 from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
 from kvcat_nemo.conversion.exporting import export_hf, model_prefix
 from kvcat_nemo.conversion.importing import import_hf
+from kvcat_nemo.conversion.layout import check_layout
 
 
 def _edit(folder, change):
