@@ -40,6 +40,7 @@ def chunked_linear_attention(
     q, k, v = (F.pad(x, (0, 0, 0, pad)).view(B, -1, chunk, x.shape[-1]) for x in (q_BTR, k_BTR, v1))
     inside = torch.tril(q @ k.transpose(-1, -2)) @ v
     state_BNRR = k.transpose(-1, -2) @ v
-    before = state_BNRR.cumsum(1) - state_BNRR
+    # Shifted by a chunk, not `cumsum − own`: subtraction would leave rounding of later tokens in earlier outputs.
+    before = F.pad(state_BNRR.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
     out = (inside + q @ before).reshape(B, T + pad, R + 1)[:, :T]
     return out[..., :R] / (out[..., R:] + eps)
