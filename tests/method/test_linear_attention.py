@@ -16,7 +16,11 @@ def features(B, T, R, seed=0, dtype=torch.float64):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    B=st.integers(1, 3), T=st.integers(1, 70), R=st.integers(1, 9), chunk=st.integers(1, 40), seed=st.integers(0, 9)
+    B=st.integers(1, 3),
+    T=st.integers(1, 70),
+    R=st.integers(1, 9),
+    chunk=st.integers(1, 40),
+    seed=st.integers(0, 9),
 )
 def test_equals_the_quadratic_form(B, T, R, chunk, seed):
     q, k, v = features(B, T, R, seed)

@@ -1,0 +1,95 @@
+"""Random and attention masks: what they keep, and on what they depend."""
+
+import math
+
+import pytest
+import torch
+
+from kvcat_nemo.method.policies import accumulated_attention, attention_gate, random_gate, window_ids
+
+IDS = window_ids(torch.randint(0, 50_000, (64, 32), generator=torch.Generator().manual_seed(0)))
+
+
+def gate(ids=IDS, tokens=2048, keep=0.5, seed=1, group=0):
+    return random_gate(ids, tokens, keep=keep, seed=seed, group=group)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_random_keeps_its_fraction(keep):
+    drawn = gate(keep=keep)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0} and drawn.dtype == torch.float32
+    sigma = math.sqrt(keep * (1 - keep))
+    assert abs(drawn.mean() - keep) < 4 * sigma / math.sqrt(drawn.numel())
+    assert (drawn.mean(1) - keep).abs().max() < 5 * sigma / math.sqrt(2048)  # each window
+    assert (drawn.mean(0) - keep).abs().max() < 5.5 * sigma / math.sqrt(64)  # each position
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs().item()
+
+
+def test_random_is_independent_across_positions_groups_windows_and_seeds():
+    drawn = gate()
+    bound = 4.5 / math.sqrt(drawn.numel())
+    for lag in (1, 2, 3, 64):
+        assert correlation(drawn[:, lag:], drawn[:, :-lag]) < bound, lag
+    for group in (1, 2, 3):
+        assert correlation(drawn, gate(group=group)) < bound
+    for seed in (0, 2, 1234):
+        assert correlation(drawn, gate(seed=seed)) < bound
+    assert correlation(drawn[1:], drawn[:-1]) < bound * 1.1
+    near = gate(ids=torch.arange(64))  # neighbouring numbers too
+    assert correlation(near[1:], near[:-1]) < bound * 1.1
+    assert correlation(near, drawn) < bound
+
+
+def test_random_is_deterministic_and_free_of_generators():
+    first = gate()
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    assert torch.equal(gate(), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_does_not_depend_on_the_place_in_the_batch_or_on_later_tokens():
+    drawn = gate()
+    order = torch.randperm(len(IDS), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(gate(IDS[order]), drawn[order])
+    assert torch.equal(gate(IDS[5:6]), drawn[5:6])
+    assert torch.equal(gate(tokens=100), drawn[:, :100])
+
+
+def test_window_ids_tell_content_apart():
+    tokens = torch.randint(0, 50, (1, 16), generator=torch.Generator().manual_seed(0))
+    swapped = tokens.clone()
+    swapped[0, [3, 4]] = torch.tensor([1, 2])
+    back = swapped.clone()
+    back[0, [3, 4]] = torch.tensor([2, 1])
+    changed = tokens.clone()
+    changed[0, -1] += 1
+    rows = torch.cat([tokens, swapped, back, changed, tokens.flip(1)])
+    assert len(set(window_ids(rows).tolist())) == 5
+    assert torch.equal(window_ids(rows.int()), window_ids(rows))
+    assert torch.equal(window_ids(rows.flip(0)), window_ids(rows).flip(0))
+
+
+@pytest.mark.parametrize("keep,tokens", [(0.5, 16), (0.5, 17), (0.1, 16), (0.99, 7), (0.01, 7)])
+def test_attention_keeps_its_count_in_every_window(keep, tokens):
+    mass = torch.rand(3, tokens)
+    kept = attention_gate(mass, keep)
+    assert kept.sum(1).tolist() == [math.ceil(keep * tokens)] * 3
+    for row in range(3):  # and the heaviest
+        heavy = kept[row] == 1
+        assert mass[row][heavy].min() >= (mass[row][~heavy].max() if (~heavy).any() else 0)
+
+
+@pytest.mark.parametrize("block", [1, 4, 512])
+def test_accumulated_attention_is_the_column_sum_of_the_softmax(block):
+    rng = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 13, 6, 4, generator=rng), torch.randn(2, 13, 2, 4, generator=rng)
+    expected = torch.zeros(2, 13)
+    for head in range(6):
+        s = torch.einsum("bid,bjd->bij", q[:, :, head], k[:, :, head // 3]) * 0.5
+        s = s.masked_fill(torch.ones(13, 13).triu(1).bool(), float("-inf"))
+        expected += s.softmax(-1).sum(1)
+    torch.testing.assert_close(accumulated_attention(q, k, scale=0.5, block=block), expected)
