@@ -43,3 +43,43 @@ def fetch(name, out, force):
         fetch_model(name, out, force=force, say=lambda line: click.echo(line, err=True))
     except (ValueError, FetchError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+@command.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--prompt", default="The main idea of attention in neural networks is", show_default=True)
+@click.option("--tokens", default=40, show_default=True, help="Tokens to generate, greedily.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False), help="Also write prompt and text to this file."
+)
+def generate(folder, prompt, tokens, json_file):
+    """Load the Hugging Face checkpoint in FOLDER with transformers and let it continue a prompt.
+
+    Fails when the checkpoint lacks a tensor of its architecture or holds one too many.
+
+    \b
+    Example:
+      kvcat model generate results/quickstart/model --prompt "A KV cache is"
+    """
+    import json
+    import os
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {
+        kind: sorted(info[kind])
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    }
+    if wrong:
+        raise click.ClickException(f"{folder} does not load as it should: {wrong}")
+    ids = tokenizer(prompt, return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0])
+    if json_file:
+        with open(json_file, "w", encoding="utf-8") as file:
+            json.dump({"prompt": prompt, "text": text}, file)
+    click.echo(text)

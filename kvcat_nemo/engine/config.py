@@ -1,7 +1,5 @@
 """What a Megatron configuration must look like for a paired pass, checked before any process group starts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from megatron.core.transformer.transformer_config import TransformerConfig

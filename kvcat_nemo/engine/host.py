@@ -13,6 +13,7 @@ import functools
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -39,6 +40,12 @@ def peak_memory_bytes() -> int:
     """Peak bytes so far: allocated CUDA memory, or the process' peak resident set on the CPU."""
     if is_cuda():
         return torch.cuda.max_memory_allocated()
+    # Not getrusage's ru_maxrss where there is a choice: a child process starts with its parent's.
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(
+            int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith("VmHWM")
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

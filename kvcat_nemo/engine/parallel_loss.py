@@ -34,7 +34,9 @@ class _Shard:
         """A copy in at least float32, with padding columns out of the softmax."""
         x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if self.real < x.shape[-1]:
-            x[..., self.real :] = -1e30  # finite after a temperature too: −inf − (−inf) would be NaN in the KL
+            x[
+                ..., self.real :
+            ] = -1e30  # finite after a temperature too: −inf − (−inf) would be NaN in the KL
         return x
 
     def log_softmax(self, x: Tensor) -> Tensor:

@@ -5,19 +5,11 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D head dim.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.blocked import blocked_gated_attention
 from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, gated_attention_reference
-
-
-def _plain(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings):
-    # The oracle's own algebra in the given dtype, with the softmax in at least float32.
-    dtype = q_BTHD.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    q, k, v, gate = (x.to(wide) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
-    return gated_attention_reference(q, k, v, gate, **settings).to(dtype)
 
 
 def _oracle(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings):
@@ -25,7 +17,7 @@ def _oracle(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings):
     return gated_attention_reference(q, k, v, gate, **settings).to(q_BTHD.dtype)
 
 
-BACKENDS = {"plain": _plain, "oracle": _oracle}
+BACKENDS = {"plain": blocked_gated_attention, "oracle": _oracle}
 
 
 def gated_attention(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 GATE_GRADIENT_CAP = 30.0
-"""In its gate's gradient, a dropped slot's weight relative to the row's largest visible one is at most exp(30).
+"""In its gate's gradient, a dropped slot's weight is at most exp(30) times that of the row's visible slots together.
 
 The output is unaffected (the gate is 0). Without a cap the gradient is as large as the exponential of the gap and
 overflows where a dropped slot dominates a row by some eighty logits.
@@ -45,7 +45,8 @@ def gated_attention_reference(
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all.
         scale: softmax scale, normally D^-½.
         sinks, recent_window: slots that no gate hides; the own slot is always one of them.
-        gradient_cap: logits by which a dropped slot may exceed the visible ones in its gate's gradient; exact below.
+        gradient_cap: logits by which a dropped slot may exceed the visible ones together in its gate's gradient; exact
+            below.
 
     Returns:
         [B, T, H, D] in q's dtype. Memory is O(T²).
@@ -59,11 +60,9 @@ def gated_attention_reference(
     free = always_visible(T, sinks, recent_window, q.device)
     gate = gate_BTG.to(s_BGNTT.dtype).expand(B, T, G).permute(0, 2, 1)[:, :, None, None]
     g = torch.where(free, torch.ones_like(gate), gate) * causal
-    visible = causal & (g.detach() > 0)
-    top = s_BGNTT.detach().masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
-    gap = s_BGNTT - top
+    level = (s_BGNTT + g.log()).logsumexp(-1, keepdim=True).detach()
     # Hidden slots may lie far above the visible ones; the future is cut before exp so that it cannot overflow.
-    gap = torch.where(visible, gap, gap.clamp(max=gradient_cap)).masked_fill(~causal, float("-inf"))
-    e = g * gap.exp()
+    gap = (s_BGNTT - level).masked_fill(~causal, float("-inf"))
+    e = g * torch.where(g.detach() > 0, gap, gap.clamp(max=gradient_cap)).exp()
     o = (e / e.sum(-1, keepdim=True)) @ v
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).to(q_BTHD.dtype)

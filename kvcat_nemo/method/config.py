@@ -1,7 +1,5 @@
 """What a KV-CAT run can choose. Defaults are the paper's (arXiv 2605.05971) where it says, ours where it does not."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Literal
 

@@ -93,6 +93,11 @@ class KVCatMetrics(pl.Callback):
         if self.validate_at_ends and self._validated_at != trainer.global_step:
             self._validate(trainer)
 
+    def on_fit_end(self, trainer, pl_module) -> None:
+        # After the last checkpoint is on disk; what waits for the run looks for this file.
+        if trainer.is_global_zero and trainer.global_step >= trainer.max_steps:
+            write_atomically(run_folder() / "finished.json", json.dumps({"step": trainer.global_step}) + "\n")
+
     def _validate(self, trainer: pl.Trainer) -> None:
         if not trainer.enable_validation:
             return

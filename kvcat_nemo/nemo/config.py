@@ -111,7 +111,9 @@ class KVCatSmolLM2Config135M(KVCatLlamaConfig):
 
 @dataclass
 class KVCatLlama31Config8B(KVCatModelConfig, llm.Llama31Config8B):
-    """Llama-3.1-8B."""
+    """Llama-3.1-8B, with the vocabulary that NeMo leaves to the tokenizer."""
+
+    vocab_size: int = 128256
 
 
 @dataclass

@@ -107,6 +107,7 @@ class KVCatDataModule(PreTrainingDataModule):
             split=split,
             index_mapping_dir=index_mapping_dir,
         )
+        self.base, self.paths = base, paths
         # Attention is causal by construction; NeMo would make a T×T mask per window where it finds no Transformer Engine.
         self.create_attention_mask = False
 

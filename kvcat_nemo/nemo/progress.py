@@ -30,7 +30,12 @@ class KVCatProgress(ProgressBar):
         if self._enabled and trainer.is_global_zero and self._bar is None:
             done = trainer.global_step
             self._bar = tqdm(
-                total=trainer.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True
+                total=trainer.max_steps,
+                initial=done,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                position=0,
             )
 
     def on_train_batch_end(self, trainer, *args) -> None:
@@ -59,6 +64,7 @@ class KVCatProgress(ProgressBar):
                 desc=f"validation at step {trainer.global_step}",
                 unit="batch",
                 leave=False,
+                position=0,  # on the training bar's line, which is drawn again after it
                 dynamic_ncols=True,
             )
 

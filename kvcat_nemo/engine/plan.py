@@ -1,0 +1,116 @@
+"""What a run will cost, from its configuration alone: parameters, memory per GPU, FLOPs.
+
+Estimates follow "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198) for activations and
+the usual 6·N FLOPs per token; both count the two passes of a paired batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvcat_nemo.method.config import KVCatConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out over processes."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    micro_batch_size: int
+    global_batch_size: int
+    seq_length: int
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks.
+
+        Raises:
+            ValueError: when the processes do not divide into model replicas, or the batch into micro-batches.
+        """
+        replica = self.tensor * self.pipeline
+        if self.world_size % replica:
+            raise ValueError(
+                f"{self.world_size} processes (trainer.devices × trainer.num_nodes) do not divide into replicas of {replica} "
+                f"(tensor {self.tensor} × pipeline {self.pipeline}); change one of them"
+            )
+        data = self.world_size // replica
+        if self.global_batch_size % (data * self.micro_batch_size):
+            raise ValueError(
+                f"data.global_batch_size={self.global_batch_size}: not a multiple of data.micro_batch_size={self.micro_batch_size} × "
+                f"{data} data-parallel ranks; use {-(-self.global_batch_size // (data * self.micro_batch_size)) * data * self.micro_batch_size}"
+            )
+        return data
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.global_batch_size // (self.data * self.micro_batch_size)
+
+
+def parameters(config) -> dict[str, int]:
+    """Parameters by part: `embedding`, `output` (0 when tied), `layers`, `routers`, `norm`, and their `total`.
+
+    Args:
+        config: a Megatron configuration with `vocab_size`, `share_embeddings_and_output_weights` and `kvcat`.
+    """
+    width, ffn, head = config.hidden_size, config.ffn_hidden_size, config.kv_channels
+    queries, keys = config.num_attention_heads * head, config.num_query_groups * head
+    attention = width * (queries + 2 * keys) + queries * width
+    attention += (queries + 2 * keys) if config.add_qkv_bias else 0
+    attention += 2 * head if config.qk_layernorm else 0
+    mlp = (3 if config.gated_linear_unit else 2) * width * ffn
+    kvcat: KVCatConfig = config.kvcat
+    router = width * width + 4 * width * kvcat.router_dim + 2 * width + 1
+    out = {
+        "embedding": config.vocab_size * width,
+        "output": 0 if config.share_embeddings_and_output_weights else config.vocab_size * width,
+        "layers": config.num_layers * (attention + mlp + 2 * width),
+        "routers": kvcat.num_groups * router if kvcat.policy == "router" else 0,
+        "norm": width,
+    }
+    return out | {"total": sum(out.values())}
+
+
+def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
+    """Bytes on the fullest GPU in bf16 training, by part, and their `total`.
+
+    Weights in bf16, gradients summed in float32, Adam's two moments and the float32 master weights (divided over
+    data-parallel ranks by a distributed optimizer). Activations without recomputation: 34 bytes per token, channel and
+    layer and pass, and the logits of both passes.
+    """
+    parts = parameters(config)
+    shard = layout.tensor * layout.pipeline
+    layers = parts["layers"] / shard + parts["routers"] / layout.pipeline
+    ends = (parts["embedding"] + parts["output"]) / layout.tensor
+    if layout.pipeline > 1:
+        ends = max(parts["embedding"], parts["output"] or parts["embedding"]) / layout.tensor
+    local = layers + ends + parts["norm"]
+    passes = 2 if config.kvcat.paired else 1
+    tokens = layout.micro_batch_size * layout.seq_length
+    in_flight = min(layout.pipeline, layout.num_microbatches)  # micro-batches the first stage holds in 1F1B
+    split = 34 / layout.tensor if layout.sequence_parallel else 10 + 24 / layout.tensor
+    activations = (
+        passes * tokens * config.hidden_size * split * config.num_layers / layout.pipeline * in_flight
+    )
+    logits = passes * tokens * config.vocab_size / layout.tensor * (2 + 2)  # bf16, and their gradient
+    out = {
+        "weights": 2 * local,
+        "gradients": 4 * local,
+        "optimizer": 12 * local / (layout.data if layout.distributed_optimizer else 1),
+        "activations": activations,
+        "logits": logits,
+    }
+    out = {name: int(value) for name, value in out.items()}
+    return out | {"total": sum(out.values())}
+
+
+def flops_per_step(config, layout: Layout) -> float:
+    """Forward and backward of every pass: 6 per weight and token, and 12·T·width/2 per layer and token of causal attention."""
+    parts = parameters(config)
+    weights = parts["total"] - parts["embedding"] + (parts["embedding"] if not parts["output"] else 0)
+    attention = 6 * config.num_layers * layout.seq_length * config.num_attention_heads * config.kv_channels
+    passes = 2 if config.kvcat.paired else 1
+    return passes * (6.0 * weights + attention) * layout.global_batch_size * layout.seq_length

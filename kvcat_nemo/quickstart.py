@@ -1,0 +1,227 @@
+"""`make quickstart`: continued pretraining of a real model with KV-CAT, from nothing to the report.
+
+Each stage is a command that a user would type, printed before it is run. A stage whose result is there is not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvcat_nemo.report import attach_to_mlflow, mlflow_store, table, write
+
+MODEL = Path("models/smollm2-135m")
+BASE = Path("models/smollm2-135m-megatron")
+CORPUS = Path("data/qasper.jsonl")
+DATA = Path("data/qasper")
+RESULTS = Path("results/quickstart")
+RUN = RESULTS / "run"
+EXPORTED = RESULTS / "model"
+REPORT = RESULTS / "report.json"
+
+STEPS = int(os.environ.get("KVCAT_QUICKSTART_STEPS", "32"))
+
+# Lines of NeMo's output that are shown; the rest is in the stage's log.
+_SHOWN = re.compile(r"(training: |validation at step|step \d+: held-out|kvcat: )")
+
+
+class StageFailed(RuntimeError):
+    """A stage's command failed; the message has its last lines."""
+
+
+def command(*words: str | Path) -> list[str]:
+    """A command of this environment: `kvcat …` or `nemo …`."""
+    return [str(Path(sys.executable).parent / str(words[0])), *map(str, words[1:])]
+
+
+def run(words: list[str], log: Path, *, shown: re.Pattern[str] | None = None) -> None:
+    """Run a command; its whole output goes to `log`, the lines that match `shown` (or all) to the terminal.
+
+    Raises:
+        StageFailed: when it fails.
+    """
+    print(f"  $ {shlex.join([Path(words[0]).name, *words[1:]])}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONUNBUFFERED": "1",
+        "NEMORUN_HOME": str(RESULTS.resolve() / "nemo_run"),
+        "COLUMNS": "110",
+    }
+    # nemo-run starts torchrun and friends by name.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        assert process.stdout is not None
+        pending = b""
+        while piece := process.stdout.read1(4096):
+            file.write(piece)
+            *whole, pending = re.split(rb"(?<=[\r\n])", pending + piece)
+            for line in whole:
+                text = line.decode("utf-8", "replace")
+                if shown is None or shown.search(text):
+                    print(f"  {text.lstrip()}", end="", flush=True)
+        code = process.wait()
+    if code:
+        tail = "\n".join(log.read_text("utf-8", "replace").replace("\r", "\n").splitlines()[-25:])
+        raise StageFailed(
+            f"{shlex.join(words)} ended with code {code}. Its last lines ({log} has all):\n{tail}"
+        )
+
+
+def fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+class Stages:
+    """Remembers which stages are done, by a fingerprint of what went into them."""
+
+    def __init__(self, path: Path, total: int):
+        self.path, self.total, self.number = path, total, 0
+        self.done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def stage(self, name: str, what: str, key: str, result: Path, work: Callable[[], None]) -> None:
+        """Run `work` unless `result` exists and was made from the same `key`."""
+        self.number += 1
+        print(f"\n[{self.number}/{self.total}] {what}", flush=True)
+        if self.done.get(name, {}).get("key") == key and result.exists():
+            print(f"  done before ({self.done[name]['seconds']:.0f} s), re-used: {result}")
+            return
+        started = time.time()
+        work()
+        self.done[name] = {"key": key, "seconds": time.time() - started}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.done, indent=2))
+        os.replace(temporary, self.path)
+        print(f"  done in {self.done[name]['seconds']:.0f} s", flush=True)
+
+
+def training_command() -> list[str]:
+    factory = f"kvcat_smollm2_135m(base='{BASE}', paths='{DATA}', dir='{RESULTS}', name='{RUN.name}')"
+    # Three validations: before, in the middle and after.
+    overrides = [
+        f"trainer.max_steps={STEPS}",
+        f"trainer.val_check_interval={max(STEPS // 2, 1)}",
+        f"log.ckpt.every_n_train_steps={STEPS}",
+    ]
+    return command("nemo", "llm", "pretrain", "--factory", factory, "-y", *overrides)
+
+
+def main() -> None:
+    started = time.time()
+    print(
+        "KV-CAT quickstart: continued pretraining of SmolLM2-135M on full scientific papers, so that its KV cache\n"
+        "compresses better. Everything below runs on the CPU; each line after $ is a command that you can use yourself."
+    )
+    stages = Stages(RESULTS / "stages.json", total=7)
+    logs = RESULTS / "logs"
+    try:
+        _stages(stages, logs)
+    except StageFailed as failure:
+        sys.exit(f"\nquickstart stopped: {failure}")
+    minutes = (time.time() - started) / 60
+    print(
+        f"\nAll stages took {minutes:.1f} minutes. The report: {REPORT}; the picture: {RESULTS / 'losses.png'}"
+    )
+    print(
+        f"See the run in MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {mlflow_store()}"
+    )
+
+
+def _stages(stages: Stages, logs: Path) -> None:
+    stages.stage(
+        "model",
+        "Fetch a real pretrained model, SmolLM2-135M, and write it as a Hugging Face checkpoint with tokenizer",
+        fingerprint("model", 1),
+        MODEL / "config.json",
+        lambda: run(command("kvcat", "model", "fetch", "smollm2-135m", MODEL), logs / "model.log"),
+    )
+
+    def data() -> None:
+        run(command("kvcat", "data", "fetch", "qasper", CORPUS), logs / "fetch.log")
+        run(command("kvcat", "data", "build", CORPUS, "--tokenizer", MODEL, "--out", DATA), logs / "data.log")
+
+    stages.stage(
+        "data",
+        "Fetch real long documents, the QASPER papers; split by document; build a Megatron indexed dataset",
+        fingerprint("data", 1),
+        DATA / "manifest.json",
+        data,
+    )
+
+    def convert() -> None:
+        if not (BASE / "kvcat_checkpoint.json").is_file():
+            run(command("kvcat", "convert", "import", MODEL, BASE), logs / "import.log")
+        verify = command("kvcat", "convert", "verify", MODEL, BASE, "--json", RESULTS / "verify.json")
+        run(verify, logs / "verify.log")
+
+    stages.stage(
+        "convert",
+        "Convert it to a Megatron distributed checkpoint, and prove that it is the same model",
+        fingerprint("convert", 1),
+        RESULTS / "verify.json",
+        convert,
+    )
+    training = fingerprint(training_command(), (DATA / "manifest.json").read_text())
+    finished = RUN / "kvcat" / "finished.json"
+
+    def train() -> None:
+        if finished.is_file():  # of other settings: a new run must not go on from it
+            RUN.rename(RUN.with_name(f"{RUN.name}-{int(finished.stat().st_mtime)}"))
+        run(training_command(), logs / "train.log", shown=_SHOWN)
+        if not finished.is_file():
+            raise StageFailed(f"training ended early; {logs / 'train.log'} says why")
+
+    stages.stage(
+        "train",
+        f"Train {STEPS} steps: each batch passes dense and masked, dense and masked validation before and after",
+        training,
+        finished,
+        train,
+    )
+
+    def export() -> None:
+        run(command("kvcat", "export", RUN, EXPORTED, "--base", BASE, "--force"), logs / "export.log")
+        say = command("kvcat", "model", "generate", EXPORTED, "--json", RESULTS / "sample.json")
+        run(say, logs / "generate.log")
+
+    stages.stage(
+        "export",
+        "Export a plain Hugging Face model (no router in it), load it with transformers, generate",
+        training,
+        EXPORTED / "config.json",
+        export,
+    )
+
+    def report() -> None:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        seconds = {name: entry["seconds"] for name, entry in stages.done.items()}
+        write(RUN, DATA, RESULTS, stage_seconds=seconds, peak_of_children=peak)
+
+    stages.stage("report", "Report: table, JSON with manifest, picture", training, REPORT, report)
+
+    stages.stage(
+        "track",
+        "Attach report and picture to the run in MLflow (a local SQLite store)",
+        training,
+        REPORT,
+        lambda: attach_to_mlflow(RUN, RESULTS),
+    )
+    print(table(json.loads(REPORT.read_text())))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()
