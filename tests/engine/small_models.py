@@ -1,0 +1,170 @@
+"""Small GPTs in float64 for the engine's tests, and one training step of them by Megatron's own schedule."""
+
+from __future__ import annotations
+
+import torch
+
+TOKENS, WINDOWS, MICROBATCHES = 8, 2, 4
+VOCAB, PADDED_VOCAB = (
+    101,
+    104,
+)  # 101 is not a multiple of two: at TP2 the second rank has three columns of padding
+
+MODELS = {
+    # name → (KVCatConfig fields, TransformerConfig fields, tied embeddings)
+    "router, tied, q/k norms": ({"router_dim": 4}, {"qk_layernorm": True}, True),
+    "router, untied, qkv bias": (
+        {
+            "router_dim": 4,
+            "router_input": "dense",
+            "sinks": 1,
+            "recent_window": 2,
+            "distill_temperature": 2.0,
+        },
+        {"add_qkv_bias": True},
+        False,
+    ),
+    "random, tied": ({"policy": "random"}, {}, True),
+    "attention, untied": ({"policy": "attention"}, {}, False),
+    "none, untied": ({"policy": "none"}, {}, False),
+}
+
+
+def transformer_config(name="router, tied, q/k norms", kvcat=None, dtype=torch.float64, **fields):
+    """KVCatTransformerConfig of a model; `kvcat` and `fields` go over those of MODELS."""
+    from kvcat_nemo.engine.config import KVCatTransformerConfig
+    from kvcat_nemo.method.config import KVCatConfig
+
+    settings, more, _ = MODELS[name]
+    base = dict(
+        num_layers=4,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        kvcat=KVCatConfig(**{"num_groups": 2} | settings | (kvcat or {})),
+    )
+    return KVCatTransformerConfig(**base | more | fields)
+
+
+def build(config, tied=True, vp_stage=None, cls=None, **gpt):
+    """KVCatGPTModel (or `cls`) of this rank's stage. Routers follow the model to float64, which casts never do."""
+    from megatron.core import parallel_state
+
+    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.spec import kvcat_block_spec
+
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+    if cls is None:
+        cls, gpt = KVCatGPTModel, {"true_vocab_size": VOCAB} | gpt
+    model = cls(
+        config,
+        kvcat_block_spec(config, vp_stage),
+        vocab_size=PADDED_VOCAB,
+        max_sequence_length=TOKENS,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=tied,
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        vp_stage=vp_stage,
+        **gpt,
+    )
+    if config.params_dtype == torch.float64:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.double()
+    return model
+
+
+@torch.no_grad()
+def enliven(model, seed=0):
+    """Weights of a model in the middle of its training: nothing is 0 or 1, gates are open and shut."""
+    rng = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=rng, dtype=torch.float64).to(parameter)
+        if name.endswith("router.alpha"):
+            parameter.fill_(0.6)
+        elif parameter.dim() < 2:
+            parameter.add_(0.2 * noise)
+        else:
+            parameter.copy_(noise * parameter.shape[1] ** -0.5)
+
+
+def microbatches():
+    """The global batch, the same for every layout: MICROBATCHES × (tokens, labels, loss mask)."""
+    rng = torch.Generator().manual_seed(11)
+    for _ in range(MICROBATCHES):
+        text = torch.randint(0, VOCAB, (WINDOWS, TOKENS + 1), generator=rng)
+        yield text[:, :-1], text[:, 1:], (torch.rand(WINDOWS, TOKENS, generator=rng) < 0.8).double()
+
+
+def record_gates(chunks) -> dict[int, list]:
+    """Layer → gates that its attention gets, one per micro-batch, as the model runs."""
+    from kvcat_nemo.engine.layer import kvcat_layers
+
+    gates: dict[int, list] = {}
+    for chunk in chunks:
+        for layer in kvcat_layers(chunk):
+
+            def keep(module, args, kwargs, layer=layer):
+                gate = kwargs["attention_bias"]
+                gates.setdefault(layer.layer_number, []).append(
+                    None if gate is None else gate.detach().clone()
+                )
+
+            layer.self_attention.core_attention.register_forward_pre_hook(keep, with_kwargs=True)
+    return gates
+
+
+def train_step(chunks, config, dp_rank=0, dp=1):
+    """Forward and backward of the global batch by Megatron's schedule; gradients are final afterwards.
+
+    Args:
+        chunks: this rank's model chunks in the DDP wrapper.
+
+    Returns:
+        named figures of the step.
+    """
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from kvcat_nemo.engine.collectives import set_router_loss_scale
+    from kvcat_nemo.engine.step import microbatch_loss, step_metrics
+
+    mine = list(microbatches())[dp_rank::dp]
+    config.finalize_model_grads_func = finalize_model_grads
+    position = torch.arange(TOKENS).expand(WINDOWS, TOKENS)
+
+    def forward_step(iterator, model):
+        tokens, labels, loss_mask = next(iterator)
+        set_router_loss_scale(config, len(mine))
+        out = model(tokens, position, None, labels=labels)
+        return out, lambda metrics: microbatch_loss(metrics, loss_mask, config.kvcat)
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    iterators = [iter(mine) for _ in chunks]
+    sums = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(mine),
+        seq_length=TOKENS,
+        micro_batch_size=2 * WINDOWS if config.kvcat.paired else WINDOWS,
+        forward_only=False,
+    )
+    return step_metrics(sums, chunks, config.kvcat)
