@@ -1,0 +1,203 @@
+"""`nemo llm pretrain` with a KV-CAT recipe, as a user types it: start from a base, resume, export, records."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.nemo, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+STEPS = 6
+
+
+def nemo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "NEMORUN_HOME": str(folder / ".nemo_run"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [str(BIN / "nemo"), "llm", "pretrain", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def train(folder: Path, base: Path, name: str, steps: int, *overrides: str) -> Path:
+    result = nemo(
+        folder,
+        "--factory",
+        f"kvcat_tiny(dir='{folder / 'runs'}', name='{name}')",
+        "-y",
+        f"resume.base={base}",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={STEPS // 2}",
+        # One schedule, however often the run is cut.
+        f"optim.lr_scheduler.max_steps={STEPS}",
+        *overrides,
+    )
+    run = folder / "runs" / name
+    assert (run / "kvcat" / "finished.json").is_file(), result.stdout[-3000:] + result.stderr[-3000:]
+    return run
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "kvcat" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Qwen2 of kvcat_tiny's shape, as a Hugging Face folder and converted."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from kvcat_nemo.conversion.importing import import_hf
+
+    root = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)  # zero biases would hide a dropped one
+    model.save_pretrained(root / "hf")
+    return root / "hf", import_hf(root / "hf", root / "megatron")
+
+
+@pytest.fixture(scope="module")
+def straight(base, tmp_path_factory):
+    """STEPS steps in one go."""
+    return train(tmp_path_factory.mktemp("straight"), base[1], "tiny", STEPS)
+
+
+@pytest.fixture(scope="module")
+def resumed(base, tmp_path_factory):
+    """Half of the steps, an end, and the other half."""
+    folder = tmp_path_factory.mktemp("resumed")
+    train(folder, base[1], "tiny", STEPS // 2)
+    (folder / "runs" / "tiny" / "kvcat" / "finished.json").unlink()
+    return train(folder, base[1], "tiny", STEPS)
+
+
+def held_out_ce(folder: Path) -> float:
+    """Mean cross-entropy of a Hugging Face model on kvcat_tiny's validation windows."""
+    from transformers import AutoModelForCausalLM
+
+    from kvcat_nemo.nemo.data import RecallDataset
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    windows = RecallDataset(8, 64, 128, seed=1235)  # two validation batches of four windows
+    batch = [windows[i] for i in range(len(windows))]
+    ids, labels = (torch.stack([w[name] for w in batch]) for name in ("tokens", "labels"))
+    with torch.no_grad():
+        logits = model(ids).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+
+
+def test_starts_from_the_base_models_weights(straight, base):
+    before = next(x for x in metrics(straight) if x["kind"] == "validation" and x["step"] == 0)
+    assert before["loss/anchor"] == pytest.approx(held_out_ce(base[0]), abs=1e-5)
+
+
+def test_named_figures(straight):
+    train_lines = [x for x in metrics(straight) if x["kind"] == "train"]
+    assert [x["step"] for x in train_lines] == list(range(1, STEPS + 1))
+    last = train_lines[-1]
+    for name in ("anchor", "distill", "budget"):
+        assert last[f"loss/{name}"] > 0 and last[f"weighted/{name}"] > 0
+    assert last["loss/total"] == pytest.approx(
+        sum(last[f"weighted/{n}"] for n in ("anchor", "distill", "budget"))
+    )
+    for name in (
+        "ce_masked",
+        "top1_agreement",
+        "keep_rate",
+        "keep_rate/group0",
+        "keep_rate/group1",
+        "flipped",
+    ):
+        assert name in last
+    for name in ("grad_norm/backbone", "grad_norm/routers", "tokens_per_second", "peak_memory_bytes"):
+        assert last[name] > 0
+    assert train_lines[-1]["loss/anchor"] < train_lines[0]["loss/anchor"]
+
+
+def test_validates_before_and_after_on_the_same_windows(straight):
+    held = [x for x in metrics(straight) if x["kind"] == "validation"]
+    assert [x["step"] for x in held] == [0, STEPS // 2, STEPS]
+    assert len({x["tokens"] for x in held}) == 1 and held[0]["tokens"] == 8 * 64
+    assert all({"dense_ppl", "masked_ppl", "keep_rate"} <= set(x) for x in held)
+
+
+def test_resume_is_exact(straight, resumed):
+    """Every figure but times and memory, to the last bit."""
+    timed = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
+    # Measured on the previous step's window, which a new process does not have.
+    fresh = {"flipped", "flipped/group0", "flipped/group1"}
+
+    def comparable(run):
+        return [{k: v for k, v in line.items() if k not in timed | fresh} for line in metrics(run)]
+
+    assert comparable(resumed) == comparable(straight)
+
+
+def test_one_mlflow_run_in_which_no_step_stands_twice(resumed):
+    from mlflow import MlflowClient
+
+    root = resumed.parent.parent
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert len(runs) == 1
+    run = runs[0]
+    assert run.info.run_id == json.loads((resumed / "kvcat" / "mlflow_run.json").read_text())["run_id"]
+    assert run.info.status == "FINISHED"
+    for name in ("train/loss/total", "train/keep_rate", "train/grad_norm/routers"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, STEPS + 1))
+    assert run.data.params["model.kvcat.policy"] == "router"
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"config.json"}
+
+
+def test_export_is_the_trained_model_without_routers(straight, base, tmp_path):
+    from safetensors import safe_open
+
+    from kvcat_nemo.conversion.exporting import export_hf
+
+    export_hf(straight, tmp_path / "out", base=base[1])
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    with safe_open(base[0] / "model.safetensors", "pt") as file:
+        assert names == set(file.keys())
+    after = [x for x in metrics(straight) if x["kind"] == "validation"][-1]
+    assert held_out_ce(tmp_path / "out") == pytest.approx(after["loss/anchor"], abs=1e-5)
+    assert held_out_ce(tmp_path / "out") != pytest.approx(held_out_ce(base[0]), abs=1e-3)
+
+
+def test_unknown_override_fails_with_the_nearest_name(tmp_path):
+    result = nemo(tmp_path, "--factory", "kvcat_tiny", "-y", "trainer.max_stepz=5")
+    assert result.returncode != 0
+    assert "did you mean trainer.max_steps" in result.stdout + result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_lists_every_recipe(tmp_path):
+    from kvcat_nemo.recipes import RECIPES
+
+    result = nemo(tmp_path, "--help")
+    assert result.returncode == 0
+    for name in RECIPES:
+        assert name in result.stdout, name

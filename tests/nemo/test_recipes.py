@@ -1,0 +1,191 @@
+"""Recipes: all there, derived from NeMo's, refused when a setting does not fit, and planned without starting anything."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.nemo
+
+NAMES = [
+    "kvcat_tiny",
+    "kvcat_smollm2_135m",
+    "kvcat_qwen25_0p5b",
+    "kvcat_qwen25_1p5b",
+    "kvcat_qwen25_7b",
+    "kvcat_qwen3_1p7b",
+    "kvcat_llama31_8b",
+]
+
+# Published parameter counts of the plain models, embeddings tied where theirs are.
+PUBLISHED = {
+    "kvcat_smollm2_135m": 134_515_008,
+    "kvcat_qwen25_0p5b": 494_032_768,
+    "kvcat_qwen25_1p5b": 1_543_714_304,
+    "kvcat_qwen25_7b": 7_615_616_512,
+    "kvcat_qwen3_1p7b": 1_720_574_976,
+    "kvcat_llama31_8b": 8_030_261_248,
+}
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    from kvcat_nemo.recipes import RECIPES
+
+    return RECIPES
+
+
+def test_every_recipe_is_exported(recipes):
+    assert list(recipes) == NAMES  # that nemo lists them is tested with its own --help (test_pretrain.py)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_builds_and_plans(recipes, name):
+    from kvcat_nemo.nemo.plan import plan
+
+    out = plan(recipes[name]())
+    assert out["memory_per_gpu_bytes"]["total"] > 0 and out["flops_per_step"] > 0
+    if name in PUBLISHED:
+        assert out["parameters"]["total"] - out["parameters"]["routers"] == PUBLISHED[name]
+
+
+def test_papers_settings(recipes):
+    from kvcat_nemo.nemo.plan import plan
+
+    small, large = plan(recipes["kvcat_qwen25_0p5b"]()), plan(recipes["kvcat_qwen25_1p5b"]())
+    assert small["router_layers"] == [0, 6, 12, 18] and large["router_layers"] == [0, 7, 14, 21]
+    recipe = recipes["kvcat_qwen25_0p5b"]()
+    assert small["tokens_per_step"] == 131_072 and small["steps"] == 40_000  # 5.24 B tokens
+    assert recipe.data.seq_length == 1024
+    optimizer, schedule = recipe.optim.config, recipe.optim.lr_scheduler
+    assert (optimizer.lr, schedule.min_lr, schedule.warmup_steps) == (1e-4, 5e-6, 600)
+    assert (optimizer.weight_decay, optimizer.clip_grad) == (0.01, 1.0)
+    assert (optimizer.adam_beta1, optimizer.adam_beta2) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("trainer.max_stepz=3", "trainer.max_steps"),
+        ("model.config.kvcat.polcy=random", "model.config.kvcat.policy"),
+        ("dta.paths=1", "data"),
+        ("trainer.strategy.tensor_parallel_size=2", "trainer.strategy.tensor_model_parallel_size"),
+        ("data.global_batch=3", "data.global_batch_size"),
+    ],
+)
+def test_unknown_override_gets_the_nearest_name(recipes, override, suggestion):
+    from kvcat_nemo.recipes.overrides import check_overrides
+
+    with pytest.raises(ValueError, match=suggestion.replace(".", r"\.")):
+        check_overrides(recipes["kvcat_smollm2_135m"](), [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.config.kvcat.policy=random",
+        "model.config.kvcat.router_init_keep=0.7",
+        "trainer.max_steps=7",
+        "trainer.strategy.ddp.overlap_grad_reduce=False",
+        "data.paths=/tmp/x",
+        "data.paths=['30','/a','70','/b']",
+        "data.base=/tmp/y",
+        "resume.base=/tmp/y",
+        "resume.mode=must",
+        "optim.config.lr=0.001",
+        "log.name=mine",
+    ],
+)
+def test_known_override_is_taken(recipes, override):
+    from nemo_run.cli.cli_parser import parse_cli_args
+
+    from kvcat_nemo.recipes.overrides import check_overrides
+
+    recipe = recipes["kvcat_smollm2_135m"]()
+    check_overrides(recipe, [override])
+    value = parse_cli_args(recipe, [override])
+    name, text = override.split("=", 1)
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert str(value).replace(" ", "").replace('"', "'") == text
+
+
+def set_field(recipe, dotted, value):
+    *path, last = dotted.split(".")
+    for part in path:
+        recipe = getattr(recipe, part)
+    setattr(recipe, last, value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer.strategy.tensor_model_parallel_size": 2}, "num_attention_heads=9"),
+        ({"trainer.strategy.context_parallel_size": 2}, "context_parallel_size=2"),
+        ({"trainer.strategy.pipeline_model_parallel_size": 3, "trainer.devices": 3}, "straddles"),
+        ({"model.config.kvcat.num_groups": 31}, "num_groups=31"),
+        ({"model.config.attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"model.config.recompute_granularity": "full"}, "recompute_granularity='full'"),
+        ({"trainer.devices": 2}, "global_batch_size=1"),
+        ({"trainer.strategy.sequence_parallel": True}, "sequence_parallel"),
+    ],
+)
+def test_plan_refuses_what_does_not_fit(recipes, changes, message):
+    from kvcat_nemo.nemo.plan import plan
+
+    recipe = recipes["kvcat_smollm2_135m"]()
+    for name, value in changes.items():
+        set_field(recipe, name, value)
+    with pytest.raises(ValueError, match=message):
+        plan(recipe)
+
+
+def test_base_of_another_architecture_is_refused(recipes, tmp_path):
+    import fiddle as fdl
+
+    from kvcat_nemo.nemo.base import CARD, check_base
+
+    config = fdl.build(recipes["kvcat_smollm2_135m"]().model.config)
+    right = {
+        "num_layers": 30,
+        "hidden_size": 576,
+        "ffn_hidden_size": 1536,
+        "num_attention_heads": 9,
+        "num_query_groups": 3,
+        "kv_channels": 64,
+        "rotary_base": 100000.0,
+        "rms_norm_eps": 1e-5,
+        "tied": True,
+        "qkv_bias": False,
+        "qk_norm": False,
+    }
+    (tmp_path / CARD).write_text(json.dumps({"architecture": right}))
+    check_base(tmp_path, config)
+    (tmp_path / CARD).write_text(json.dumps({"architecture": right | {"rms_norm_eps": 1e-6}}))
+    with pytest.raises(ValueError, match=r"layernorm_epsilon=1e-05.*1e-06"):
+        check_base(tmp_path, config)
+
+
+def test_data_paths_that_do_not_exist_are_named(tmp_path):
+    from kvcat_nemo.nemo.data import dataset_paths
+
+    with pytest.raises(ValueError, match=r"train\.bin does not exist.*kvcat data build"):
+        dataset_paths(tmp_path)
+    with pytest.raises(ValueError, match="train and validation"):
+        dataset_paths({"train": "x"})
+    for name in ("a.bin", "a.idx"):
+        (tmp_path / name).touch()
+    assert dataset_paths(["0.3", str(tmp_path / "a")]) == ["0.3", str(tmp_path / "a")]
+
+
+def test_broken_recipe_import_is_loud(tmp_path):
+    """nemo-run prints and goes on when an entry point fails; our own command must not."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['kvcat_nemo.recipes.base'] = None\n"
+        "sys.argv = ['kvcat', 'train', 'list']\n"
+        "from kvcat_nemo.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0 and "kvcat_nemo.recipes.base" in result.stderr
