@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcat_nemo.engine.parallel_loss import token_losses
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.policies import random_gate, window_ids
+from kvcat_nemo.method.policies import prefix_ids, random_gate
 
 
 class KVCatGPTModel(GPTModel):
@@ -73,9 +73,9 @@ def initial_gates(kvcat: KVCatConfig, input_ids: Tensor) -> Tensor:
     B, T = input_ids.shape
     if kvcat.policy != "random":
         return torch.ones(1, B, T, device=input_ids.device)
-    ids = window_ids(input_ids)
+    ids = prefix_ids(input_ids)
     draws = [
-        random_gate(ids, T, keep=kvcat.target_keep_fraction, seed=kvcat.seed, group=group)
+        random_gate(ids, keep=kvcat.target_keep_fraction, seed=kvcat.seed, group=group)
         for group in range(kvcat.num_groups)
     ]
     return torch.stack(draws)

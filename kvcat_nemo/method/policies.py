@@ -27,36 +27,34 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ shifted(x, 31)
 
 
-def window_ids(tokens_BT: Tensor) -> Tensor:
-    """A number for each window, from its content: the same on every rank and layout, and after every resume.
+def prefix_ids(tokens_BT: Tensor) -> Tensor:
+    """A number for each token, from the window up to it: the same on every rank and layout, and after every resume.
 
     Args:
         tokens_BT: integer token ids.
 
     Returns:
-        [B] int64.
+        [B, T] int64; a later token changes none of the earlier numbers.
     """
     position = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    return _mix(_mix(position) ^ tokens_BT.to(torch.int64)).sum(1)
+    return _mix(_mix(position) ^ tokens_BT.to(torch.int64)).cumsum(1)
 
 
-def random_gate(window_ids_B: Tensor, tokens: int, *, keep: float, seed: int, group: int) -> Tensor:
-    """Each slot is kept with probability `keep`, from a hash of (seed, group, window, position).
+def random_gate(prefix_ids_BT: Tensor, *, keep: float, seed: int, group: int) -> Tensor:
+    """Each slot is kept with probability `keep`, from a hash of (seed, group, window up to the slot, position).
 
     No generator state: every layout, rank and recomputation draws the same mask for the same window.
 
     Args:
-        window_ids_B: int64, a number per window (`window_ids`).
-        tokens: T.
+        prefix_ids_BT: int64, a number per token (`prefix_ids`).
 
     Returns:
         [B, T] float32 of zeros and ones.
     """
-    position = torch.arange(tokens, device=window_ids_B.device)
-    stream = _mix(
-        window_ids_B.to(torch.int64) + _mix(torch.tensor(seed * 1000003 + group, device=window_ids_B.device))
-    )
-    bits = _mix(stream[:, None] + position * -7046029254386353131)
+    ids = prefix_ids_BT.to(torch.int64)
+    position = torch.arange(ids.shape[1], device=ids.device)
+    stream = _mix(ids + _mix(torch.tensor(seed * 1000003 + group, device=ids.device)))
+    bits = _mix(stream + position * -7046029254386353131)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)
     return (uniform < keep).to(torch.float32)
 
