@@ -56,8 +56,9 @@ class _BlockedGatedAttention(torch.autograd.Function):
             slots = (..., slice(0, last), slice(None))
             g, gated = _gates(gate, first, last, sinks, recent_window)
             w = (q[rows] * scale) @ k[slots].transpose(-1, -2)
-            # A hidden slot's weight has no bound of its own: cap it, in its gate's gradient alone (its g is 0).
-            w = w.sub_(lse[..., first:last, None]).clamp_(max=gradient_cap).exp_()
+            w = w.sub_(lse[..., first:last, None])
+            # A hidden slot's weight has no bound of its own: cap it, in its gate's gradient alone. Others' is 1/g at most.
+            w = w.masked_fill_((g == 0) & (w > gradient_cap), gradient_cap).exp_()
             d = grad[rows] @ v[slots].transpose(-1, -2) - delta[rows]
             dgate[..., :last] += (w * d).masked_fill_(~gated, 0.0).sum((2, 3))
             a = w.mul_(g)
