@@ -312,3 +312,19 @@ def test_packed_documents_are_refused(make):
         make().decoder.layers[0].self_attention.core_attention(
             *(torch.zeros(4, 2, 4, 4) for _ in range(3)), packed_seq_params=object()
         )
+
+
+@pytest.mark.parametrize("source", ["masked", "dense"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_routers_read_the_stream_that_is_asked_for(make, source, detached):
+    model = make(kvcat={"router_input": source, "router_detach_input": detached})
+    layer, seen = model.decoder.layers[2], {}
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(hidden=kwargs["hidden_states"]), with_kwargs=True
+    )
+    layer.router.register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    step(model)
+    dense, masked = seen["hidden"].transpose(0, 1).chunk(2)
+    assert not torch.equal(dense, masked)
+    assert torch.equal(seen["h"], dense if source == "dense" else masked)
+    assert seen["h"].requires_grad != detached
