@@ -20,7 +20,8 @@ def kvcat_smollm2_135m(
     """KV-CAT on SmolLM2-135M in one process: short windows and a short run; routers at layers 0, 7, 15, 22.
 
     The paper's routers start at keep probability 1 and have 40,000 steps to come down. A run of some tens of steps starts
-    them at the threshold instead (`router_init_keep`), so that the masked pass masks from the first step.
+    them at the threshold instead (`router_init_keep`), spread wide enough (`router_init_jitter`) that an update moves some
+    tokens across it and not all, and holds them there by a heavier budget loss. docs/LOG.md has what was tried.
     """
     out = as_kvcat(
         llama32_1b.pretrain_recipe(), KVCatSmolLM2Config135M, base=base, paths=paths, dir=dir, name=name
@@ -31,7 +32,10 @@ def kvcat_smollm2_135m(
     out.trainer.max_steps = 40
     out.trainer.val_check_interval = 20
     out.trainer.limit_val_batches = 8
-    out.model.config.kvcat.router_init_keep = 0.5
+    kvcat = out.model.config.kvcat
+    kvcat.router_init_keep = 0.51
+    kvcat.router_init_jitter = 1.0
+    kvcat.budget_weight = 3.0
     out.data.seq_length = 512
     out.data.micro_batch_size = 1
     out.data.global_batch_size = 1

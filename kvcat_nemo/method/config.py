@@ -43,8 +43,12 @@ class KVCatConfig:
     """First slots that every query always sees."""
     recent_window: int = 1
     """Last slots that a query always sees; 1 is its own slot."""
-    gate_gradient_cap: float = 30.0
-    """Logits by which a dropped slot may exceed a row's visible ones in the gradient of its gate; exact below."""
+    gate_gradient_cap: float = 3.0
+    """Logits by which a dropped slot may exceed a row's visible ones in the gradient of its gate; exact below.
+
+    Dropped attention sinks exceed them by tens. With 30, an untrained router's gradient norm was 10⁴ on SmolLM2-135M, and
+    clipping left the backbone no step (docs/LOG.md).
+    """
     seed: int = 1234
     """Seed of router initialisation and of the random policy."""
 
