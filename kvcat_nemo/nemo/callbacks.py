@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.utils import logging
 
 from kvcat_nemo.engine import host
@@ -82,6 +83,12 @@ class KVCatMetrics(pl.Callback):
         )
 
     # --- validation ---
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        # Lightning counts what the loader yields, and NeMo's yields micro-batches: without this a limit of 8 would be
+        # half a global batch where a batch has 16 of them.
+        if isinstance(trainer.limit_val_batches, int):
+            trainer.limit_val_batches *= get_num_microbatches()
 
     def on_train_start(self, trainer, pl_module) -> None:
         if trainer.is_global_zero:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch.callbacks import ProgressBar
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from tqdm import tqdm
 
 from kvcat_nemo.nemo.callbacks import KVCatMetrics
@@ -58,7 +59,8 @@ class KVCatProgress(ProgressBar):
 
     def on_validation_start(self, trainer, pl_module) -> None:
         if self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
-            total = sum(n for n in trainer.num_val_batches if n != float("inf"))
+            micro = sum(n for n in trainer.num_val_batches if n != float("inf"))
+            total = int(micro) // get_num_microbatches()
             self._validation = tqdm(
                 total=total or None,
                 desc=f"validation at step {trainer.global_step}",
