@@ -1,5 +1,6 @@
 """`nemo llm pretrain` with a KV-CAT recipe, as a user types it: start from a base, resume, export, records."""
 
+import contextlib
 import json
 import os
 import signal
@@ -28,8 +29,20 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     environment.pop("MLFLOW_TRACKING_URI", None)
     command = [str(BIN / "nemo"), "llm", "pretrain", *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the process and all that it started (the checkpoint writer is a process of its own)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def nemo(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -38,7 +51,7 @@ def nemo(folder: Path, *arguments: str) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=400)
     finally:
-        process.kill()
+        kill(process)
     return process.returncode, output
 
 
@@ -116,7 +129,7 @@ def resumed(base, tmp_path_factory):
                 break
             time.sleep(0.02)
     finally:
-        process.kill()  # SIGKILL: nothing of its own is run
+        kill(process)
         output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL and not (run / "kvcat" / "finished.json").exists(), output[
         -3000:
