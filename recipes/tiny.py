@@ -30,7 +30,7 @@ def kvcat_tiny(dir: Optional[str] = None, name: str = "kvcat_tiny") -> run.Parti
     kvcat.num_groups = 2
     kvcat.router_dim = 16
     out.data = run.Config(SyntheticDataModule)
-    out.optim.config.lr = 1e-3
+    out.optim.config.lr = out.optim.lr_scheduler.min_lr = 2e-3
     out.trainer.max_steps = 20
     out.trainer.val_check_interval = 10
     out.trainer.limit_val_batches = 2
