@@ -91,6 +91,11 @@ class KVCatMetrics(pl.Callback):
             trainer.limit_val_batches *= get_num_microbatches()
 
     def on_train_start(self, trainer, pl_module) -> None:
+        if trainer.global_step:
+            # A checkpoint is saved before Lightning counts its batch as completed: after a resume the batch number, and
+            # with it every later validation, would be one step behind.
+            done = trainer.fit_loop.epoch_loop.batch_progress.current
+            done.ready = done.started = done.processed = done.completed = trainer.global_step
         if trainer.is_global_zero:
             self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=trainer.global_step)
         if self.validate_at_ends and trainer.global_step == 0:
