@@ -10,7 +10,13 @@ from kvcat_nemo import quickstart, report
 
 
 def line(kind, step, **values):
-    base = {"loss/anchor": 3.0, "loss/distill": 1.0, "keep_rate": 0.5, "keep_rate/group0": 0.5, "top1_agreement": 0.4}
+    base = {
+        "loss/anchor": 3.0,
+        "loss/distill": 1.0,
+        "keep_rate": 0.5,
+        "keep_rate/group0": 0.5,
+        "top1_agreement": 0.4,
+    }
     weighted = {"weighted/anchor": 3.0, "weighted/distill": 1.0, "weighted/budget": 0.1}
     return {"kind": kind, "step": step} | base | weighted | values
 
@@ -29,7 +35,10 @@ def finished(tmp_path):
         line("validation", 2, dense_ppl=19.0, masked_ppl=50.0, keep_rate=0.52, tokens=50.0),
     ]
     (run / "kvcat" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    config = {"model": {"kvcat": {"seed": 1, "target_keep_fraction": 0.5}}, "data": {"seed": 2, "base": "a/base"}}
+    config = {
+        "model": {"kvcat": {"seed": 1, "target_keep_fraction": 0.5}},
+        "data": {"seed": 2, "base": "a/base"},
+    }
     (run / "kvcat" / "config.json").write_text(json.dumps(config))
     fingerprints = {"source": {"fingerprint": "s"}, "tokenizer": {"fingerprint": "t"}, "splits": {}}
     (data / "manifest.json").write_text(json.dumps(fingerprints))
