@@ -34,7 +34,7 @@ def plot_run(lines: Sequence[dict[str, Any]], path: Path, *, title: str, target_
         if train and f"weighted/{name}" in train[0]:
             losses.plot(steps, [x[f"weighted/{name}"] for x in train], label=label)
     losses.set(title="Weighted loss parts (training)", xlabel="step", ylabel="nats per token")
-    losses.legend()
+    losses.legend(loc="upper right", fontsize="small", framealpha=0.6)
 
     groups = sorted(k for k in (train[0] if train else {}) if k.startswith("keep_rate/"))
     for name in groups:
@@ -47,7 +47,7 @@ def plot_run(lines: Sequence[dict[str, Any]], path: Path, *, title: str, target_
     if groups:
         keep.plot(steps, [x["keep_rate"] for x in train], color="black", label="mean")
         keep.axhline(target_keep, color="grey", linestyle="--", label=f"target {target_keep:g}")
-        keep.legend()
+        keep.legend(loc="lower center", ncols=3, fontsize="small", framealpha=0.6)
     keep.set(title="Keep rate (training)", xlabel="step", ylabel="kept / all KV slots", ylim=(0, 1.02))
 
     for name, label in (("masked_ppl", "masked"), ("dense_ppl", "dense")):
