@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -119,6 +120,15 @@ def training_command() -> list[str]:
     return command("nemo", "llm", "pretrain", "--factory", factory, "-y", *overrides)
 
 
+def settings() -> list[str]:
+    """The sources that decide what a recipe does: after a change of them a finished run is not re-used."""
+    recipes = importlib.util.find_spec("kvcat_nemo.recipes")
+    assert recipes is not None and recipes.submodule_search_locations
+    folder = Path(recipes.submodule_search_locations[0])
+    method = Path(__file__).parent / "method"
+    return [path.read_text() for path in sorted([*folder.glob("*.py"), *method.glob("*.py")])]
+
+
 def main() -> None:
     started = time.time()
     print(
@@ -174,7 +184,7 @@ def _stages(stages: Stages, logs: Path) -> None:
         RESULTS / "verify.json",
         convert,
     )
-    training = fingerprint(training_command(), (DATA / "manifest.json").read_text())
+    training = fingerprint(training_command(), settings(), (DATA / "manifest.json").read_text())
     finished = RUN / "kvcat" / "finished.json"
 
     def train() -> None:
