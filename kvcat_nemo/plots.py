@@ -31,9 +31,9 @@ def plot_run(lines: Sequence[dict[str, Any]], path: Path, *, title: str, target_
         ("distill", "distill: KL(dense ‖ masked)"),
         ("budget", "budget"),
     ):
-        if train and f"weighted/{name}" in train[0]:
-            losses.plot(steps, [x[f"weighted/{name}"] for x in train], label=label)
-    losses.set(title="Weighted loss parts (training)", xlabel="step", ylabel="nats per token")
+        if train and f"loss/{name}" in train[0]:
+            losses.plot(steps, [x[f"loss/{name}"] for x in train], label=label)
+    losses.set(title="Loss parts, unweighted (training)", xlabel="step", ylabel="nats per token")
     losses.legend(loc="upper right", fontsize="small", framealpha=0.6)
 
     groups = sorted(k for k in (train[0] if train else {}) if k.startswith("keep_rate/"))
