@@ -1,5 +1,6 @@
 """Data modules: tokenised Megatron datasets with exact resume, and a synthetic stream for tests."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -62,6 +63,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
+class PairedDataSampler(MegatronDataSampler):
+    """Tells the schedule how many windows travel between pipeline stages: of a paired batch, twice a micro-batch's."""
+
+    def on_megatron_step_start(self, step):
+        step = super().on_megatron_step_start(step)
+        windows = self.micro_batch_size * (2 if step.pl_module.config.kvcat.paired else 1)
+        return dataclasses.replace(step, micro_batch_size=windows)
+
+
 class KVCatDataModule(PreTrainingDataModule):
     """NeMo's pretraining data on Megatron's GPTDataset, with the same validation windows at every validation.
 
@@ -108,6 +118,9 @@ class KVCatDataModule(PreTrainingDataModule):
             index_mapping_dir=index_mapping_dir,
         )
         self.base, self.paths = base, paths
+        self.data_sampler = PairedDataSampler(
+            seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
+        )
         # Attention is causal by construction; NeMo would make a T×T mask per window where it finds no Transformer Engine.
         self.create_attention_mask = False
 
@@ -182,7 +195,7 @@ class SyntheticDataModule(pl.LightningDataModule, IOMixin):
         self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.tokenizer = _NumberTokenizer(vocab_size)
-        self.data_sampler = MegatronDataSampler(
+        self.data_sampler = PairedDataSampler(
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from nemo.utils import AppState, logging
 
@@ -73,11 +74,31 @@ class MLflowTracker(MLFlowLogger):
             or os.environ.get("MLFLOW_TRACKING_URI")
             or f"sqlite:///{Path('mlflow.db').resolve()}"
         )
-        super().__init__(experiment_name=experiment, tracking_uri=uri)
+        if rank_zero_only.rank == 0:
+            super().__init__(experiment_name=experiment, tracking_uri=uri)
+        else:  # Lightning's would open the store, and ranks that create a new SQLite file together break it
+            Logger.__init__(self)
+            self._experiment_name, self._experiment_id, self._run_id = experiment, None, None
         self._broken = False
         self._last_step: dict[str, int] = {}
 
     @property
+    def name(self) -> Optional[str]:
+        return self._experiment_name
+
+    @property
+    def version(self) -> Optional[str]:
+        return self._run_id
+
+    @property
+    def save_dir(self) -> None:
+        return None
+
+    def after_save_checkpoint(self, checkpoint_callback) -> None:
+        """Checkpoints stay where they are; they are too large for a tracking server."""
+
+    @property
+    @rank_zero_experiment
     def experiment(self):
         if self._initialized:
             return super().experiment

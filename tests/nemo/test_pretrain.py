@@ -19,7 +19,7 @@ STEPS = 40
 SAVE_EVERY = 10
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "NEMORUN_HOME": str(folder / ".nemo_run"),
@@ -27,7 +27,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
         "COLUMNS": "200",
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [str(BIN / "nemo"), "llm", "pretrain", *arguments]
+    command = [*launcher, str(BIN / "nemo"), "llm", "pretrain", *arguments]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -45,9 +45,9 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def nemo(folder: Path, *arguments: str) -> tuple[int, str]:
+def nemo(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[int, str]:
     """Exit code and output of `nemo llm pretrain …`."""
-    process = start(folder, *arguments)
+    process = start(folder, *arguments, launcher=launcher)
     try:
         output, _ = process.communicate(timeout=400)
     finally:
@@ -213,6 +213,24 @@ def test_one_mlflow_run_in_which_no_step_stands_twice(resumed):
         assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, STEPS + 1))
     assert run.data.params["model.kvcat.policy"] == "router"
     assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"config.json"}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("field", ["pipeline_model_parallel_size", "tensor_model_parallel_size"])
+def test_two_processes_train_as_one(straight, base, tmp_path, field):
+    """The same command under torchrun, at PP2 and TP2: the same figures to float32 rounding, one writer of records."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    arguments = [*training(tmp_path, base[1]), "trainer.devices=2", f"trainer.strategy.{field}=2"]
+    arguments[arguments.index(f"trainer.max_steps={STEPS}")] = "trainer.max_steps=4"
+    arguments[arguments.index(f"trainer.val_check_interval={STEPS // 2}")] = "trainer.val_check_interval=4"
+    code, output = nemo(tmp_path, *arguments, launcher=launcher)
+    assert code == 0, output[-4000:]
+    alone = {x["step"]: x for x in metrics(straight) if x["kind"] == "train"}
+    together = [x for x in metrics(tmp_path / "runs" / "tiny") if x["kind"] == "train"]
+    assert [x["step"] for x in together] == [1, 2, 3, 4]
+    for line in together:
+        for name in ("loss/anchor", "ce_masked", "grad_norm/backbone"):
+            assert line[name] == pytest.approx(alone[line["step"]][name], rel=2e-4), (line["step"], name)
 
 
 def test_export_is_the_trained_model_without_routers(straight, base, tmp_path):
