@@ -12,7 +12,6 @@ def command():
 
 def _recipe(name: str, overrides: tuple[str, ...]):
     import difflib
-    import sys
 
     from kvcat_nemo.recipes import RECIPES  # an import error of a recipe is the user's to see
 
@@ -29,8 +28,6 @@ def _recipe(name: str, overrides: tuple[str, ...]):
         check_overrides(recipe, overrides)
         return parse_cli_args(recipe, list(overrides))
     except Exception as error:
-        if "--debug" in sys.argv:
-            raise
         raise click.ClickException(str(error)) from error
 
 
