@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import (
     Budget,
@@ -16,7 +17,6 @@ from kvcat_nemo.compress import (
     prefill,
     stack_rows,
 )
-from hf_models import small_model, tokens
 
 KINDS = ("llama", "qwen2", "qwen3")
 
