@@ -1,0 +1,1 @@
+"""Protocols that measure a model under a compressed KV cache; needs torch and transformers alone."""
