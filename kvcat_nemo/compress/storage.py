@@ -1,0 +1,138 @@
+"""Compressed caches on disk: one safetensors file, without padding.
+
+The header holds the format and, as JSON, the facts of the cache and the kind of every layer. A layer's tensors are named
+`<layer>.<name>`. A plain layer has `counts_BG` (int32), and its slots one behind the other, rows first, then heads:
+`keys_PD`, `values_PE`, and `bias_P` where any slot has one. Other kinds say what they write themselves (`pack`, `unpack`).
+
+Shapes: B rows, G KV heads, S slots (padded), P slots there are, over all rows and heads; D and E head dims.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvcat_nemo.compress.cache import FORMAT, KVCache, LayerCache
+from kvcat_nemo.data.files import new_file
+
+PLAIN, QUANTISED = "plain", "quantised"
+
+
+def save(cache: KVCache, path: str | Path) -> None:
+    """Write a cache; a crash leaves either the old file or the new one.
+
+    Raises:
+        ValueError: when the facts are not plain JSON, or the folder is not there.
+    """
+    path = Path(path)
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist; make it first")
+    kinds, tensors = [], {"lengths_B": cache.lengths_B}
+    for number, layer in enumerate(cache.layers):
+        kind = _kind(layer)
+        kinds.append({"kind": kind, **_settings(layer)})
+        tensors |= {f"{number}.{name}": x for name, x in _module(kind).pack(layer).items()}
+    try:
+        description = json.dumps({"layers": kinds, "facts": cache.facts})
+    except TypeError as error:
+        raise ValueError(
+            f"facts of the cache: {error}; they must be plain JSON to be kept in a file"
+        ) from None
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    with new_file(path) as temporary:
+        save_file(tensors, temporary, {"format": FORMAT, "cache": description})
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> KVCache:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: names the file when it is missing, cut off, damaged, or no cache of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `kvcat compress` writes one")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                found = header.get("format", "none")
+                raise ValueError(
+                    f"{path}: not a KV cache in the format {FORMAT} (its format: {found}); `kvcat compress` writes one"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: cut off, damaged, or no safetensors file ({error}); write it anew"
+        ) from error
+    try:
+        description = json.loads(header["cache"])
+        layers = [_layer(kind, number, tensors) for number, kind in enumerate(description["layers"])]
+        return KVCache(layers, tensors["lengths_B"], description["facts"])
+    except (KeyError, TypeError, IndexError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged cache file ({error!r}); write it anew") from error
+
+
+def pack(layer: LayerCache) -> dict[str, Tensor]:
+    """The slots of a plain layer, without padding."""
+    present = layer.present_BGS
+    packed = {
+        "counts_BG": layer.slots_BG.int(),
+        "keys_PD": layer.keys_BGSD[present],
+        "values_PE": layer.values_BGSE[present],
+    }
+    if layer.has_bias:
+        packed["bias_P"] = layer.bias_BGS[present]
+    return packed
+
+
+def unpack(packed: dict[str, Tensor]) -> LayerCache:
+    """The layer again, padded behind each head's slots."""
+    counts = packed["counts_BG"].long()
+    present = torch.arange(int(counts.max()), device=counts.device) < counts[..., None]
+    bias = packed.get("bias_P", torch.zeros(len(packed["keys_PD"]), device=counts.device))
+    return LayerCache(
+        spread(packed["keys_PD"], present),
+        spread(packed["values_PE"], present),
+        spread(bias, present, empty=-torch.inf),
+    )
+
+
+def spread(packed_Px: Tensor, present: Tensor, *, empty: float = 0) -> Tensor:
+    """Packed entries at the places where `present` is true, in its order; `empty` elsewhere."""
+    if len(packed_Px) != int(present.sum()):
+        raise RuntimeError(f"{len(packed_Px)} entries for {int(present.sum())} places")
+    out = packed_Px.new_full((*present.shape, *packed_Px.shape[1:]), empty)
+    out[present] = packed_Px
+    return out
+
+
+def _kind(layer: LayerCache) -> str:
+    return PLAIN if type(layer) is LayerCache else QUANTISED
+
+
+def _settings(layer: LayerCache) -> dict[str, Any]:
+    return {} if type(layer) is LayerCache else layer.settings
+
+
+def _module(kind: str):
+    if kind == PLAIN:
+        from kvcat_nemo.compress import storage as module
+    elif kind == QUANTISED:
+        from kvcat_nemo.compress import quantised as module
+    else:
+        raise KeyError(f"layers of kind {kind!r}")
+    return module
+
+
+def _layer(kind: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> LayerCache:
+    prefix = f"{number}."
+    mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    settings = {key: value for key, value in kind.items() if key != "kind"}
+    return _module(kind["kind"]).unpack(mine, **settings)
