@@ -16,7 +16,10 @@ PACKAGES = (
     "nemo-run",
     "megatron-core",
     "transformers",
+    "tokenizers",
     "numpy",
+    "kvpress",
+    "lm_eval",
     "mlflow",
 )
 

@@ -1,0 +1,231 @@
+"""Hugging Face models as evaluations take them: checked before any work, loaded whole, with a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcat_nemo.data.files import sha256_of
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What identifies a model in results."""
+
+    name: str
+    path: str
+    fingerprint: str
+    """sha256 over config.json's settings and the weight files."""
+    tokenizer: str
+    """sha256 of the tokenizer's definition."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that looks like a Hugging Face model: its files are there and whole. Nothing is loaded yet."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads at most (max_position_embeddings)."""
+        return self.config.get("max_position_embeddings")
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.config.get("vocab_size")
+
+
+def find_model(specification: str | Path) -> ModelFolder:
+    """Check a model folder without loading it.
+
+    Args:
+        specification: a folder, or NAME=folder; by default the name is the folder's.
+
+    Raises:
+        ValueError: not a folder, a Megatron checkpoint, no safetensors, or a missing or truncated file; the message
+            says what to do.
+    """
+    text = str(specification)
+    name, equals, rest = text.partition("=")
+    if not equals or Path(text).exists():
+        name, rest = "", text
+    path = Path(rest).expanduser()
+    if not path.is_dir():
+        raise ValueError(
+            f"model {rest!r}: no such folder; give a Hugging Face model folder, e.g. models/smollm2-135m"
+        )
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model {rest!r}: {_what_it_is(path)}")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model {rest!r}: config.json is no model's configuration ({error!r})") from None
+    if kind not in _supported():
+        raise ValueError(f"model {rest!r}: model_type={kind!r}; evaluations know {', '.join(_supported())}")
+    if not any((path / x).is_file() for x in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ValueError(
+            f"model {rest!r}: no tokenizer there; copy the base model's tokenizer files into the folder"
+        )
+    return ModelFolder(name or path.resolve().name, path, config, _weight_files(path, rest))
+
+
+def _supported() -> tuple[str, ...]:
+    from kvcat_nemo.compress.attention import SUPPORTED
+
+    return SUPPORTED
+
+
+def _what_it_is(path: Path) -> str:
+    megatron = ("kvcat_checkpoint.json", "weights", "checkpoints", "metadata.json", "common.pt", "context")
+    if any((path / name).exists() for name in megatron):
+        return "a Megatron checkpoint; export it first: kvcat export CKPT OUT, then give OUT"
+    return "no config.json there, so it is no Hugging Face model folder"
+
+
+def _weight_files(path: Path, shown: str) -> tuple[Path, ...]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"model {shown!r}: {index.name} is damaged ({error!r})") from None
+    else:
+        names = ["model.safetensors"]
+    files = tuple(path / name for name in names)
+    for file in files:
+        if not file.is_file():
+            other = ", ".join(sorted(x.name for x in path.glob("*.bin")))
+            hint = (
+                f"; {other} is a pickle: save the model as safetensors"
+                if other
+                else "; fetch or export it again"
+            )
+            raise ValueError(f"model {shown!r}: {file.name} is missing{hint}")
+        _check_whole(file)
+    return files
+
+
+def _check_whole(file: Path) -> None:
+    """A safetensors file says in its header how long it is."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            (header,) = struct.unpack("<Q", stream.read(8))
+            if header > size:
+                raise ValueError("the header ends behind the file")
+            tensors = json.loads(stream.read(header))
+        end = max((x["data_offsets"][1] for name, x in tensors.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(f"{file}: not a safetensors file ({error}); fetch or export it again") from None
+    if size != 8 + header + end:
+        raise ValueError(
+            f"{file}: {size} bytes, its header counts {8 + header + end}; fetch or export it again"
+        )
+
+
+def find_models(specifications: list[str]) -> list[ModelFolder]:
+    """Check all models, and that their names differ.
+
+    Raises:
+        ValueError: as find_model; two of the same name; none at all.
+    """
+    if not specifications:
+        raise ValueError("models: give at least one model folder")
+    found = [find_model(x) for x in specifications]
+    names = [x.name for x in found]
+    for model in found:
+        if names.count(model.name) > 1:
+            raise ValueError(
+                f"models: two are called {model.name!r}; name them, e.g. base={model.path} trained=OTHER/FOLDER"
+            )
+    return found
+
+
+def weights_fingerprint(model: ModelFolder) -> str:
+    """sha256 over the configuration (not its formatting, nor who wrote it) and every weight file."""
+    config = {k: v for k, v in model.config.items() if k not in ("transformers_version", "_name_or_path")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in model.weights:
+        digest.update(f"\n{file.name} {sha256_of(file)}".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(model: ModelFolder) -> str:
+    """sha256 of the tokenizer's definition.
+
+    Raises:
+        ValueError: when the tokenizer cannot be loaded.
+    """
+    from kvcat_nemo.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(model.path).fingerprint
+
+
+def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: str = "auto"):
+    """Load a model and its tokenizer for evaluation.
+
+    Args:
+        path: folder, NAME=folder, or what `find_model` returned.
+        dtype: of DTYPES.
+        device: as torch names it; "auto" takes CUDA where there is one.
+
+    Returns:
+        (model in eval mode without gradients, tokenizer, ModelFacts).
+
+    Raises:
+        ValueError: as `find_model`; a weight that is missing, unexpected or of another shape; an unknown dtype.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
+    folder = path if isinstance(path, ModelFolder) else find_model(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    except Exception as error:  # transformers raises a dozen kinds for a damaged folder
+        raise ValueError(f"model {str(folder.path)!r} cannot be loaded ({error})") from error
+    wrong = {
+        k: sorted(map(str, info[k]))[:3]
+        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[k]
+    }
+    if wrong:
+        raise ValueError(f"model {str(folder.path)!r} does not load as it should: {wrong}")
+    facts = ModelFacts(
+        folder.name, str(folder.path), weights_fingerprint(folder), tokenizer_fingerprint(folder)
+    )
+    return model.to(choose_device(device)).eval().requires_grad_(False), tokenizer, facts
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a name means; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: when there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: not usable here ({error})") from None
+    return chosen
