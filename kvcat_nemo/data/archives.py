@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +113,9 @@ def members(archive: str | Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                 for member in tar:
                     if member.isfile():
                         yield member.name.removeprefix("./"), lambda m=member: tar.extractfile(m).read()
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{archive}: damaged ({error}); remove it and fetch it again") from error
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+        why = str(error).partition("\n")[0]  # tarfile lists every compression that it tried
+        raise ValueError(f"{archive}: damaged ({why}); remove it and fetch it again") from error
 
 
 def _data_of_deb(opened: io.BufferedReader, archive: Path) -> io.BytesIO:

