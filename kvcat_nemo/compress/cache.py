@@ -100,6 +100,13 @@ class LayerCache:
             bias_BGS=self.bias_BGS[part],
         )
 
+    @staticmethod
+    def stack(parts: list[LayerCache]) -> LayerCache:
+        """One batch of single-row layers; shorter ones are padded behind."""
+        size = max(part.bias_BGS.shape[2] for part in parts)
+        keys, values, bias = zip(*(_padded(part, size) for part in parts), strict=True)
+        return LayerCache(torch.cat(keys), torch.cat(values), torch.cat(bias))
+
 
 @dataclass
 class KVCache:
@@ -154,9 +161,9 @@ def stack_rows(rows: list[KVCache]) -> KVCache:
         return rows[0]
     layers = []
     for parts in zip(*(row.layers for row in rows), strict=True):
-        size = max(part.bias_BGS.shape[2] for part in parts)
-        keys, values, bias = zip(*(_padded(part, size) for part in parts), strict=True)
-        layers.append(LayerCache(torch.cat(keys), torch.cat(values), torch.cat(bias)))
+        kinds = {type(part) for part in parts}
+        kind = kinds.pop() if len(kinds) == 1 else LayerCache
+        layers.append(kind.stack(list(parts)))
     return KVCache(layers, torch.cat([row.lengths_B for row in rows]), dict(rows[0].facts))
 
 

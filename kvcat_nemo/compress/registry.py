@@ -7,6 +7,7 @@ kvpress.SnapKVPress:window_size=32        attention-matching+int8
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -18,10 +19,13 @@ from kvcat_nemo.compress.base import Compressor
 COMPRESSORS = {
     "random": "baselines:Random",
     "recent": "baselines:Recent",
+    "int8": "kivi:Int8",
+    "int4": "kivi:Int4",
 }
 
 
-def _class(name: str) -> type[Compressor]:
+def kind_of(name: str) -> type[Compressor]:
+    """The class behind a name of COMPRESSORS."""
     module, _, attribute = COMPRESSORS[name].partition(":")
     return getattr(importlib.import_module(f"kvcat_nemo.compress.{module}"), attribute)
 
@@ -32,10 +36,17 @@ def make(specification: str) -> Compressor:
     Raises:
         ValueError: on an unknown name or setting, or a value that does not fit.
     """
-    name, *settings = specification.strip().split(":")
+    parts = re.split(r"\+(?=[A-Za-z])", specification.strip())  # not the + of 1e+5
+    if len(parts) > 2:
+        raise ValueError(f"compressor {specification!r}: stack one quantisation on one selection, A+B")
+    if len(parts) == 2:
+        from kvcat_nemo.compress.stack import Stack
+
+        return Stack(make(parts[0]), make(parts[1]))
+    name, *settings = parts[0].split(":")
     if name not in COMPRESSORS:
         raise ValueError(f"compressor {name!r}: choose among {', '.join(COMPRESSORS)}")
-    kind = _class(name)
+    kind = kind_of(name)
     known = [field.name for field in fields(kind)]
     values: dict[str, Any] = {}
     for setting in settings:
