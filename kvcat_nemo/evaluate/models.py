@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ class ModelFacts:
     """sha256 of the tokenizer's definition."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelFolder:
     """A folder that looks like a Hugging Face model: its files are there and whole. Nothing is loaded yet."""
 
@@ -175,6 +176,16 @@ def tokenizer_fingerprint(model: ModelFolder) -> str:
     return load_tokenizer(model.path).fingerprint
 
 
+@functools.cache
+def model_facts(model: ModelFolder) -> ModelFacts:
+    """What identifies a model; reads its files once.
+
+    Raises:
+        ValueError: when the tokenizer cannot be loaded.
+    """
+    return ModelFacts(model.name, str(model.path), weights_fingerprint(model), tokenizer_fingerprint(model))
+
+
 def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: str = "auto"):
     """Load a model and its tokenizer for evaluation.
 
@@ -209,10 +220,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
     }
     if wrong:
         raise ValueError(f"model {str(folder.path)!r} does not load as it should: {wrong}")
-    facts = ModelFacts(
-        folder.name, str(folder.path), weights_fingerprint(folder), tokenizer_fingerprint(folder)
-    )
-    return model.to(choose_device(device)).eval().requires_grad_(False), tokenizer, facts
+    return model.to(choose_device(device)).eval().requires_grad_(False), tokenizer, model_facts(folder)
 
 
 def choose_device(device: str) -> torch.device:
