@@ -1,16 +1,28 @@
-# Everything a clone needs, through pip and the virtual environment .venv in this folder.
+# Everything a clone needs, through pip and virtual environments in this folder: .venv for everything, and
+# .venv-compress, which has neither Megatron nor NeMo, for compress/ and evaluate/ with newer numpy and transformers.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The torch build to install first: a plain requirement would bring the one for CUDA, several GB, where pip's index
 # has no other. For a CPU build, point pip at an index that has one, or: make setup TORCH=path/to/wheel
 TORCH ?= torch==2.13.0
-# More arguments for pytest: make test ARGS='-m "not slow"'
+# More arguments for pytest: make test ARGS='-m "not slow"', or ARGS=tests/compress
 ARGS ?=
 
 VENV := .venv
 # Changes when the pins, the torch build or this folder's place do: then setup runs again.
 KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
 STAMP := $(VENV)/.setup-$(KEY)
+# Transformer Engine without its CUDA extension breaks `import megatron.core`: it has an environment of its own, which
+# sees .venv's packages and serves the tests of kernels/te.py alone.
+VENV_TE := .venv-te
+STAMP_TE := $(VENV_TE)/.setup-$(KEY)-$(shell cksum < constraints-te.txt | tr ' ' '-')
 LOG := $(VENV)/setup.log
+COMPRESS := .venv-compress
+COMPRESS_KEY := $(shell (cat pyproject.toml constraints-compress.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
+COMPRESS_STAMP := $(COMPRESS)/.setup-$(COMPRESS_KEY)
+COMPRESS_LOG := $(COMPRESS)/setup.log
+# What of ARGS the second environment is to run: its own two folders, or of the paths given those in them.
+ARGS_PATHS := $(filter tests%,$(ARGS))
+COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(ARGS_PATHS)),tests/compress tests/evaluate)
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
@@ -19,8 +31,8 @@ IMPORTS := .cache/import_tree
 help:  ## list what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
 
-setup: $(STAMP)  ## make .venv with all that training and tests need (quick when nothing changed)
-	@echo "setup: $(VENV) is ready"
+setup: $(STAMP) $(STAMP_TE) $(COMPRESS_STAMP)  ## make the environments that training and tests need (quick when nothing changed)
+	@echo "setup: $(VENV) and $(COMPRESS) are ready"
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] == (3, 11) else f"setup: {sys.executable} is Python {v[0]}.{v[1]}; the pins in constraints.txt are for Python 3.11. Install it, or name it: make setup PYTHON=/path/to/python3.11")'
@@ -32,12 +44,43 @@ $(STAMP):
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' >> $(LOG) 2>&1 \
 	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
 	@echo "setup: kvcat-nemo with NeMo, Megatron-core and the tools for tests (some minutes the first time)"
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]' >> $(LOG) 2>&1 \
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,dev]' >> $(LOG) 2>&1 \
 	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
 	@touch $@
 
-test: setup  ## run the tests
-	$(VENV)/bin/python -m pytest --durations=15 $(ARGS)
+$(STAMP_TE): $(STAMP)
+	@echo "setup: virtual environment $(VENV_TE) (Transformer Engine's Python layer, for tests)"
+	@$(VENV)/bin/python -m venv --clear --without-pip $(VENV_TE)
+	@$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(VENV_TE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@$(VENV)/bin/python -m pip --python $(VENV_TE)/bin/python install --disable-pip-version-check --no-deps \
+	  -r constraints-te.txt >> $(LOG) 2>&1 \
+	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
+	@touch $@
+
+$(COMPRESS_STAMP):
+	@$(COMPRESS)/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  || { echo "setup: virtual environment $(COMPRESS)"; $(PYTHON) -m venv --clear $(COMPRESS); }
+	@rm -f $(COMPRESS)/.setup-*
+	@: > $(COMPRESS_LOG)
+	@echo "setup: $(COMPRESS), compress and evaluate without Megatron and NeMo (log: $(COMPRESS_LOG))"
+	@$(COMPRESS)/bin/python -m pip install --disable-pip-version-check --no-compile '$(TORCH)' >> $(COMPRESS_LOG) 2>&1 \
+	  && $(COMPRESS)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints-compress.txt \
+	    -e '.[evaluate,kvpress,dev]' >> $(COMPRESS_LOG) 2>&1 \
+	  || { tail -n 30 $(COMPRESS_LOG); echo "setup: pip failed; the whole log is $(COMPRESS_LOG)"; exit 1; }
+	@touch $@
+
+# Both environments run, whatever the first one says; what ARGS selects need not exist in the second (pytest's exit 5).
+test: setup  ## run the tests, those of compress/ and evaluate/ in both environments
+	@mkdir -p .cache && rm -f .cache/tests-*.xml; failed=0; \
+	$(VENV)/bin/python -m pytest --durations=15 --junitxml=.cache/tests-main.xml $(ARGS) || failed=1; \
+	if [ -n "$(COMPRESS_TESTS)" ]; then \
+	  echo "== $(COMPRESS): $(COMPRESS_TESTS)"; code=0; \
+	  $(COMPRESS)/bin/python -m pytest --durations=5 --junitxml=.cache/tests-compress.xml \
+	    $(filter-out tests%,$(ARGS)) $(COMPRESS_TESTS) || code=$$?; \
+	  case "$$code" in 0) ;; 5) [ -n "$(filter-out tests%,$(subst ",,$(ARGS)))" ] || failed=1 ;; *) failed=1 ;; esac; \
+	fi; \
+	$(VENV)/bin/python tests/totals.py .cache/tests-*.xml || failed=1; exit $$failed
 
 quickstart: setup  ## continued pretraining of a real model on real text, from nothing to the report
 	$(VENV)/bin/python -m kvcat_nemo.quickstart
@@ -50,6 +93,6 @@ lint: setup  ## check style and the direction of imports
 	@cp -R kvcat_nemo $(IMPORTS)/ && cp -R recipes conversion $(IMPORTS)/kvcat_nemo/
 	cd $(IMPORTS) && $(CURDIR)/$(VENV)/bin/lint-imports --no-logo --no-cache --config $(CURDIR)/.importlinter
 
-clean:  ## remove caches (keeps .venv, models, data and results)
+clean:  ## remove caches (keeps .venv*, models, data and results)
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis $(IMPORTS)
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

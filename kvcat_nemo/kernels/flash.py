@@ -1,0 +1,225 @@
+"""flash-attn's forward and backward as a FusedKernel: FlashAttention-2 (Ampere on) and FlashAttention-3 (Hopper).
+
+The functions called are those below flash-attn's autograd layer; signatures as of flash-attn 2.7 to 2.8
+(`flash_attn/flash_attn_interface.py`) and flash-attn-3 3.0 (`hopper/flash_attn_interface.py`).
+
+What gated attention relies on, and where the sources do it:
+- backward recomputes P from the lse it is given: `flash_bwd_kernel.h` scales the scores by exp2 against `lse`, and
+  `hopper/mainloop_bwd_sm90_tma_gmma_ws.hpp` alike;
+- δ = Σ_c do·o over every column of the o it is given: `dot_do_o` in `csrc/flash_attn/src/flash_bwd_preprocess_kernel.h`,
+  the same sum in `hopper/flash_bwd_preprocess_kernel.h`;
+- P and dS are rounded to the inputs' dtype before their products, so that a weight of exp(60) needs bf16: fp16 ends
+  at 65504 and is refused.
+
+FlashAttention-2 knows one width for q, k and v, a multiple of 8 up to 256. Inside, it rounds up to a multiple of 32
+(of 64 above 128); narrower tensors only save memory. Sliding windows are (left, right) = (w − 1, 0).
+
+Shapes: B batch, T tokens, H query heads, G KV heads, D width of queries and keys, E width of values.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_WIDTH = 256
+
+
+def left_of(window: int | None) -> int:
+    """Slots to the left of its own that a query sees; −1: all."""
+    return -1 if window is None else window - 1
+
+
+def longest(cu_seqlens: Tensor) -> int:
+    """Tokens of the longest document (waits for the device)."""
+    return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+
+
+def _installed(distribution: str) -> tuple[int, ...] | None:
+    try:
+        text = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    digits = [part for part in text.split("+")[0].split(".")[:2] if part.isdigit()]
+    return tuple(map(int, digits))
+
+
+@functools.cache
+def functions(generation: int):
+    """The module that holds the functions of FlashAttention-2 or -3.
+
+    Raises:
+        ValueError: when the package is missing or has another interface.
+    """
+    if generation == 2:
+        version = _installed("flash-attn")
+        if version is None:
+            raise ValueError(
+                "backend=flash: flash-attn is not installed; pip install flash-attn, or choose backend=te"
+            )
+        if not (2, 7) <= version < (3, 0):
+            raise ValueError(f"backend=flash: flash-attn {version} has another interface; install 2.7 or 2.8")
+        return importlib.import_module("flash_attn.flash_attn_interface")
+    version = _installed("flash-attn-3")
+    if version is None or version < (3, 0):
+        raise ValueError(
+            "backend=flash: flash-attn-3 is not installed; install it from flash-attention/hopper"
+        )
+    module = importlib.import_module("flash_attn_interface")
+    if not hasattr(module, "_flash_attn_forward"):
+        raise ValueError("backend=flash: this flash-attn-3 has another interface; install 3.0.0")
+    return module
+
+
+def available(generation: int) -> bool:
+    """Whether that generation is installed with the interface we know."""
+    try:
+        functions(generation)
+    except (ValueError, ImportError):
+        return False
+    return True
+
+
+class FlashKernel:
+    """FlashAttention-2, or -3 where it is installed and the device is a Hopper; see FusedKernel for the contract."""
+
+    name = "flash"
+    device_type = "cuda"
+    dtypes = (torch.bfloat16,)
+
+    def __init__(self, generation: int | None = None):
+        """generation: 2 or 3; None chooses by device and by what is installed."""
+        self.generation = generation
+
+    def _generation(self, device: torch.device) -> int:
+        if self.generation is not None:
+            return self.generation
+        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        return 3 if hopper and available(3) else 2
+
+    def check(
+        self,
+        *,
+        head_dim_qk: int,
+        head_dim_v: int,
+        dtype,
+        device,
+        window: int | None = None,
+        packed: bool = False,
+    ) -> None:
+        """See FusedKernel.check."""
+        device = torch.device(device)
+        if device.type != self.device_type:
+            raise ValueError(
+                f"backend=flash: tensors are on {device}; flash-attn needs CUDA, choose backend=cpu"
+            )
+        if dtype not in self.dtypes:
+            raise ValueError(
+                f"backend=flash: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients)"
+            )
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                f"backend=flash: compute capability {capability} is below 8.0; choose backend=blocked"
+            )
+        functions(self._generation(device))
+        if head_dim_qk % 8 or head_dim_v % 8 or max(head_dim_qk, head_dim_v) > MAX_WIDTH:
+            raise ValueError(
+                f"backend=flash: head dims ({head_dim_qk}, {head_dim_v}) must be multiples of 8 up to {MAX_WIDTH}"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: give at least 1, a query's own slot")
+
+    def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
+        """Both widths as one multiple of 8."""
+        width = -(-max(head_dim_qk, head_dim_v) // 8) * 8
+        if width > MAX_WIDTH:
+            raise ValueError(
+                f"backend=flash: head dims ({head_dim_qk}, {head_dim_v}) exceed {MAX_WIDTH}; choose backend=blocked"
+            )
+        return width, width
+
+    def forward(
+        self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """See FusedKernel.forward."""
+        E = v_BTGE.shape[-1]
+        generation = self._generation(q_BTHD.device)
+        q, k, v = _one_width(q_BTHD, k_BTGD, v_BTGE)
+        length = None if cu_seqlens is None else longest(cu_seqlens)
+        call = _settings(scale, window)
+        module = functions(generation)
+        if generation == 2:
+            call |= {"dropout_p": 0.0, "causal": True, "alibi_slopes": None, "return_softmax": False}
+            function = module._flash_attn_forward if length is None else module._flash_attn_varlen_forward
+        else:
+            call["causal"] = True
+            function = module._flash_attn_forward
+        if length is None:
+            o, lse_BHT, *rest = function(q, k, v, **call)
+        else:
+            o, lse_HT, *rest = function(q[0], k[0], v[0], **call, **_packing(cu_seqlens, length))
+            o, lse_BHT = o[None], lse_HT[None]
+        return o[..., :E], lse_BHT, (length, rest[-1] if generation == 2 else None)
+
+    def backward(
+        self, do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, saved, *, scale, window=None, cu_seqlens=None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See FusedKernel.backward."""
+        D, E = q_BTHD.shape[-1], v_BTGE.shape[-1]
+        generation = self._generation(q_BTHD.device)
+        q, k, v = _one_width(q_BTHD, k_BTGD, v_BTGE)
+        do, o = (F.pad(x, (0, v.shape[-1] - E)) for x in (do_BTHE, o_BTHE))
+        length, random_state = saved
+        tensors = [do, q, k, v, o]
+        lse = lse_BHT
+        call = _settings(scale, window)
+        call["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        if length is not None:
+            tensors, lse = [x[0] for x in tensors], lse_BHT[0]
+            call |= _packing(cu_seqlens, length)
+        # The kernels index these by shape alone.
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[1:4]]
+        call |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        module = functions(generation)
+        if generation == 2:
+            call |= {"dropout_p": 0.0, "causal": True, "alibi_slopes": None, "rng_state": random_state}
+            function = module._flash_attn_backward if length is None else module._flash_attn_varlen_backward
+        else:
+            call["is_causal"] = True
+            function = module._flash_attn_backward
+        function(*tensors, lse.contiguous(), **call)
+        if length is not None:
+            grads = [x[None] for x in grads]
+        dq, dk, dv = grads
+        return dq[..., :D], dk[..., :D], dv[..., :E]
+
+
+def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v padded with zeros to the wider of their widths (`widths` has seen to it; other callers may not)."""
+    width = max(q.shape[-1], v.shape[-1])
+    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+
+
+def _settings(scale: float, window: int | None) -> dict[str, Any]:
+    return {
+        "softmax_scale": scale,
+        "window_size_left": left_of(window),
+        "window_size_right": 0,
+        "softcap": 0.0,
+    }
+
+
+def _packing(cu_seqlens: Tensor, length: int) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": length,
+        "max_seqlen_k": length,
+    }

@@ -1,0 +1,212 @@
+"""Which of Transformer Engine's backends serves a shape: its own `get_attention_backend`, asked and remembered.
+
+Widths by architecture: cuDNN trains multiples of 8 up to 128 everywhere, up to 256 on sm90 (equal ones, or 192 with
+128), and (192, 128) and (256, 256) on sm100. Ampere's wider heads and its packed documents go to FlashAttention-2.
+Nothing of this is written down here: the selection itself is asked, so a newer Transformer Engine's rules hold.
+
+Shapes: D width of queries and keys, E width of values.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcat_nemo.kernels.flash import FlashKernel, left_of
+
+WIDER = ((96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
+"""(D, E) to try, in this order, where the narrowest multiples of 8 are not taken."""
+
+MOST_REMEMBERED = 4096
+
+INSTALL = (
+    "install flash-attn 2.7 or 2.8, check NVTE_FUSED_ATTN and NVTE_FLASH_ATTN, or choose backend=blocked"
+)
+
+
+@functools.cache
+def engine():
+    """(fused_attn module, selection module, constants) of the installed Transformer Engine.
+
+    Raises:
+        ValueError: when it is missing or cannot be loaded.
+    """
+    try:
+        importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            "backend=te: Transformer Engine is not installed; pip install 'kvcat-nemo[te]' or choose another backend"
+        ) from None
+    try:
+        from transformer_engine.pytorch import constants
+        from transformer_engine.pytorch.attention.dot_product_attention import utils
+        from transformer_engine.pytorch.cpp_extensions import fused_attn
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"backend=te: Transformer Engine cannot be loaded ({error}); install it whole, with its PyTorch extension: "
+            "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+        ) from error
+    return fused_attn, utils, constants
+
+
+@functools.cache
+def parameters(function) -> frozenset[str]:
+    """Names of a function's parameters."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def call(function, required: dict[str, Any], optional: dict[str, Any]):
+    """Call by name; of the optional ones those which this version knows."""
+    known = {name: value for name, value in optional.items() if name in parameters(function)}
+    return function(**required, **known)
+
+
+def deterministic() -> bool:
+    """Transformer Engine's own rule for its attention module."""
+    forbidden = os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"
+    return forbidden or torch.are_deterministic_algorithms_enabled()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What Transformer Engine selected for one shape."""
+
+    name: str
+    """`cudnn`, `flash2`, `flash3`, or what cannot serve: `cudnn512`, `flash4`, `unfused`, `none`."""
+    backend: int | None = None
+    """cuDNN's sub-backend, as Transformer Engine counts them."""
+
+    @property
+    def kernel(self) -> FlashKernel | None:
+        """The flash-attn functions to call, if it is one of those."""
+        return FlashKernel(int(self.name[-1])) if self.name in ("flash2", "flash3") else None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it offers a forward and a backward of its own."""
+        return self.name == "cudnn" or self.kernel is not None
+
+
+def _cudnn_name(backend: int) -> str:
+    """Older versions have a second cuDNN kernel, for up to 512 tokens, that keeps the whole T×T matrix and no lse."""
+    known = engine()[0].FusedAttnBackend
+    return "cudnn" if int(known["F16_arbitrary_seqlen"]) == backend else "cudnn512"
+
+
+class Selection:
+    """Transformer Engine's choices, each asked for once."""
+
+    def __init__(self):
+        self._choices: dict[tuple, Choice] = {}
+
+    def choose(
+        self,
+        head_dim_qk: int,
+        head_dim_v: int,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        batch: int = 1,
+        tokens: int = 4096,
+        heads: int = 16,
+        groups: int = 16,
+        window: int | None = None,
+        documents: int = 0,
+        longest: int = 0,
+        scale: float = 1.0,
+    ) -> Choice:
+        """Ask Transformer Engine for a training backend; documents > 0: packed, `longest` tokens at most."""
+        key = (
+            head_dim_qk,
+            head_dim_v,
+            dtype,
+            batch,
+            tokens,
+            heads,
+            groups,
+            window,
+            documents,
+            longest,
+            scale,
+        )
+        if key not in self._choices:
+            _, utils, _ = engine()
+            at_most = longest if documents else tokens
+            known = {
+                "qkv_dtype": dtype,
+                "qkv_layout": "thd_thd_thd" if documents else "bshd_bshd_bshd",
+                "batch_size": documents or batch,
+                "num_heads": heads,
+                "num_gqa_groups": groups,
+                "max_seqlen_q": at_most,
+                "max_seqlen_kv": at_most,
+                "num_tokens_q": tokens if documents else 0,
+                "num_tokens_kv": tokens if documents else 0,
+                "head_dim_qk": head_dim_qk,
+                "head_dim_v": head_dim_v,
+                "attn_mask_type": "padding_causal" if documents else "causal",
+                "window_size": (left_of(window), 0),
+                "bottom_right_diagonal": False,
+                # Its default claims a bias that wants a gradient, which rules out a deterministic cuDNN.
+                "core_attention_bias_requires_grad": False,
+                "deterministic": deterministic(),
+                "is_training": True,
+                "softmax_scale": scale,
+            }
+            params = call(utils.AttentionParams, {}, known)
+            flash, version, fused, backend, unfused, _ = utils.get_attention_backend(params)
+            if fused:
+                choice = Choice(_cudnn_name(int(backend)), int(backend))
+            elif flash:
+                choice = Choice(f"flash{version.major}")
+            else:
+                choice = Choice("unfused" if unfused else "none")
+            if len(self._choices) > MOST_REMEMBERED:  # packed windows bring ever new lengths
+                self._choices.clear()
+            self._choices[key] = choice
+        return self._choices[key]
+
+    def require(self, choice: Choice, head_dim_qk: int, head_dim_v: int, packed: bool) -> None:
+        """Raise a ValueError that says what to do when that choice cannot serve."""
+        if choice.usable:
+            return
+        capability = torch.cuda.get_device_capability()
+        what = f"head dims ({head_dim_qk}, {head_dim_v}){', packed documents' if packed else ''}"
+        if choice.name == "cudnn512":
+            fix = "set NVTE_FUSED_ATTN_BACKEND=1"
+        elif choice.name == "flash4":
+            fix = "set NVTE_FLASH_ATTN_V4=0, or NVTE_FUSED_ATTN=1 so that cuDNN comes first"
+        else:
+            fix = INSTALL
+        raise ValueError(
+            f"backend=te: for {what} on compute capability {capability[0]}.{capability[1]} Transformer Engine selects "
+            f"{choice.name}, whose forward and backward cannot be called apart; {fix}"
+        )
+
+    def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
+        """The narrowest widths that cuDNN takes on this device, else that FlashAttention takes.
+
+        On Ampere, where Transformer Engine prefers FlashAttention, the narrowest that either takes.
+        """
+        narrow = tuple(-(-width // 8) * 8 for width in (head_dim_qk, head_dim_v))
+        both = (max(narrow),) * 2
+        candidates = dict.fromkeys(
+            pair for pair in (narrow, both, *WIDER) if pair[0] >= head_dim_qk and pair[1] >= head_dim_v
+        )
+        choices = {pair: self.choose(*pair) for pair in candidates}
+        cudnn = [pair for pair, choice in choices.items() if choice.name == "cudnn"]
+        usable = [pair for pair, choice in choices.items() if choice.usable]
+        if torch.cuda.get_device_capability() >= (9, 0) and cudnn:
+            return cudnn[0]
+        if not usable:
+            capability = torch.cuda.get_device_capability()
+            raise ValueError(
+                f"backend=te: Transformer Engine has no kernel for head dims ({head_dim_qk}, {head_dim_v}) or somewhat wider "
+                f"on compute capability {capability[0]}.{capability[1]}; {INSTALL}"
+            )
+        return usable[0]

@@ -1,0 +1,80 @@
+"""Checks that any FusedKernel must pass, shared by the tests of flash-attn's and Transformer Engine's stand-ins.
+
+The reference is PyTorch's autograd over a dense softmax in float64, document by document.
+"""
+
+from __future__ import annotations
+
+import softmax_standin
+import torch
+
+SHAPES = {  # B, T, H, G, D, E
+    "one head": (1, 7, 1, 1, 8, 8),
+    "heads": (2, 12, 4, 4, 16, 16),
+    "GQA": (2, 11, 6, 2, 72, 72),
+    "unequal widths": (1, 9, 4, 2, 24, 16),
+    "wide": (1, 6, 2, 1, 136, 136),
+    "one token": (2, 1, 2, 2, 8, 8),
+}
+PACKED = [0, 5, 6, 13, 20]
+
+
+def case(shape, dtype=torch.float64, seed=0, strided=False):
+    """q, k, v, do of that shape; strided: as slices of a wider tensor in another order of dimensions."""
+    B, T, H, G, D, E = shape
+    rng = torch.Generator().manual_seed(seed)
+
+    def one(heads, width):
+        if strided:
+            return torch.randn(T, heads, B, width + 3, generator=rng, dtype=torch.float64)[
+                ..., :width
+            ].permute(2, 0, 1, 3)
+        return torch.randn(B, T, heads, width, generator=rng, dtype=torch.float64)
+
+    return [one(heads, width).to(dtype) for heads, width in ((H, D), (G, D), (G, E), (H, E))]
+
+
+def reference(q, k, v, do, *, scale, window=None, cu_seqlens=None):
+    """o, lse, dq, dk, dv by autograd over the dense softmax."""
+    leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
+    if cu_seqlens is None:
+        pieces = [tuple(x[row] for x in leaves) for row in range(q.shape[0])]
+    else:
+        pieces = [tuple(x[0, at] for x in leaves) for at in softmax_standin.documents(cu_seqlens)]
+    left = -1 if window is None else window - 1
+    outs, lses = zip(*(softmax_standin.forward(*piece, scale, left) for piece in pieces), strict=True)
+    if cu_seqlens is None:
+        o, lse = torch.stack(outs), torch.stack(lses)
+    else:
+        o, lse = torch.cat(outs)[None], torch.cat(lses, -1)[None]
+    return o.detach(), lse.detach(), *torch.autograd.grad((o * do.double()).sum(), leaves)
+
+
+def check(kernel, shape, *, dtype=torch.float64, window=None, packed=False, strided=False, bound=1e-12):
+    """Forward and backward of the kernel against the reference, then backward with other o, lse, q, k and v."""
+    if packed:
+        shape = (1, PACKED[-1], *shape[2:])
+    q, k, v, do = case(shape, dtype, strided=strided)
+    cu_seqlens = torch.tensor(PACKED, dtype=torch.int32) if packed else None
+    settings = {"scale": 0.37, "window": window, "cu_seqlens": cu_seqlens}
+    o, lse, saved = kernel.forward(q, k, v, **settings)
+    expected_o, expected_lse, *expected = reference(q, k, v, do, **settings)
+    assert o.dtype == dtype and o.shape == do.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    torch.testing.assert_close(o.double(), expected_o, rtol=bound, atol=bound)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=min(bound, 1e-6), atol=min(bound, 1e-6))
+    grads = kernel.backward(do, q, k, v, o, lse, saved, **settings)
+    for grad, other, like in zip(grads, expected, (q, k, v), strict=True):
+        assert grad.dtype == dtype and grad.shape == like.shape
+        torch.testing.assert_close(grad.double(), other, rtol=2 * bound, atol=4 * bound)
+    # The contract of backward: it believes the o and the lse that it is given, and weights may exceed one.
+    q, k, v, do = case(shape, dtype, seed=1, strided=strided)
+    o, lse = o * 0.5 - 1, lse - 2
+    grads = kernel.backward(do, q, k, v, o, lse, saved, **settings)
+    rows = softmax_standin.documents(cu_seqlens) if packed else [slice(None)] * q.shape[0]
+    for row, at in enumerate(rows):
+        row = 0 if packed else row
+        piece = [x[row, at] for x in (do, q, k, v, o)]
+        left = -1 if window is None else window - 1
+        expected = softmax_standin.backward(*piece, lse[row][:, at], 0.37, left)
+        for grad, other in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad[row, at].double(), other, rtol=2 * bound, atol=60 * bound)

@@ -1,0 +1,226 @@
+"""kernels/te.py on the real Transformer Engine with a stand-in extension. Runs under .venv-te; test_te.py starts it."""
+
+import inspect
+import sys
+
+import flash_standin
+import kernel_checks
+import pytest
+import te_standin
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine(tmp_path_factory):
+    """flash-attn 2 and 3 on disk, then the real Transformer Engine: it finds both by itself."""
+    folder = tmp_path_factory.mktemp("flash")
+    flash_standin.write(folder, (2, 3))
+    sys.path.insert(0, str(folder))
+    tex = te_standin.install()
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils
+
+    assert FlashAttentionUtils.is_installed and FlashAttentionUtils.v3_is_installed
+    return tex
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    from kvcat_nemo.kernels.flash import FlashKernel
+
+    monkeypatch.setattr(FlashKernel, "device_type", "cpu")
+    monkeypatch.setattr(FlashKernel, "dtypes", (torch.bfloat16, torch.float64))
+    te_standin.launches.clear()
+    flash_standin.calls.clear()
+
+
+def on_cpu(dtypes=(torch.bfloat16, torch.float64)):
+    """The kernel with the stand-in's device; Transformer Engine is told that float64 is bf16."""
+    from kvcat_nemo.kernels.te import TransformerEngineKernel
+
+    class OnCpu(TransformerEngineKernel):
+        device_type = "cpu"
+
+    OnCpu.dtypes = dtypes
+    kernel = OnCpu()
+    asked = kernel.selection.choose
+    kernel.selection.choose = lambda *dims, **known: asked(*dims, **known | {"dtype": torch.bfloat16})
+    return kernel
+
+
+ARCHITECTURES = {"sm80": (8, 0), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}
+NO_FLASH = {"NVTE_FLASH_ATTN": "0"}
+NO_CUDNN = {"NVTE_FUSED_ATTN": "0"}
+
+
+def test_every_argument_has_its_name_in_the_installed_version():
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams
+    from transformer_engine.pytorch.cpp_extensions import fused_attn
+
+    from kvcat_nemo.kernels import te, te_selection
+
+    choice = te_selection.Choice("cudnn", 1)
+    shared, later, _ = te._arguments(torch.zeros(1, 4, 1, 8), choice, 1.0, None, None, None)
+    forward = inspect.signature(fused_attn.fused_attn_fwd).parameters
+    backward = inspect.signature(fused_attn.fused_attn_bwd).parameters
+    assert set(shared) | set(later) <= set(forward) & set(backward)
+    assert {"do_format", "dqkv_layout", "aux_ctx_tensors", "d_o", "deterministic"} <= set(backward)
+    asked = {}
+    kernel = te_selection.Selection()
+    with (
+        te_standin.Machine((9, 0)),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(te_selection, "call", lambda f, required, known: asked.update(known) or f(**known))
+        kernel.choose(72, 72)
+    assert set(asked) <= set(inspect.signature(AttentionParams).parameters)
+
+
+@pytest.mark.parametrize(
+    ("machine", "environment", "dims", "widths", "backend"),
+    [
+        ("sm80", {}, (65, 66), (72, 72), "flash2"),
+        ("sm80", NO_FLASH, (65, 66), (72, 72), "cudnn"),
+        ("sm80", {}, (129, 130), (136, 136), "flash2"),
+        ("sm90", {}, (65, 66), (72, 72), "cudnn"),
+        ("sm90", {}, (64, 66), (64, 72), "cudnn"),
+        ("sm90", NO_CUDNN, (65, 66), (72, 72), "flash3"),
+        ("sm90", {}, (129, 130), (136, 136), "cudnn"),
+        ("sm90", {}, (128, 130), (136, 136), "cudnn"),
+        ("sm100", {}, (65, 66), (72, 72), "cudnn"),
+        ("sm100", {}, (129, 128), (192, 128), "cudnn"),
+        ("sm100", {}, (129, 130), (256, 256), "cudnn"),
+        ("sm100", NO_CUDNN, (129, 130), (136, 136), "flash2"),
+        ("sm120", {}, (65, 66), (72, 72), "cudnn"),
+    ],
+)
+def test_widths_and_backend_by_architecture(machine, environment, dims, widths, backend):
+    kernel = on_cpu()
+    with te_standin.Machine(ARCHITECTURES[machine], **environment):
+        assert kernel.widths(*dims) == widths
+        assert kernel.selection.choose(*widths).name == backend
+        kernel.check(head_dim_qk=widths[0], head_dim_v=widths[1], dtype=torch.bfloat16, device="cpu")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("machine", ARCHITECTURES)
+@pytest.mark.parametrize("shape", kernel_checks.SHAPES)
+def test_forward_and_backward(shape, machine, window, packed):
+    kernel = on_cpu()
+    shape = kernel_checks.SHAPES[shape]
+    environment = {} if machine == "sm80" else NO_FLASH
+    if machine in ("sm100", "sm120") and shape[4] > 128:
+        shape = (*shape[:4], 128, 128)
+    with te_standin.Machine(ARCHITECTURES[machine], **environment):
+        kernel_checks.check(kernel, shape, window=window, packed=packed)
+        assert kernel.last.name == ("flash2" if machine == "sm80" else "cudnn")
+    if machine != "sm80":
+        passes = [launch["pass"] for launch in te_standin.launches]
+        assert passes == ["forward", "backward", "backward"]
+        first = te_standin.launches[0]
+        assert first["thd"] is packed and first["dims"] == shape[4:]
+        assert first["left"] == (-1 if window is None else window - 1) and first["scale"] == 0.37
+
+
+def test_ampere_without_flash_attn_runs_on_cudnn():
+    kernel = on_cpu()
+    with te_standin.Machine((8, 0), **NO_FLASH):
+        kernel_checks.check(kernel, kernel_checks.SHAPES["GQA"], window=3)
+    assert kernel.last.name == "cudnn"
+
+
+def test_hopper_on_flash_attention_3():
+    kernel = on_cpu()
+    with te_standin.Machine((9, 0), **NO_CUDNN):
+        kernel_checks.check(kernel, kernel_checks.SHAPES["GQA"], packed=True)
+    assert set(flash_standin.calls) == {"flash3 packed forward", "flash3 packed backward"}
+
+
+def test_strided_inputs_and_bf16():
+    kernel = on_cpu()
+    with te_standin.Machine((9, 0)):
+        kernel_checks.check(kernel, kernel_checks.SHAPES["GQA"], strided=True)
+        kernel_checks.check(kernel, kernel_checks.SHAPES["GQA"], dtype=torch.bfloat16, bound=2e-2)
+
+
+def test_determinism_reaches_the_kernel():
+    with te_standin.Machine((9, 0), NVTE_ALLOW_NONDETERMINISTIC_ALGO="0"):
+        kernel_checks.check(on_cpu(), kernel_checks.SHAPES["heads"])
+    assert [launch["deterministic"] for launch in te_standin.launches[1:]] == [True, True]
+    te_standin.launches.clear()
+    with te_standin.Machine((9, 0)):
+        kernel_checks.check(on_cpu(), kernel_checks.SHAPES["heads"])
+    assert [launch["deterministic"] for launch in te_standin.launches[1:]] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("machine", "environment", "dims", "packed", "message"),
+    [
+        ("sm80", NO_FLASH, (136, 136), False, "8.0 .* selects unfused.*install flash-attn"),
+        ("sm80", NO_FLASH, (72, 72), True, "packed documents on compute capability 8.0"),
+        ("sm90", NO_FLASH | NO_CUDNN, (72, 72), False, "check NVTE_FUSED_ATTN"),
+        (
+            "sm90",
+            NO_FLASH | NO_CUDNN | {"NVTE_UNFUSED_ATTN": "0"},
+            (72, 72),
+            False,
+            "selects none",
+        ),
+    ],
+)
+def test_what_no_kernel_takes_is_refused(machine, environment, dims, packed, message):
+    fits = {"dtype": torch.bfloat16, "device": "cpu", "packed": packed}
+    with (
+        te_standin.Machine(ARCHITECTURES[machine], **environment),
+        pytest.raises(ValueError, match=message),
+    ):
+        on_cpu().check(head_dim_qk=dims[0], head_dim_v=dims[1], **fits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"device": "meta"}, "needs CUDA, choose backend=cpu"),
+        ({"dtype": torch.float16}, "FP8 attention is not supported"),
+        ({"dtype": torch.float8_e4m3fn}, "FP8 attention is not supported"),
+        ({"window": 0}, "window=0"),
+    ],
+)
+def test_check_refuses(wrong, message):
+    fits = {"dtype": torch.bfloat16, "device": "cpu", "head_dim_qk": 72, "head_dim_v": 72}
+    with te_standin.Machine((9, 0)):
+        on_cpu().check(**fits)
+        on_cpu().check(**fits, window=4, packed=True)
+        with pytest.raises(ValueError, match=message):
+            on_cpu().check(**fits | wrong)
+
+
+def test_too_wide_heads_are_refused():
+    with te_standin.Machine((9, 0)), pytest.raises(ValueError, match=r"\(257, 8\)"):
+        on_cpu().widths(257, 8)
+
+
+def test_flash_attention_4_and_the_short_cudnn_kernel_are_refused():
+    from kvcat_nemo.kernels.te_selection import Choice, Selection
+
+    with te_standin.Machine((10, 0)):
+        with pytest.raises(ValueError, match="NVTE_FLASH_ATTN_V4=0"):
+            Selection().require(Choice("flash4"), 72, 72, False)
+        with pytest.raises(ValueError, match="NVTE_FUSED_ATTN_BACKEND=1"):
+            Selection().require(Choice("cudnn512", 0), 64, 64, False)
+
+
+def test_selection_is_remembered_and_bounded(monkeypatch):
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    from kvcat_nemo.kernels import te_selection
+
+    asked = []
+    true = utils.get_attention_backend
+    monkeypatch.setattr(utils, "get_attention_backend", lambda p: asked.append(p) or true(p))
+    monkeypatch.setattr(te_selection, "MOST_REMEMBERED", 3)
+    selection = te_selection.Selection()
+    with te_standin.Machine((9, 0)):
+        for tokens in (8, 8, 16, 16, 24, 32, 40, 48, 48):
+            selection.choose(72, 72, tokens=tokens)
+    assert len(asked) == 6 and len(selection._choices) <= 4

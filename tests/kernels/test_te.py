@@ -1,0 +1,55 @@
+"""Runs te_cases.py in .venv-te, where Transformer Engine's Python layer is real and its extension a stand-in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from kvcat_nemo.kernels import te_selection
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-te" / "bin" / "python"
+FEWEST = 60
+"""Fewer cases than this, and something was not collected."""
+
+
+def test_transformer_engine_on_the_stand_in(tmp_path):
+    assert PYTHON.exists(), f"{PYTHON.relative_to(ROOT)} is missing: run `make setup`"
+    report = tmp_path / "report.xml"
+    command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("te_cases.py"))],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in environment.items() if not k.startswith("NVTE_")},
+        cwd=ROOT,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert int(suite.get("tests")) >= FEWEST, suite.attrib
+    assert suite.get("skipped") == suite.get("failures") == suite.get("errors") == "0", suite.attrib
+
+
+@pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine is loaded here")
+def test_without_transformer_engine_the_error_says_so(monkeypatch):
+    def missing(name):
+        raise te_selection.importlib.metadata.PackageNotFoundError(name)
+
+    te_selection.engine.cache_clear()
+    monkeypatch.setattr(te_selection.importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match="Transformer Engine is not installed"):
+        te_selection.engine()
+
+
+def test_a_broken_installation_is_named(monkeypatch):
+    te_selection.engine.cache_clear()
+    monkeypatch.setattr(te_selection.importlib.metadata, "version", lambda name: "2.20.2")
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(ValueError, match="install it whole"):
+        te_selection.engine()
+    te_selection.engine.cache_clear()
