@@ -19,6 +19,7 @@ from kvcat_nemo.compress.base import Compressor
 COMPRESSORS = {
     "random": "baselines:Random",
     "recent": "baselines:Recent",
+    "gradient": "gradient:Gradient",
     "int8": "kivi:Int8",
     "int4": "kivi:Int4",
 }
