@@ -12,6 +12,10 @@ _COMMANDS = {
     "convert": "move checkpoints between Hugging Face and Megatron, and prove it",
     "train": "plan, check and watch training runs",
     "export": "write the plain Hugging Face model of a training checkpoint",
+    "evaluate": "measure models under compressed KV caches",
+    "compress": "compress a document's KV cache and keep it in a file",
+    "generate": "ask a compressed document",
+    "report": "a page and a table of evaluation results",
 }
 
 

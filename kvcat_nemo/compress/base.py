@@ -91,6 +91,8 @@ class Compressed:
     """What a compression gave, and what it cost."""
 
     cache: KVCache
+    full_nbytes: int
+    """Bytes of the cache before."""
     seconds: float
     """Compression alone, without the prefill."""
 
@@ -102,4 +104,4 @@ def compress(
     prefilled = prefill(model, rows, needs=compressor.needs)
     start = time.perf_counter()
     cache = compressor.compress(prefilled, budget)
-    return Compressed(cache, time.perf_counter() - start)
+    return Compressed(cache, prefilled.cache.nbytes, time.perf_counter() - start)

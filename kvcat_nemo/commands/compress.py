@@ -1,0 +1,95 @@
+"""`kvcat compress`: a document's KV cache, made small and kept in a file."""
+
+from __future__ import annotations
+
+import click
+
+from kvcat_nemo.commands.options import DTYPES, friendly_errors
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.option(
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="The document, plain UTF-8 text.",
+)
+@click.option(
+    "--compressor",
+    default="attention-matching",
+    show_default=True,
+    help="NAME, NAME:setting=value:…, stacked with +: attention-matching+int4. --list shows the names.",
+)
+@click.option("--keep", type=float, help="Fraction of the slots to keep, in (0, 1]: 0.1 keeps a tenth.")
+@click.option("--keep-tokens", type=int, help="Slots to keep per layer and head, instead of --keep.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The cache, as safetensors.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _, wanted: wanted and (_list(), ctx.exit()),
+    help="List the compressors and their settings.",
+)
+def command(model, text_file, compressor, keep, keep_tokens, out, dtype):
+    """Read a document with MODEL (a Hugging Face folder), compress its KV cache, and write the cache to a file.
+
+    The file is then asked as often as you like, without the document: kvcat generate.
+
+    \b
+    Examples:
+      kvcat compress models/smollm2-135m --text paper.txt --keep 0.1 --out paper.safetensors
+      kvcat compress models/smollm2-135m --text paper.txt --compressor attention-matching+int4 --keep 0.2 --out p.safetensors
+      kvcat generate models/smollm2-135m --cache paper.safetensors --prompt "In summary, the paper"
+    """
+    with friendly_errors():
+        _compress(model, text_file, compressor, keep, keep_tokens, out, dtype)
+
+
+def _list() -> None:
+    from dataclasses import fields
+
+    from kvcat_nemo.compress.registry import COMPRESSORS, kind_of
+
+    for name in COMPRESSORS:
+        kind = kind_of(name)
+        settings = " ".join(f"{field.name}={field.default}" for field in fields(kind))
+        click.echo(f"{name}\n    {(kind.__doc__ or '').strip().splitlines()[0]}")
+        if settings:
+            click.echo(f"    settings: {settings}")
+
+
+def _compress(model, text_file, compressor, keep, keep_tokens, out, dtype):
+    from pathlib import Path
+
+    from kvcat_nemo.compress import Budget, compress, make
+    from kvcat_nemo.evaluate.models import load_model
+
+    if (keep is None) == (keep_tokens is None):
+        raise ValueError("give either --keep FRACTION or --keep-tokens N")
+    budget = Budget(keep_fraction=keep, tokens=keep_tokens)
+    maker = make(compressor)
+    if not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"--out {out}: its folder does not exist; make it first")
+    text = Path(text_file).read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError(f"--text {text_file}: the document is empty")
+    network, tokenizer, facts = load_model(model, dtype=dtype)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    click.echo(f"{text_file}: {len(ids):,} tokens", err=True)
+    done = compress(network, [ids], maker, budget)
+    cache = done.cache
+    full = done.full_nbytes
+    cache.facts |= {"model": facts.fingerprint, "model_name": facts.name, "text": Path(text_file).name}
+    cache.save(out)
+    click.echo(
+        f"{maker} at {budget}: {cache.slots:.1f} of {len(ids)} slots per layer and head, {_size(cache.nbytes)} of"
+        f" {_size(full)} ({100 * cache.nbytes / full:.1f} %), in {done.seconds:.1f} s → {out}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
