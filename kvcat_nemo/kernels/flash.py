@@ -61,19 +61,21 @@ def functions(generation: int):
         version = _installed("flash-attn")
         if version is None:
             raise ValueError(
-                "backend=flash: flash-attn is not installed; pip install flash-attn, or choose backend=te"
+                "attention_backend=flash: flash-attn is not installed; pip install flash-attn, or use auto"
             )
         if not (2, 7) <= version < (3, 0):
-            raise ValueError(f"backend=flash: flash-attn {version} has another interface; install 2.7 or 2.8")
+            raise ValueError(
+                f"attention_backend=flash: flash-attn {version} has another interface; install 2.7 or 2.8"
+            )
         return importlib.import_module("flash_attn.flash_attn_interface")
     version = _installed("flash-attn-3")
     if version is None or version < (3, 0):
         raise ValueError(
-            "backend=flash: flash-attn-3 is not installed; install it from flash-attention/hopper"
+            "attention_backend=flash: flash-attn-3 is not installed; install it from flash-attention/hopper"
         )
     module = importlib.import_module("flash_attn_interface")
     if not hasattr(module, "_flash_attn_forward"):
-        raise ValueError("backend=flash: this flash-attn-3 has another interface; install 3.0.0")
+        raise ValueError("attention_backend=flash: this flash-attn-3 has another interface; install 3.0.0")
     return module
 
 
@@ -117,21 +119,19 @@ class FlashKernel:
         device = torch.device(device)
         if device.type != self.device_type:
             raise ValueError(
-                f"backend=flash: tensors are on {device}; flash-attn needs CUDA, choose backend=cpu"
+                f"attention_backend=flash: tensors are on {device}; flash-attn needs CUDA, use auto"
             )
         if dtype not in self.dtypes:
             raise ValueError(
-                f"backend=flash: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients)"
+                f"attention_backend=flash: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients)"
             )
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            raise ValueError(
-                f"backend=flash: compute capability {capability} is below 8.0; choose backend=blocked"
-            )
+            raise ValueError(f"attention_backend=flash: compute capability {capability} is below 8.0")
         functions(self._generation(device))
         if head_dim_qk % 8 or head_dim_v % 8 or max(head_dim_qk, head_dim_v) > MAX_WIDTH:
             raise ValueError(
-                f"backend=flash: head dims ({head_dim_qk}, {head_dim_v}) must be multiples of 8 up to {MAX_WIDTH}"
+                f"attention_backend=flash: head dims ({head_dim_qk}, {head_dim_v}) must be multiples of 8 up to {MAX_WIDTH}"
             )
         if window is not None and window < 1:
             raise ValueError(f"window={window}: give at least 1, a query's own slot")
@@ -141,7 +141,7 @@ class FlashKernel:
         width = -(-max(head_dim_qk, head_dim_v) // 8) * 8
         if width > MAX_WIDTH:
             raise ValueError(
-                f"backend=flash: head dims ({head_dim_qk}, {head_dim_v}) exceed {MAX_WIDTH}; choose backend=blocked"
+                f"attention_backend=flash: head dims ({head_dim_qk}, {head_dim_v}) exceed {MAX_WIDTH}"
             )
         return width, width
 

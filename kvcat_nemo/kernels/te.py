@@ -57,11 +57,11 @@ class TransformerEngineKernel:
         device = torch.device(device)
         if device.type != self.device_type:
             raise ValueError(
-                f"backend=te: tensors are on {device}; Transformer Engine needs CUDA, choose backend=cpu"
+                f"attention_backend=te: tensors are on {device}; Transformer Engine needs CUDA, use auto"
             )
         if dtype not in self.dtypes:
             raise ValueError(
-                f"backend=te: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients, FP8 "
+                f"attention_backend=te: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients, FP8 "
                 "attention is not supported)"
             )
         if window is not None and window < 1:

@@ -25,9 +25,7 @@ WIDER = ((96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
 
 MOST_REMEMBERED = 4096
 
-INSTALL = (
-    "install flash-attn 2.7 or 2.8, check NVTE_FUSED_ATTN and NVTE_FLASH_ATTN, or choose backend=blocked"
-)
+INSTALL = "install flash-attn 2.7 or 2.8, or check NVTE_FUSED_ATTN and NVTE_FLASH_ATTN"
 
 
 @functools.cache
@@ -41,7 +39,7 @@ def engine():
         importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            "backend=te: Transformer Engine is not installed; pip install 'kvcat-nemo[te]' or choose another backend"
+            "attention_backend=te: Transformer Engine is not installed; pip install 'kvcat-nemo[te]' or use auto"
         ) from None
     try:
         from transformer_engine.pytorch import constants
@@ -49,7 +47,7 @@ def engine():
         from transformer_engine.pytorch.cpp_extensions import fused_attn
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"backend=te: Transformer Engine cannot be loaded ({error}); install it whole, with its PyTorch extension: "
+            f"attention_backend=te: Transformer Engine cannot be loaded ({error}); install it whole, with its PyTorch extension: "
             "pip install --no-build-isolation 'transformer-engine[pytorch]'"
         ) from error
     return fused_attn, utils, constants
@@ -184,7 +182,7 @@ class Selection:
         else:
             fix = INSTALL
         raise ValueError(
-            f"backend=te: for {what} on compute capability {capability[0]}.{capability[1]} Transformer Engine selects "
+            f"attention_backend=te: for {what} on compute capability {capability[0]}.{capability[1]} Transformer Engine selects "
             f"{choice.name}, whose forward and backward cannot be called apart; {fix}"
         )
 
@@ -206,7 +204,7 @@ class Selection:
         if not usable:
             capability = torch.cuda.get_device_capability()
             raise ValueError(
-                f"backend=te: Transformer Engine has no kernel for head dims ({head_dim_qk}, {head_dim_v}) or somewhat wider "
+                f"attention_backend=te: Transformer Engine has no kernel for head dims ({head_dim_qk}, {head_dim_v}) or somewhat wider "
                 f"on compute capability {capability[0]}.{capability[1]}; {INSTALL}"
             )
         return usable[0]

@@ -78,3 +78,53 @@ def check(kernel, shape, *, dtype=torch.float64, window=None, packed=False, stri
         expected = softmax_standin.backward(*piece, lse[row][:, at], 0.37, left)
         for grad, other in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad[row, at].double(), other, rtol=2 * bound, atol=60 * bound)
+
+
+GATED = {  # B, T, H, G, D, gate heads, cu_seqlens
+    "GQA, gate per KV head": (2, 17, 6, 2, 64, 2, None),
+    "gate per token, D 128": (1, 13, 4, 2, 128, 1, None),
+    "packed": (1, 20, 4, 2, 64, 2, PACKED),
+}
+
+
+def gated_case(shape, dtype, *, dominant=0.0, empty=False):
+    """(q, k, v, gate, do) of a gated call: gates 0, 1 and between.
+
+    dominant: logits by which a dropped slot exceeds the others; empty: every gate is 0.
+    """
+    B, T, H, G, D, gate_heads, _ = shape
+    rng = torch.Generator().manual_seed(3)
+    sizes = [(B, T, H, D), (B, T, G, D), (B, T, G, D), (B, T, H, D)]
+    q, k, v, do = (torch.randn(size, generator=rng, dtype=torch.float64) for size in sizes)
+    gate = torch.rand(B, T, gate_heads, generator=rng, dtype=torch.float64)
+    gate = torch.where(gate < 0.4, 0.0, torch.where(gate > 0.7, 1.0, gate))
+    if empty:
+        gate = torch.zeros_like(gate)
+    if dominant:
+        q[..., 0], k[..., 0] = 8.0, 0.0
+        gate[:, 1], k[:, 1, :, 0] = 0.0, dominant * 8**0.5 / 8
+    q, k, v, do = (x.to(dtype) for x in (q, k, v, do))
+    return q, k, v, gate.to(torch.promote_types(dtype, torch.float32)), do
+
+
+def check_gated(backend: str, shape, *, dtype=torch.float64, bound=1e-12, case=None, **settings) -> None:
+    """kernels.gated_attention on that backend against the float64 oracle: o, dq, dk, dv, dgate."""
+    from kvcat_nemo.kernels import gated_attention
+    from kvcat_nemo.method.attention import gated_attention_reference
+
+    *tensors, do = gated_case(shape, dtype, **(case or {}))
+    bounds = None if shape[-1] is None else torch.tensor(shape[-1], dtype=torch.int32)
+    results = []
+    for function, chosen, wide in (
+        (gated_attention, {"backend": backend}, False),
+        (gated_attention_reference, {}, True),
+    ):
+        leaves = [(x.double() if wide else x).detach().clone().requires_grad_() for x in tensors]
+        scale = 8**-0.5
+        out = function(*leaves, scale=scale, cu_seqlens=bounds, **chosen, **settings)
+        results.append([out.detach(), *torch.autograd.grad((out * do.to(out.dtype)).sum(), leaves)])
+    for name, value, expected in zip(("o", "dq", "dk", "dv", "dgate"), *results, strict=True):
+        error = (value.double() - expected).norm() / expected.norm().clamp(min=1.0)
+        assert torch.isfinite(value).all() and error <= bound, (name, error)
+    hidden = tensors[3] == 0
+    assert hidden.any() and results[1][4][hidden].abs().max() > 0, "dropped slots' gates have a gradient"

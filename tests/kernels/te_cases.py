@@ -25,26 +25,30 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
+    """The stand-in's device and dtypes; Transformer Engine is told that float64 is bf16."""
+    from kvcat_nemo.kernels import backends
     from kvcat_nemo.kernels.flash import FlashKernel
+    from kvcat_nemo.kernels.te import TransformerEngineKernel
+    from kvcat_nemo.kernels.te_selection import Selection
 
-    monkeypatch.setattr(FlashKernel, "device_type", "cpu")
-    monkeypatch.setattr(FlashKernel, "dtypes", (torch.bfloat16, torch.float64))
+    asked = Selection.choose
+    monkeypatch.setattr(
+        Selection,
+        "choose",
+        lambda self, *dims, **known: asked(self, *dims, **known | {"dtype": torch.bfloat16}),
+    )
+    for kernel in (FlashKernel, TransformerEngineKernel):
+        monkeypatch.setattr(kernel, "device_type", "cpu")
+        monkeypatch.setattr(kernel, "dtypes", (torch.bfloat16, torch.float64))
+    backends.kernel.cache_clear()
     te_standin.launches.clear()
     flash_standin.calls.clear()
 
 
-def on_cpu(dtypes=(torch.bfloat16, torch.float64)):
-    """The kernel with the stand-in's device; Transformer Engine is told that float64 is bf16."""
+def on_cpu():
     from kvcat_nemo.kernels.te import TransformerEngineKernel
 
-    class OnCpu(TransformerEngineKernel):
-        device_type = "cpu"
-
-    OnCpu.dtypes = dtypes
-    kernel = OnCpu()
-    asked = kernel.selection.choose
-    kernel.selection.choose = lambda *dims, **known: asked(*dims, **known | {"dtype": torch.bfloat16})
-    return kernel
+    return TransformerEngineKernel()
 
 
 ARCHITECTURES = {"sm80": (8, 0), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}
@@ -104,7 +108,7 @@ def test_widths_and_backend_by_architecture(machine, environment, dims, widths, 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("machine", ARCHITECTURES)
-@pytest.mark.parametrize("shape", kernel_checks.SHAPES)
+@pytest.mark.parametrize("shape", ["GQA", "unequal widths", "wide", "one token"])
 def test_forward_and_backward(shape, machine, window, packed):
     kernel = on_cpu()
     shape = kernel_checks.SHAPES[shape]
@@ -120,6 +124,57 @@ def test_forward_and_backward(shape, machine, window, packed):
         first = te_standin.launches[0]
         assert first["thd"] is packed and first["dims"] == shape[4:]
         assert first["left"] == (-1 if window is None else window - 1) and first["scale"] == 0.37
+
+
+@pytest.mark.parametrize("settings", [{}, {"recent_window": 4}, {"sinks": 2}], ids=str)
+@pytest.mark.parametrize("shape", kernel_checks.GATED)
+@pytest.mark.parametrize(
+    ("machine", "backends"),
+    [("sm80", {"flash2"}), ("sm90", {"cudnn"}), ("sm100", {"cudnn"})],
+    ids=["sm80", "sm90", "sm100"],
+)
+def test_gated_attention_against_the_oracle(machine, backends, shape, settings):
+    ran = set()
+    with te_standin.Machine(ARCHITECTURES[machine]), pytest.MonkeyPatch.context() as patch:
+        from kvcat_nemo.kernels.te import TransformerEngineKernel
+
+        true = TransformerEngineKernel.forward
+
+        def forward(self, *args, **kwargs):
+            out = true(self, *args, **kwargs)
+            ran.add(self.last.name)
+            return out
+
+        patch.setattr(TransformerEngineKernel, "forward", forward)
+        kernel_checks.check_gated("te", kernel_checks.GATED[shape], **settings)
+    assert ran == backends
+
+
+@pytest.mark.parametrize("case", [{"dominant": 60.0}, {"dominant": 500.0}, {"empty": True}], ids=str)
+def test_gated_attention_with_dominant_dropped_slots_and_empty_rows(case):
+    with te_standin.Machine((9, 0)):
+        shape = kernel_checks.GATED["GQA, gate per KV head"]
+        kernel_checks.check_gated("te", shape, case=case, bound=1e-10)
+
+
+def test_gated_attention_in_bf16():
+    with te_standin.Machine((9, 0)):
+        for shape in kernel_checks.GATED.values():
+            kernel_checks.check_gated("te", shape, dtype=torch.bfloat16, bound=1.5e-2)
+    widths = {launch["dims"] for launch in te_standin.launches}
+    assert widths == {(72, 72), (136, 136)}
+
+
+def test_plain_attention_is_not_padded():
+    from kvcat_nemo.kernels import causal_attention
+
+    with te_standin.Machine((9, 0)):
+        q, k, v, do = kernel_checks.case((2, 9, 4, 2, 64, 64))
+        out = causal_attention(q, k, v, scale=0.37, backend="te")
+    torch.testing.assert_close(
+        out, kernel_checks.reference(q, k, v, do, scale=0.37)[0], rtol=1e-12, atol=1e-12
+    )
+    assert [launch["dims"] for launch in te_standin.launches] == [(64, 64)]
 
 
 def test_ampere_without_flash_attn_runs_on_cudnn():
@@ -180,7 +235,7 @@ def test_what_no_kernel_takes_is_refused(machine, environment, dims, packed, mes
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"device": "meta"}, "needs CUDA, choose backend=cpu"),
+        ({"device": "meta"}, "needs CUDA, use auto"),
         ({"dtype": torch.float16}, "FP8 attention is not supported"),
         ({"dtype": torch.float8_e4m3fn}, "FP8 attention is not supported"),
         ({"window": 0}, "window=0"),

@@ -7,7 +7,7 @@ import kernel_checks
 import pytest
 import torch
 
-from kvcat_nemo.kernels import flash
+from kvcat_nemo.kernels import backends, flash
 
 
 @pytest.fixture
@@ -63,6 +63,20 @@ def test_strided_inputs_and_bf16(packages):
     kernel_checks.check(OnCpu(), kernel_checks.SHAPES["GQA"], dtype=torch.bfloat16, bound=2e-2)
 
 
+@pytest.mark.parametrize("settings", [{}, {"recent_window": 4}], ids=str)
+@pytest.mark.parametrize("shape", kernel_checks.GATED)
+def test_gated_attention_against_the_oracle(packages, monkeypatch, shape, settings):
+    packages(2, capability=(8, 0))
+    for name in ("device_type", "dtypes"):
+        monkeypatch.setattr(flash.FlashKernel, name, getattr(OnCpu, name))
+    backends.kernel.cache_clear()
+    kernel_checks.check_gated("flash", kernel_checks.GATED[shape], **settings)
+    kernel_checks.check_gated(
+        "flash", kernel_checks.GATED[shape], dtype=torch.bfloat16, bound=1.5e-2, **settings
+    )
+    assert len(flash_standin.calls) == (8 if settings else 4)
+
+
 def test_check_accepts_what_fits(packages):
     packages(2, capability=(8, 0))
     OnCpu().check(**FITS)
@@ -81,7 +95,7 @@ def test_widths(packages):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"device": "meta"}, "needs CUDA, choose backend=cpu"),
+        ({"device": "meta"}, "needs CUDA, use auto"),
         ({"dtype": torch.float16}, "use bf16"),
         ({"dtype": torch.float32}, "use bf16"),
         ({"head_dim_qk": 66}, "multiples of 8"),
