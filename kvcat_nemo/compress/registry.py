@@ -20,6 +20,7 @@ COMPRESSORS = {
     "random": "baselines:Random",
     "recent": "baselines:Recent",
     "gradient": "gradient:Gradient",
+    "rkv": "rkv:RKV",
     "int8": "kivi:Int8",
     "int4": "kivi:Int4",
 }
