@@ -27,6 +27,7 @@ from kvcat_nemo.evaluate.results import budget_label, parse_budget
 # name → module:class in kvcat_nemo.evaluate; imported when used.
 PROTOCOLS = {
     "continuation": "continuation:Continuation",
+    "base-ability": "base_ability:BaseAbility",
 }
 
 
@@ -165,13 +166,13 @@ class CompressionProtocol(Protocol):
         cells: dict[tuple[str, str], Cell] = {}
         for text in self.compressors:
             specification, at, own = text.partition("@")
+            if not at and not budgets:
+                raise ValueError("keep: give at least one budget, e.g. 0.1")
             compressor = make(specification)
             for budget in [parse_budget(own)] if at else budgets:
                 check_budget(compressor, budget, length)
                 cell = Cell(compressor, budget)
                 cells.setdefault((cell.name, cell.label), cell)
-        if not cells:
-            raise ValueError("keep: give at least one budget, e.g. 0.1")
         return list(cells.values())
 
 

@@ -32,6 +32,9 @@ class WindowSource:
     corpora_folder: str = "data/corpora"
     """Where the named corpora are kept."""
 
+    min_chars_per_token: float = 3.0
+    """Windows with fewer characters a token (tables, hexadecimal) are passed over when cutting; 0 takes all."""
+
     @property
     def file(self) -> Path | None:
         """The file of windows, None when they are to be cut. A string of digits is a count."""
@@ -83,9 +86,9 @@ class WindowSource:
             corpora = corpora_from_files(self.text)
         else:
             corpora = standard_corpora(self.corpora_folder, self.corpora or DEFAULT_CORPORA)
-        return cut_windows(
-            corpora, load_tokenizer(models[0].path), int(self.windows), length=length, seed=self.seed
-        )
+        tokenizer = load_tokenizer(models[0].path)
+        options = {"seed": self.seed, "min_chars_per_token": self.min_chars_per_token}
+        return cut_windows(corpora, tokenizer, int(self.windows), length=length, **options)
 
     def keep_windows(self, windows: list[Window]) -> None:
         """Write cut windows beside the results, so that another run can take the very same."""
