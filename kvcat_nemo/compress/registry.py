@@ -19,6 +19,7 @@ from kvcat_nemo.compress.base import Compressor
 COMPRESSORS = {
     "random": "baselines:Random",
     "recent": "baselines:Recent",
+    "attention-matching": "attention_matching:AttentionMatching",
     "gradient": "gradient:Gradient",
     "rkv": "rkv:RKV",
     "int8": "kivi:Int8",

@@ -1,0 +1,118 @@
+"""Attention Matching's closed forms (arXiv 2602.16284): fewer slots that attend as all of them do.
+
+Everything is of one layer and batched over its KV heads; a KV head's reference queries are those of all its query
+heads. The paper's E = exp(logit − row maximum) is divided by its row sum here: masses are then the attention itself,
+their target is 1, and a query whose attention is spread thin counts as much as one that looks at a single slot.
+
+Shapes: G KV heads, Q reference queries, T slots, K kept slots, D and E head dims of keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcat_nemo.compress.bounded import bounded_least_squares
+
+LOW, HIGH = math.exp(-3), math.exp(3)
+"""Bounds of a slot's weight B = exp β."""
+_JITTER = 1e-6  # of each diagonal entry: what rounding of a float32 Gram matrix may be worth
+_BLOCK = 512
+
+
+@dataclass
+class Reference:
+    """What attention over all slots gives the reference queries."""
+
+    lse_GQ: Tensor
+    """log Σ_t exp(scale·⟨q, k_t⟩)."""
+    output_GQE: Tensor
+    """Attention output."""
+    score_GT: Tensor
+    """Root mean square over the queries of the attention each slot gets."""
+
+
+@dataclass
+class Matched:
+    """Kept slots with weights and values of their own, and what attention over them gives the reference queries."""
+
+    bias_GK: Tensor
+    """β = log B."""
+    values_GKE: Tensor
+    lse_GQ: Tensor
+    output_GQE: Tensor
+
+
+def logits(q_GQD: Tensor, k_GTD: Tensor, scale: float) -> Tensor:
+    """scale·⟨q, k⟩, [G, Q, T]."""
+    return torch.bmm(q_GQD * scale, k_GTD.transpose(1, 2))
+
+
+def reference(q_GQD: Tensor, k_GTD: Tensor, v_GTE: Tensor, scale: float) -> Reference:
+    """Attention of the queries over all slots, none of them hidden, in blocks of queries."""
+    lse, outputs = [], []
+    squares = torch.zeros_like(k_GTD[..., 0])
+    for q in q_GQD.split(_BLOCK, 1):
+        s = logits(q, k_GTD, scale)
+        lse.append(s.logsumexp(-1))
+        a = s.sub_(lse[-1][..., None]).exp_()
+        outputs.append(a @ v_GTE)
+        squares += a.square_().sum(1)
+    return Reference(torch.cat(lse, 1), torch.cat(outputs, 1), (squares / q_GQD.shape[1]).sqrt())
+
+
+def fit_weights(m_GQK: Tensor, ridge: float) -> Tensor:
+    """B in [e⁻³, e³] that gives every query its mass back: argmin mean_q (Σ_k m_qk·B_k − 1)² + ridge·Σ_k (B_k − 1)².
+
+    Args:
+        m_GQK: attention, in the softmax over all slots, that the kept slots get.
+
+    Returns:
+        [G, K] float64.
+    """
+    Q = m_GQK.shape[1]
+    H = (m_GQK.transpose(1, 2) @ m_GQK).double() / Q
+    c = m_GQK.sum(1).double() / Q
+    H.diagonal(dim1=1, dim2=2).mul_(1 + _JITTER).add_(ridge)
+    return bounded_least_squares(H, c + ridge, LOW, HIGH)
+
+
+def fit_values(x_GQK: Tensor, y_GQE: Tensor, old_GKE: Tensor, ridge: float) -> Tensor:
+    """Values with which attention x gives y: argmin_C mean_q ‖x_q·C − y_q‖² + ridge·‖C − old‖².
+
+    The ridge draws towards the slots' own values: what the queries don't determine stays as it was, and no value grows
+    to 1e15, as plain least squares lets them when two slots are attended alike.
+
+    Returns:
+        [G, K, E] of the type of `old`.
+    """
+    Q = x_GQK.shape[1]
+    H = (x_GQK.transpose(1, 2) @ x_GQK).double() / Q
+    c = (x_GQK.transpose(1, 2) @ (y_GQE - x_GQK @ old_GKE)).double() / Q
+    H.diagonal(dim1=1, dim2=2).mul_(1 + _JITTER).add_(ridge)
+    change = torch.cholesky_solve(c, torch.linalg.cholesky(H))
+    return old_GKE + change.to(old_GKE.dtype)
+
+
+def match(
+    q_GQD: Tensor,
+    k_GKD: Tensor,
+    v_GKE: Tensor,
+    target: Reference,
+    scale: float,
+    *,
+    ridge: float,
+    weight_ridge: float,
+) -> Matched:
+    """Weights and values of the kept slots, fitted to the target."""
+    s = logits(q_GQD, k_GKD, scale)
+    # β rounds to float32 in the cache: values are fitted to what will be read.
+    beta = fit_weights((s - target.lse_GQ[..., None]).exp(), weight_ridge).log().float()
+    s += beta.to(s.dtype)[:, None]
+    lse = s.logsumexp(-1)
+    x = s.sub_(lse[..., None]).exp_()
+    values = fit_values(x, target.output_GQE, v_GKE, ridge)
+    return Matched(beta, values, lse, x @ values)
