@@ -59,6 +59,11 @@ def validate_model_config(config) -> None:
         )
     if config.fp8:
         refuse("fp8", "gated attention needs bf16 or float32; set it to None")
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        refuse(
+            "defer_embedding_wgrad_compute",
+            "the output weight's gradient is made with the losses, without the logits that deferring needs; set it to False",
+        )
     if not kvcat.paired:
         return
     if config.recompute_granularity is not None:

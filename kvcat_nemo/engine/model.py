@@ -6,7 +6,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from kvcat_nemo.engine.parallel_loss import token_losses
+from kvcat_nemo.engine.output_layer import TokenLossOutputLayer
+from kvcat_nemo.engine.step import token_loss_weights
 from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.policies import prefix_ids, random_gate
 
@@ -22,6 +23,8 @@ class KVCatGPTModel(GPTModel):
     def __init__(self, config, *args, true_vocab_size: int | None = None, **kwargs):
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = true_vocab_size or self.vocab_size
+        if self.post_process:
+            TokenLossOutputLayer.adopt(self.output_layer)
 
     def forward(
         self,
@@ -36,9 +39,11 @@ class KVCatGPTModel(GPTModel):
         Args:
             input_ids, position_ids, labels: [B, T].
                 Every pipeline stage needs input_ids: the random policy draws from them.
+            loss_mask (among the others): [B, T], 1 where a token counts. It changes no result: given it, the gradients
+                of `microbatch_loss` are there after one sweep over the vocabulary; without, backward sweeps again.
 
         Returns:
-            last stage: token metrics [4 or 1, B, T] (engine.parallel_loss.token_losses) with labels, logits [B, T, V]
+            last stage: token metrics [4 or 1, B, T] (kernels.token_loss.token_losses) with labels, logits [B, T, V]
             without; other stages: hidden states [T, 2B or B, M].
         """
         kvcat: KVCatConfig = self.config.kvcat
@@ -50,21 +55,22 @@ class KVCatGPTModel(GPTModel):
             *twice, attention_mask, labels=labels, extra_block_kwargs={"context": gates}, **kwargs
         )
 
-    def _postprocess(self, hidden_states, labels=None, **kwargs):
+    def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
-        logits, _ = self.output_layer(hidden_states, weight=weight)
         kvcat: KVCatConfig = self.config.kvcat
-        return token_losses(
-            logits,
-            labels,
+        return self.output_layer(
+            hidden_states,
+            weight,
+            labels_BT=labels,
             vocab_size=self.true_vocab_size,
-            group=self.pg_collection.tp,
             paired=kvcat.paired,
             temperature=kvcat.distill_temperature,
+            loss_weights=None if loss_mask is None else token_loss_weights(loss_mask, kvcat),
+            memory_mib=kvcat.loss_memory_mib,
         )
 
 

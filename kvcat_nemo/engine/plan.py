@@ -79,7 +79,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
 
     Weights in bf16, gradients summed in float32, Adam's two moments and the float32 master weights (divided over
     data-parallel ranks by a distributed optimizer). Activations without recomputation: 34 bytes per token, channel and
-    layer and pass, and the logits of both passes.
+    layer and pass. The loss holds a chunk's logits and the output weight's gradient in float32 (kernels.token_loss).
     """
     parts = parameters(config)
     shard = layout.tensor * layout.pipeline
@@ -95,13 +95,13 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
     activations = (
         passes * tokens * config.hidden_size * split * config.num_layers / layout.pipeline * in_flight
     )
-    logits = passes * tokens * config.vocab_size / layout.tensor * (2 + 2)  # bf16, and their gradient
+    loss = config.kvcat.loss_memory_mib * 2**20 + 4 * config.vocab_size * config.hidden_size / layout.tensor
     out = {
         "weights": 2 * local,
         "gradients": 4 * local,
         "optimizer": 12 * local / (layout.data if layout.distributed_optimizer else 1),
         "activations": activations,
-        "logits": logits,
+        "loss": loss,
     }
     out = {name: int(value) for name, value in out.items()}
     return out | {"total": sum(out.values())}

@@ -10,10 +10,16 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from kvcat_nemo.engine.layer import kvcat_layers
-from kvcat_nemo.engine.parallel_loss import TOKEN_METRICS
+from kvcat_nemo.kernels.token_loss import TOKEN_METRICS
 from kvcat_nemo.method.config import KVCatConfig
 
 GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped")
+
+
+def token_loss_weights(loss_mask_BT: Tensor, kvcat: KVCatConfig) -> Tensor:
+    """What the loss of a micro-batch weighs each token's CE (and KL, in a paired pass) with, [2 or 1, B, T], float64."""
+    terms = (kvcat.anchor_weight, kvcat.distill_weight) if kvcat.paired else (kvcat.anchor_weight,)
+    return torch.stack([weight * loss_mask_BT.double() for weight in terms])
 
 
 def microbatch_loss(
@@ -29,12 +35,11 @@ def microbatch_loss(
         being the number of tokens.
     """
     mask = loss_mask_BT.to(metrics_KBT.dtype)
-    sums = (metrics_KBT * mask).sum((1, 2))
+    sums = (metrics_KBT.detach() * mask).sum((1, 2))
     tokens = mask.sum()
-    loss = kvcat.anchor_weight * sums[0]
-    if kvcat.paired:
-        loss = loss + kvcat.distill_weight * sums[1]
-    return loss, tokens.to(torch.int), torch.cat([sums.detach(), tokens[None]])
+    weights = token_loss_weights(mask, kvcat).to(mask.dtype)
+    loss = (metrics_KBT[: len(weights)] * weights).sum()
+    return loss, tokens.to(torch.int), torch.cat([sums, tokens[None]])
 
 
 def step_metrics(

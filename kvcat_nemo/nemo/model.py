@@ -49,7 +49,13 @@ class KVCatModel(llm.GPTModel):
     def forward_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One micro-batch through this pipeline stage."""
         set_router_loss_scale(self.config, get_num_microbatches())
-        return self.module(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return self.module(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
 
     @property
     def training_loss_reduction(self) -> KVCatLossReduction:

@@ -150,14 +150,16 @@ def train_step(chunks, config, dp_rank=0, dp=1):
     position = torch.arange(TOKENS).expand(WINDOWS, TOKENS)
 
     def forward_step(iterator, model):
-        tokens, labels, loss_mask = next(iterator)
+        number, (tokens, labels, loss_mask) = next(iterator)
         set_router_loss_scale(config, len(mine))
-        out = model(tokens, position, None, labels=labels)
+        # With the mask gradients come from the losses' first sweep, without it from a second one: some of each.
+        known = {"loss_mask": loss_mask} if number % 2 else {}
+        out = model(tokens, position, None, labels=labels, **known)
         return out, lambda metrics: microbatch_loss(metrics, loss_mask, config.kvcat)
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    iterators = [iter(mine) for _ in chunks]
+    iterators = [enumerate(mine) for _ in chunks]
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
