@@ -5,19 +5,13 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D head dim.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kvcat_nemo.kernels.blocked import blocked_gated_attention
-from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, gated_attention_reference
-
-
-def _oracle(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings):
-    q, k, v, gate = (x.double() for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
-    return gated_attention_reference(q, k, v, gate, **settings).to(q_BTHD.dtype)
-
-
-BACKENDS = {"plain": blocked_gated_attention, "oracle": _oracle}
+from kvcat_nemo.kernels.algebra import GatedAttention
+from kvcat_nemo.kernels.backends import kernel, select_backend
+from kvcat_nemo.kernels.protocol import FusedKernel
+from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, document_positions, gated_attention_reference
 
 
 def gated_attention(
@@ -35,14 +29,18 @@ def gated_attention(
 ) -> Tensor:
     """Causal attention in which a query sees slot j with weight gate_j (METHOD: gate inside attention).
 
+    O(T) memory. Output and gradients are those of method.attention.gated_attention_reference, dropped slots' gates
+    included; kernels/algebra.py derives how.
+
     Args:
         q_BTHD, k_BTGD, v_BTGD: queries, keys and values; H must be a multiple of G.
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all heads.
         scale: softmax scale.
-        sinks, recent_window: slots that no gate hides.
-        gradient_cap: logits by which a dropped slot may exceed the visible ones in its gate's gradient.
-        cu_seqlens: several documents in one window; not supported by today's backends.
-        backend: `plain`, `oracle` (float64) or `auto`.
+        sinks, recent_window: slots that no gate hides; sinks are the first of each document.
+        gradient_cap: logits by which a dropped slot's weight, averaged over the queries that see it through its gate,
+            may exceed the visible ones in its gate's gradient; above, the gradient is scaled down.
+        cu_seqlens: [n + 1] integers, boundaries 0 … T of documents packed into one window (B = 1); no attention across.
+        backend: a name of kernels.backends.BACKENDS, or `auto`.
 
     Returns:
         [B, T, H, D] in q's dtype.
@@ -50,29 +48,91 @@ def gated_attention(
     Raises:
         ValueError: on shapes that do not fit, or a backend or feature that is not there.
     """
-    if cu_seqlens is not None:
-        raise ValueError(
-            "cu_seqlens: packed documents are not supported by gated attention yet; give one document stream per window"
-        )
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of auto, {', '.join(BACKENDS)}")
-    B, T, H, D = q_BTHD.shape
-    G = k_BTGD.shape[2]
-    if k_BTGD.shape != (B, T, G, D) or v_BTGD.shape[:3] != (B, T, G) or H % G:
-        raise ValueError(
-            f"q {tuple(q_BTHD.shape)}, k {tuple(k_BTGD.shape)}, v {tuple(v_BTGD.shape)}: not [B,T,H,D] and [B,T,G,D] with G dividing H"
-        )
+    B, T, G = _check_shapes(q_BTHD, k_BTGD, v_BTGD, cu_seqlens)
     if gate_BTG.shape not in ((B, T, G), (B, T, 1)):
         raise ValueError(f"gate {tuple(gate_BTG.shape)}: give [{B}, {T}, {G}] or [{B}, {T}, 1]")
-    kernel = BACKENDS["plain" if backend == "auto" else backend]
-    settings = {"scale": scale, "sinks": sinks, "recent_window": recent_window, "gradient_cap": gradient_cap}
-    return kernel(q_BTHD, k_BTGD, v_BTGD, gate_BTG, **settings)
-
-
-def causal_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scale: float) -> Tensor:
-    """Plain causal attention by PyTorch's fused kernel, [B, T, H, D]: the dense half of a paired pass."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(
-        1, 2
+    if recent_window < 1:
+        raise ValueError(f"recent_window={recent_window}: give at least 1: a query always sees its own slot")
+    q, k, v = q_BTHD, k_BTGD, v_BTGD
+    backend = _select(backend, q, recent_window=recent_window, packed=cu_seqlens is not None)
+    if backend == "oracle":
+        q, k, v, gate = (x.double() for x in (q, k, v, gate_BTG))
+        settings = {"sinks": sinks, "recent_window": recent_window, "gradient_cap": gradient_cap}
+        out = gated_attention_reference(q, k, v, gate, scale=scale, cu_seqlens=cu_seqlens, **settings)
+        return out.to(q_BTHD.dtype)
+    gate = gate_BTG.to(torch.promote_types(q.dtype, torch.float32))
+    if sinks:
+        position, _ = document_positions(T, cu_seqlens, q.device)
+        gate = torch.where(position[:, None] < sinks, 1.0, gate)
+    gate = gate.expand(B, T, G)
+    return GatedAttention.apply(
+        q, k, v, gate, kernel(backend), scale, recent_window, gradient_cap, cu_seqlens
     )
+
+
+def causal_attention(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Plain causal attention by the same backends, [B, T, H, D]: the dense half of a paired pass.
+
+    Arguments and errors as gated_attention's.
+    """
+    B, T, _ = _check_shapes(q_BTHD, k_BTGD, v_BTGD, cu_seqlens)
+    backend = _select(backend, q_BTHD, gated=False, packed=cu_seqlens is not None)
+    if backend == "oracle":
+        q, k, v = (x.double() for x in (q_BTHD, k_BTGD, v_BTGD))
+        gate = q.new_ones(B, T, 1)
+        return gated_attention_reference(q, k, v, gate, scale=scale, cu_seqlens=cu_seqlens).to(q_BTHD.dtype)
+    return _Causal.apply(q_BTHD, k_BTGD, v_BTGD, kernel(backend), scale, cu_seqlens)
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, fused: FusedKernel, scale, cu_seqlens):
+        D, E = q.shape[-1], v.shape[-1]
+        widths = fused.widths(D, E)
+        q, k, v = _padded(q, widths[0]), _padded(k, widths[0]), _padded(v, widths[1])
+        ctx.settings = {"scale": scale, "cu_seqlens": cu_seqlens}
+        out, lse, ctx.saved = fused.forward(q, k, v, **ctx.settings)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.fused, ctx.widths = fused, (D, E)
+        return out[..., :E]
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, out, lse = ctx.saved_tensors
+        D, E = ctx.widths
+        do = _padded(do, v.shape[-1])
+        dq, dk, dv = ctx.fused.backward(do, q, k, v, out, lse, ctx.saved, **ctx.settings)
+        return dq[..., :D], dk[..., :D], dv[..., :E], None, None, None
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
+
+
+def _select(name: str, q_BTHD: Tensor, **features) -> str:
+    return select_backend(
+        name, device=q_BTHD.device, dtype=q_BTHD.dtype, head_dim=q_BTHD.shape[-1], **features
+    )
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    B, T, H, D = q.shape
+    G = k.shape[2]
+    if k.shape != (B, T, G, D) or v.shape[:3] != (B, T, G) or H % G:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: not [B,T,H,D] and [B,T,G,D] with G dividing H"
+        )
+    if cu_seqlens is not None and (B != 1 or cu_seqlens.dim() != 1):
+        raise ValueError(
+            f"cu_seqlens {tuple(cu_seqlens.shape)} with {B} windows: packed documents come as one window, [1, T, …], "
+            "with their boundaries [n + 1]"
+        )
+    return B, T, G

@@ -11,18 +11,42 @@ import torch
 from torch import Tensor
 
 GATE_GRADIENT_CAP = 30.0
-"""In its gate's gradient, a dropped slot's weight is at most exp(30) times that of the row's visible slots together.
+"""In its gate's gradient, a dropped slot's weight is on average at most exp(30) times that of its rows' visible slots.
 
 The output is unaffected (the gate is 0). Without a cap the gradient is as large as the exponential of the gap and
 overflows where a dropped slot dominates a row by some eighty logits.
 """
 
 
-def always_visible(tokens: int, sinks: int, recent_window: int, device=None) -> Tensor:
+def document_positions(tokens: int, cu_seqlens: Tensor | None = None, device=None) -> tuple[Tensor, Tensor]:
+    """Each token's place in its document and how many tokens of the document come after it, both [T] int64.
+
+    Args:
+        tokens: T; cu_seqlens: [n + 1] the documents' boundaries 0 … T; None: one document.
+    """
+    t = torch.arange(tokens, device=device if cu_seqlens is None else cu_seqlens.device)
+    if cu_seqlens is None:
+        return t, tokens - 1 - t
+    cu = cu_seqlens.long()
+    document = torch.searchsorted(cu, t, right=True) - 1
+    return t - cu[document], cu[document + 1] - 1 - t
+
+
+def always_visible(
+    tokens: int, sinks: int, recent_window: int, device=None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """[T, T] bool: slot j is visible to query i whatever its gate (own slot and recent window, sinks)."""
     i = torch.arange(tokens, device=device)[:, None]
     j = torch.arange(tokens, device=device)[None, :]
-    return (j <= i) & ((i - j < recent_window) | (j < sinks))
+    position, _ = document_positions(tokens, cu_seqlens, device)
+    return _sees(tokens, device, cu_seqlens) & ((i - j < recent_window) | (position < sinks))
+
+
+def _sees(tokens: int, device, cu_seqlens: Tensor | None) -> Tensor:
+    """[T, T] bool: slot j is in query i's document and not after it."""
+    i = torch.arange(tokens, device=device)
+    position, _ = document_positions(tokens, cu_seqlens, device)
+    return (i <= i[:, None]) & (i >= (i - position)[:, None])
 
 
 def gated_attention_reference(
@@ -35,6 +59,7 @@ def gated_attention_reference(
     sinks: int = 0,
     recent_window: int = 1,
     gradient_cap: float = GATE_GRADIENT_CAP,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Renormalised gating with gradients to q, k, v and to every gate, dropped slots included.
 
@@ -45,8 +70,10 @@ def gated_attention_reference(
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all.
         scale: softmax scale, normally D^-½.
         sinks, recent_window: slots that no gate hides; the own slot is always one of them.
-        gradient_cap: logits by which a dropped slot may exceed the visible ones together in its gate's gradient; exact
-            below.
+        gradient_cap: bounds the gradient of dropped slots' gates. A slot whose weight e^{s_ij}/Z_i, averaged over the
+            queries i of its KV head that see it through its gate, exceeds e^cap has its gate's gradient scaled down by
+            the ratio; below, it is exact.
+        cu_seqlens: [n + 1] boundaries of documents packed into one window (B = 1); no attention across them.
 
     Returns:
         [B, T, H, D] in q's dtype. Memory is O(T²).
@@ -56,13 +83,20 @@ def gated_attention_reference(
     q = q_BTHD.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)
     k, v = (x.permute(0, 2, 1, 3)[:, :, None] for x in (k_BTGD, v_BTGD))
     s_BGNTT = (q @ k.transpose(-1, -2)) * scale
-    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    free = always_visible(T, sinks, recent_window, q.device)
+    sees = _sees(T, q.device, cu_seqlens)
+    free = always_visible(T, sinks, recent_window, q.device, cu_seqlens)
     gate = gate_BTG.to(s_BGNTT.dtype).expand(B, T, G).permute(0, 2, 1)[:, :, None, None]
-    g = torch.where(free, torch.ones_like(gate), gate) * causal
+    g = torch.where(free, torch.ones_like(gate), gate) * sees
     level = (s_BGNTT + g.log()).logsumexp(-1, keepdim=True).detach()
     # Hidden slots may lie far above the visible ones; the future is cut before exp so that it cannot overflow.
-    gap = (s_BGNTT - level).masked_fill(~causal, float("-inf"))
-    e = g * torch.where(g.detach() > 0, gap, gap.clamp(max=gradient_cap)).exp()
+    gap = (s_BGNTT - level).masked_fill(~sees, float("-inf"))
+    excess = _mean_log_weight(gap.detach(), sees & ~free) - gradient_cap
+    e = g * torch.where(g.detach() > 0, gap, gap - excess.clamp(min=0)).exp()
     o = (e / e.sum(-1, keepdim=True)) @ v
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).to(q_BTHD.dtype)
+
+
+def _mean_log_weight(gap_BGNTT: Tensor, gated_TT: Tensor) -> Tensor:
+    """[B, G, 1, 1, T]: log of e^gap averaged over the N heads and the queries to which the slot is gated; −inf if none."""
+    total = gap_BGNTT.masked_fill(~gated_TT, float("-inf")).logsumexp((2, 3), keepdim=True)
+    return total - (gated_TT.sum(0) * gap_BGNTT.shape[2]).clamp(min=1).to(total.dtype).log()

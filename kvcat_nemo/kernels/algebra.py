@@ -1,0 +1,286 @@
+"""Gated attention from plain fused attention: one causal call, and the own slots merged to it.
+
+A query's slots fall in two parts: the last `w` (its window, its own slot at least), which no gate hides, and the
+earlier ones, which are gated. The softmax over all of them is the two parts' softmaxes merged by their log-sum-exps.
+
+**Earlier slots**, one call. Keys and values are moved w tokens later, so that plain causality is "w tokens ago or
+earlier". One more column of q (ones) and k adds β_j to slot j's logits, one more of v tells how much of the softmax is
+visible:
+
+    g_j > 0   β_j = log g_j    v'_j = [v_j | 1]         g_j = 0   β_j = −c_j    v'_j = [0 | 0]
+    lse', [A | F] = forward(q', k', v')                 visible logits' log-sum-exp = lse' + log F
+
+Dropped slots take part in the softmax, c_j below where they would, only for their gates' gradient: nothing of
+them is in A or F, whatever c_j. They may not lie so high that A and F underflow: where they exceed the row's visible
+logits by more than c_j + HEADROOM, the call is made again with them out of sight (c_j = HIDDEN).
+
+**Window**: for w = 1 one logit and one value per row, else a plain call with a sliding window. Merged, with
+L = logaddexp(lse' + log F, lse_window):   o = e^{lse' − L}·A + e^{lse_window − L}·o_window.
+
+**Backward**, δ = ⟨do, o⟩: a flash kernel takes weights from the lse and δ from the o that it is given. With L for
+lse, 0 for o and do' = [do | −δ | 1] against v' and one more column of zeros, it yields
+
+    P_ij = exp(s_ij + β_j − L_i)    dS_ij = P_ij·⟨do'_i, v'_j⟩ = P_ij·(⟨do_i, v_j⟩ − δ_i), exactly 0 for dropped slots
+    dv' = Σ_i P_ij·[do_i | −δ_i | 1]
+
+    dgate_j = Σ_i dS_ij / g_j                                            g_j > 0 (the sum is dk' of the column of ones)
+            = min(e^{c_j}, e^{cap}·n_j / dv'[D+1]_j)·(⟨dv'[:D]_j, v_j⟩ + dv'[D]_j)    g_j = 0
+
+where n_j is the number of rows that see slot j through its gate: dv'[D+1]_j·e^{c_j}/n_j is the slot's mean weight.
+The logits' shift invariance makes this exact for any c_j; it has to keep P_ij in the range of the numbers alone.
+In bf16 β_j and δ_i are each given as the sum of two columns.
+
+Shapes: B batch, T tokens, H query heads, G KV heads, N query heads per KV head, D head dim; primed tensors are padded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvcat_nemo.kernels.protocol import FusedKernel
+from kvcat_nemo.method.attention import document_positions
+
+SHIFT = 24.0
+"""c_j: logits by which dropped slots are lowered. Rounding of s_ij − c_j grows with it."""
+HEADROOM = 60.0
+"""Logits by which a lowered dropped slot may still exceed its row's visible ones; e^60 is far from float32's end."""
+HIDDEN = 30000.0
+"""Logits by which a slot is lowered so that it has no weight at all."""
+BLOCK = 128
+"""Queries of a block when dropped slots' largest weights are sought."""
+
+
+def extra_columns(dtype: torch.dtype) -> tuple[int, int]:
+    """Columns that keys and values get: one number in full is one column, two in 16-bit types."""
+    split = 1 if dtype.itemsize >= 4 else 2
+    return split, split + 1
+
+
+class GatedAttention(torch.autograd.Function):
+    """See the module's docstring. Inputs as kernels.gated_attention's, gates [B, T, G] in at least float32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, gate, kernel: FusedKernel, scale, window, gradient_cap, cu_seqlens):
+        earlier = _Earlier(kernel, scale, window, cu_seqlens, q, v)
+        near = (_OwnSlot if window == 1 else _Window)(kernel, scale, window, cu_seqlens)
+        lse_near = near.forward(q, k, v)
+        far = earlier.forward(q, k, v, gate, earlier.shift)
+        level = torch.logaddexp(far.visible, lse_near)
+        # On a GPU this waits for the device, once per call.
+        hidden = bool((far.lse - level).amax() > HEADROOM)
+        if hidden:
+            far = earlier.forward(q, k, v, gate, HIDDEN)
+            level = torch.logaddexp(far.visible, lse_near)
+        o = far.values * (far.lse - level).exp()[..., None]
+        o = near.add_output(o, (lse_near - level).exp(), v).to(q.dtype)
+        ctx.save_for_backward(q, k, v, gate, o, level, lse_near)
+        ctx.earlier, ctx.near, ctx.saved = earlier, near, far.saved
+        ctx.gradient_cap, ctx.hidden = gradient_cap, hidden
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, gate, o, level, lse_near = ctx.saved_tensors
+        earlier: _Earlier = ctx.earlier
+        delta = _dot(do, o)
+        shift = earlier.largest_gaps(q, k, level).clamp(min=0) if ctx.hidden else earlier.shift
+        far = earlier.backward(do, delta, q, k, v, gate, shift, level, ctx.saved)
+        dgate = earlier.gate_gradient(far, q, v, gate, ctx.gradient_cap)
+        near = ctx.near.backward(do, delta, q, k, v, o, level, lse_near)
+        return *earlier.add(near, far, gate), dgate, None, None, None, None, None
+
+
+class _Far(NamedTuple):
+    """Outcome of the gated call."""
+
+    values: Tensor
+    """[B, T, H, D]: sum of visible values, weighted by the softmax over all."""
+    lse: Tensor
+    """[B, T, H]: log-sum-exp of all logits, lowered ones included."""
+    visible: Tensor
+    """[B, T, H]: of the visible ones; −inf where there are none."""
+    saved: Any
+    """The kernel's own."""
+
+
+class _Earlier:
+    """The gated call: slots at least `window` tokens ago, with columns for gates and their gradients."""
+
+    def __init__(self, kernel: FusedKernel, scale: float, window: int, cu_seqlens: Tensor | None, q, v):
+        self.kernel, self.scale, self.cu_seqlens = kernel, scale, cu_seqlens
+        self.D, self.E = q.shape[-1], v.shape[-1]
+        self.split, more = extra_columns(q.dtype)
+        self.widths = kernel.widths(self.D + self.split, self.E + more)
+        self.shift = SHIFT if self.split == 2 else 0.0
+        self.window = min(window, q.shape[1])
+        position, after = document_positions(q.shape[1], cu_seqlens, q.device)
+        self.empty = position < window  # places of moved slots where no slot of the document lies
+        self.rows = (after - window + 1).clamp(min=0)
+
+    def _columns(self, x: Tensor, width: int, moved: bool = False) -> Tensor:
+        """x with room for columns up to `width`; moved: `window` tokens later, zeros at first."""
+        w = self.window if moved else 0
+        out = x.new_empty(*x.shape[:-1], width)
+        out[:, :w] = 0
+        out[:, w:, :, : x.shape[-1]] = x[:, : x.shape[1] - w]
+        out[:, w:, :, x.shape[-1] :] = 0
+        return out
+
+    def _put(self, out: Tensor, column: int, x: Tensor) -> None:
+        out[..., column] = x
+        if self.split == 2:
+            out[..., column + 1] = x - out[..., column]
+
+    def _moved(self, x_BTG: Tensor, empty: float) -> Tensor:
+        out = torch.full_like(x_BTG, empty)
+        out[:, self.window :] = x_BTG[:, : x_BTG.shape[1] - self.window]
+        return out.masked_fill_(self.empty[:, None], empty)
+
+    def _inputs(self, q, k, v, gate, shift) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q', k', v' and each slot's β_j as the columns hold it."""
+        D, E = self.D, self.E
+        keep = gate > 0
+        beta = torch.where(keep, gate.clamp(min=torch.finfo(gate.dtype).tiny).log(), -shift)
+        wide_q = self._columns(q, self.widths[0])
+        wide_q[..., D : D + self.split] = 1
+        wide_k = self._columns(k, self.widths[0], moved=True)
+        self._put(wide_k, D, self._moved(beta, -HIDDEN) / self.scale)
+        wide_v = self._columns(v, self.widths[1], moved=True)
+        visible = self._moved(keep.to(v.dtype), 0)[..., None]
+        wide_v[..., :E] *= visible
+        wide_v[..., E : E + self.split] = visible
+        held = wide_k[:, self.window :, :, D : D + self.split].double().sum(-1) * self.scale
+        return wide_q, wide_k, wide_v, held
+
+    def forward(self, q, k, v, gate, shift) -> _Far:
+        *inputs, _ = self._inputs(q, k, v, gate, shift)
+        out, lse, saved = self.kernel.forward(*inputs, scale=self.scale, cu_seqlens=self.cu_seqlens)
+        lse = lse.transpose(1, 2)
+        return _Far(out[..., : self.E], lse, lse + out[..., self.E].to(lse.dtype).log(), saved)
+
+    def backward(self, do, delta, q, k, v, gate, shift, level, saved) -> tuple[Tensor, ...]:
+        """dq', dk', dv' of the call, and the slots' β_j."""
+        *inputs, beta = self._inputs(q, k, v, gate, shift)
+        wide_do = self._columns(do, self.widths[1])
+        self._put(wide_do, self.E, -delta)
+        wide_do[..., self.E + self.split] = 1
+        zeros = do.new_zeros(self.widths[1]).expand_as(wide_do)
+        grads = self.kernel.backward(
+            wide_do,
+            *inputs,
+            zeros,
+            level.transpose(1, 2),
+            saved,
+            scale=self.scale,
+            cu_seqlens=self.cu_seqlens,
+        )
+        return *grads, beta
+
+    def gate_gradient(self, far, q, v, gate, cap: float) -> Tensor:
+        """[B, T, G]; see the module's docstring."""
+        _, dk, dv, beta = far
+        w, T, D, E = self.window, q.shape[1], self.D, self.E
+        dk, dv, keep = dk[:, w:], dv[:, w:], gate[:, : T - w] > 0
+        # β_j's own gradient: the kernel sums dS_ij before it rounds, so kept slots' terms cancel in full precision.
+        kept = dk[..., D].to(gate.dtype) / self.scale
+        dropped = _dot(dv[..., :E], v[:, : T - w]) + dv[..., E : E + self.split].to(gate.dtype).sum(-1)
+        weight = dv[..., E + self.split].double().clamp(min=torch.finfo(torch.float64).tiny)
+        rows = self.rows[: T - w, None].double() * (q.shape[2] // gate.shape[2])
+        unlowered = (-beta).clamp(max=700).exp()
+        factor = torch.where(keep, unlowered, unlowered.minimum(math.exp(cap) * rows / weight))
+        dgate = torch.zeros_like(gate)
+        dgate[:, : T - w] = torch.where(keep, kept, dropped) * factor
+        return dgate
+
+    def add(self, near, far, gate) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of the two parts together, in near's memory."""
+        w, T = self.window, gate.shape[1]
+        dq, dk, dv = near
+        dq += far[0][..., : self.D]
+        dk[:, : T - w] += far[1][:, w:, :, : self.D]
+        dv[:, : T - w].addcmul_(far[2][:, w:, :, : self.E], (gate[:, : T - w, :, None] > 0).to(dv.dtype))
+        return dq, dk, dv
+
+    def largest_gaps(self, q, k, level) -> Tensor:
+        """[B, T, G]: the largest s_ij − L_i among the rows i that see slot j through its gate; −inf if none does."""
+        B, T, H, D = q.shape
+        G, w = k.shape[2], self.window
+        out = level.new_full((B, G, T), float("-inf"))
+        position, _ = document_positions(T, self.cu_seqlens, q.device)
+        t = torch.arange(T, device=q.device)
+        k = k.permute(0, 2, 3, 1)[:, :, None].to(level.dtype)
+        for first in range(w, T, BLOCK):
+            last = min(first + BLOCK, T)
+            block = slice(first, last)
+            rows = q[:, block].to(level.dtype).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
+            gap = rows @ k[..., : last - w] * self.scale
+            gap -= level[:, block].unflatten(2, (G, -1)).permute(0, 2, 3, 1)[..., None]
+            i, j = t[block, None], t[None, : last - w]
+            gap.masked_fill_((j > i - w) | (j < i - position[block, None]), float("-inf"))
+            out[..., : last - w] = out[..., : last - w].maximum(gap.amax((2, 3)))
+        return out.transpose(1, 2)
+
+
+class _OwnSlot:
+    """A window of one: each query's own slot."""
+
+    def __init__(self, kernel: FusedKernel, scale: float, window: int, cu_seqlens: Tensor | None):
+        self.scale = scale
+
+    def forward(self, q, k, v) -> Tensor:
+        """Log-sum-exp, here the logit, [B, T, H]."""
+        return _dot(q, k) * self.scale
+
+    def add_output(self, o, weight, v) -> Tensor:
+        return _grouped(o, v).addcmul_(_grouped(weight[..., None], v), v[:, :, :, None]).flatten(2, 3)
+
+    def backward(self, do, delta, q, k, v, o, level, lse) -> tuple[Tensor, Tensor, Tensor]:
+        p = (lse - level).exp()
+        ds = (p * (_dot(do, v) - delta) * self.scale).to(q.dtype)[..., None]
+        dq = _grouped(ds, k) * k[:, :, :, None]
+        dk = (_grouped(ds, k) * _grouped(q, k)).sum(3)
+        dv = (_grouped(p.to(q.dtype)[..., None], v) * _grouped(do, v)).sum(3)
+        return dq.flatten(2, 3), dk, dv
+
+
+class _Window:
+    """A wider window: a plain call in which a query sees its last slots."""
+
+    def __init__(self, kernel: FusedKernel, scale: float, window: int, cu_seqlens: Tensor | None):
+        self.kernel = kernel
+        self.settings = {"scale": scale, "window": window, "cu_seqlens": cu_seqlens}
+
+    def _padded(self, qk: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> list[Tensor]:
+        widths = self.kernel.widths(qk[0].shape[-1], v[0].shape[-1])
+        pad = lambda x, width: F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x  # noqa: E731
+        return [pad(x, widths[0]) for x in qk] + [pad(x, widths[1]) for x in v]
+
+    def forward(self, q, k, v) -> Tensor:
+        out, lse, self.saved = self.kernel.forward(*self._padded((q, k), (v,)), **self.settings)
+        self.out = out[..., : v.shape[-1]]
+        return lse.transpose(1, 2)
+
+    def add_output(self, o, weight, v) -> Tensor:
+        return o.addcmul_(self.out, weight[..., None])
+
+    def backward(self, do, delta, q, k, v, o, level, lse) -> tuple[Tensor, Tensor, Tensor]:
+        q_, k_, v_, o_, do_ = self._padded((q, k), (v, o, do))
+        grads = self.kernel.backward(do_, q_, k_, v_, o_, level.transpose(1, 2), self.saved, **self.settings)
+        return tuple(g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v), strict=True))
+
+
+def _grouped(x_BTHD: Tensor, like_BTGD: Tensor) -> Tensor:
+    """[B, T, H, D] as [B, T, G, N, D]."""
+    return x_BTHD.unflatten(2, (like_BTGD.shape[2], -1))
+
+
+def _dot(a_BTHD: Tensor, b_BTGD: Tensor) -> Tensor:
+    """⟨a_h, b_h/N⟩ for every head of a, [B, T, H], in at least float32."""
+    wide = torch.promote_types(a_BTHD.dtype, torch.float32)
+    product = _grouped(a_BTHD, b_BTGD).to(wide) * b_BTGD[:, :, :, None].to(wide)
+    return product.sum(-1).flatten(2)

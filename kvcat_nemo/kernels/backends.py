@@ -1,0 +1,121 @@
+"""Which fused kernel computes attention: one function decides, the configuration may overrule it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from functools import cache
+
+import torch
+
+from kvcat_nemo.kernels.protocol import FusedKernel
+
+BACKENDS = {
+    "cpu": "kvcat_nemo.kernels.cpu:CpuKernel",
+    "te": "kvcat_nemo.kernels.te:TransformerEngineKernel",
+    "flash": "kvcat_nemo.kernels.flash:FlashKernel",
+    "oracle": None,
+}
+"""Name → class. `oracle` is no kernel: the dense float64 form of method/attention.py, for tests and small models."""
+
+PACKAGES = {"te": "transformer_engine", "flash": "flash_attn"}
+"""What a backend needs beside PyTorch."""
+
+logger = logging.getLogger("kvcat_nemo")
+
+
+@cache
+def kernel(name: str) -> FusedKernel:
+    """The kernel of that name.
+
+    Raises:
+        ValueError: when its package is not installed.
+    """
+    package = PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"attention_backend={name}: the package {package} is not installed; install it, or use auto"
+        )
+    module, _, cls = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)()
+
+
+def select_backend(
+    name: str = "auto",
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    gated: bool = True,
+    recent_window: int = 1,
+    packed: bool = False,
+) -> str:
+    """Resolve `auto` and refuse what the backend cannot do.
+
+    Args:
+        name: one of BACKENDS or `auto`: `cpu` for tensors there; on CUDA `te` where Transformer Engine is installed,
+            else `flash` where flash-attn is.
+        gated: whether gates take part, or plain causal attention is meant; recent_window: of the gated call.
+        packed: several documents in one window.
+
+    Returns:
+        a name of BACKENDS.
+
+    Raises:
+        ValueError: that names what does not fit, and the fix.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    if name == "auto":
+        name = _automatic(device)
+    if gated and dtype == torch.float16:
+        raise ValueError(
+            "attention: float16 cannot hold the weights of dropped slots (e^60); train in bfloat16 or float32"
+        )
+    if name == "oracle":
+        return name
+    chosen = kernel(name)
+    for widths, window in _calls(chosen, head_dim, dtype, gated, recent_window):
+        chosen.check(
+            head_dim_qk=widths[0],
+            head_dim_v=widths[1],
+            dtype=dtype,
+            device=device,
+            window=window,
+            packed=packed,
+        )
+    return name
+
+
+def _calls(chosen: FusedKernel, head_dim: int, dtype: torch.dtype, gated: bool, recent_window: int):
+    """(widths, window) of the kernel calls that one attention makes."""
+    from kvcat_nemo.kernels.algebra import extra_columns
+
+    plain = chosen.widths(head_dim, head_dim)
+    if not gated:
+        return [(plain, None)]
+    qk, v = extra_columns(dtype)
+    calls = [(chosen.widths(head_dim + qk, head_dim + v), None)]
+    return calls if recent_window == 1 else [*calls, (plain, recent_window)]
+
+
+def _automatic(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda":
+        for name, package in PACKAGES.items():
+            if importlib.util.find_spec(package) is not None:
+                return name
+        raise ValueError(
+            "attention_backend=auto: CUDA tensors need Transformer Engine (pip install 'kvcat-nemo[te]') or flash-attn; "
+            "neither is installed"
+        )
+    raise ValueError(f"attention_backend=auto: no fused attention for {device.type} tensors; use cpu or cuda")
+
+
+@cache
+def announce(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Log the choice, once for each kind of tensor."""
+    logger.info("attention backend: %s (%s, %s, head dim %d)", name, device_type, dtype, head_dim)
