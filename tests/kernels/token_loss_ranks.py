@@ -47,7 +47,11 @@ def main(folder, rank, world_size):
         whole = run(hidden.double(), weight.double())
         group = groups[ranks]
         part = slice(group.rank() * PADDED // ranks, (group.rank() + 1) * PADDED // ranks)
-        own = slice(group.rank() * T // ranks, (group.rank() + 1) * T // ranks) if sequence_parallel else slice(T)
+        own = (
+            slice(group.rank() * T // ranks, (group.rank() + 1) * T // ranks)
+            if sequence_parallel
+            else slice(T)
+        )
         split = run(hidden[own], weight[part], group=group, sequence_parallel=sequence_parallel)
         expected = whole[0], whole[1][own], whole[2][part]
         name = f"TP{ranks} sp={sequence_parallel} known={known} paired={paired} τ={temperature} {dtype}"
