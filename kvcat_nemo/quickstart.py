@@ -30,8 +30,15 @@ RESULTS = Path("results/quickstart")
 RUN = RESULTS / "run"
 EXPORTED = RESULTS / "model"
 REPORT = RESULTS / "report.json"
+WINDOWS = RESULTS / "windows.json"
+PAGE = RESULTS / "report.html"
 
 STEPS = int(os.environ.get("KVCAT_QUICKSTART_STEPS", "32"))
+
+# Evaluation of both models: windows of held-out papers, 768 tokens compressed and 255 predictions after them.
+COMPRESSORS = "attention-matching,rkv,recent:sinks=4"
+KEEP = "0.05,0.1,0.2"
+COUNT = "6"
 
 # Lines of NeMo's output that are shown; the rest is in the stage's log.
 _SHOWN = re.compile(r"(training: |validation at step|step \d+: held-out|kvcat: )")
@@ -135,7 +142,7 @@ def main() -> None:
         "KV-CAT quickstart: continued pretraining of SmolLM2-135M on full scientific papers, so that its KV cache\n"
         "compresses better. Everything below runs on the CPU; each line after $ is a command that you can use yourself."
     )
-    stages = Stages(RESULTS / "stages.json", total=7)
+    stages = Stages(RESULTS / "stages.json", total=8)
     logs = RESULTS / "logs"
     try:
         _stages(stages, logs)
@@ -143,7 +150,8 @@ def main() -> None:
         sys.exit(f"\nquickstart stopped: {failure}")
     minutes = (time.time() - started) / 60
     print(
-        f"\nAll stages took {minutes:.1f} minutes. The report: {REPORT}; the picture: {RESULTS / 'losses.png'}"
+        f"\nAll stages took {minutes:.1f} minutes. Training: {REPORT} and {RESULTS / 'losses.png'}"
+        f"\nCompression, base beside KV-CAT: open {PAGE} in a browser"
     )
     print(
         f"See the run in MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {mlflow_store()}"
@@ -215,6 +223,28 @@ def _stages(stages: Stages, logs: Path) -> None:
         export,
     )
 
+    compression = fingerprint(training, COMPRESSORS, KEEP, COUNT)
+    # A folder for each model trained: one that was begun is gone on with, one of other weights would be refused.
+    figures = RESULTS / f"continuation-{compression[:8]}"
+
+    def curves() -> None:
+        held_out = ["--held-out", str(json.loads((DATA / "manifest.json").read_text())["held_out"])]
+        cut = ["--tokenizer", MODEL, *held_out, "--count", COUNT, "--out", WINDOWS]
+        run(command("kvcat", "data", "windows", CORPUS, *cut), logs / "windows.log")
+        models = [f"base={MODEL}", f"kv-cat={EXPORTED}"]
+        what = ["--compressors", COMPRESSORS, "--keep", KEEP, "--windows", WINDOWS, "--out", figures]
+        run(command("kvcat", "evaluate", "continuation", *models, *what), logs / "continuation.log")
+        title = "Quickstart: compressing the cache of SmolLM2-135M before and after KV-CAT"
+        run(command("kvcat", "report", figures, "--out", PAGE, "--title", title), logs / "page.log")
+
+    stages.stage(
+        "compress",
+        "Compress the cache of held-out papers, base model and KV-CAT model side by side; write the page",
+        compression,
+        PAGE,
+        curves,
+    )
+
     def report() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         seconds = {name: entry["seconds"] for name, entry in stages.done.items()}
@@ -230,6 +260,20 @@ def _stages(stages: Stages, logs: Path) -> None:
         lambda: attach_to_mlflow(RUN, RESULTS),
     )
     print(table(json.loads(REPORT.read_text())))
+    print(curve_lines(json.loads((figures / "results.json").read_text())["rows"]))
+
+
+def curve_lines(rows: list[dict[str, Any]]) -> str:
+    """ΔPPL of both models by compressor and budget, for a terminal."""
+    deltas: dict[tuple[str, float], dict[str, float]] = {}
+    for row in rows:
+        if row["compressor"] != "none":
+            deltas.setdefault((row["compressor"], row["keep"]), {})[row["model"]] = row["delta_ppl"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"\n{'perplexity lost by compression':34}" + "".join(f"{name:>10}" for name in models)]
+    for (compressor, keep), values in deltas.items():
+        lines.append(f"  {compressor:22}{keep:8.0%}  " + "".join(f"{values[name]:10.3f}" for name in models))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

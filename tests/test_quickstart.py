@@ -116,3 +116,14 @@ def test_only_wanted_lines_are_shown(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "training: 2/2" in shown and "noise\n" not in shown
     assert "noise" in (tmp_path / "log").read_text()
+
+
+def test_compression_figures_stand_by_compressor_and_budget():
+    def row(model, compressor, keep, delta):
+        return {"model": model, "compressor": compressor, "keep": keep, "delta_ppl": delta}
+
+    rows = [row("base", "none", 1.0, 0.0), row("base", "a:x=1", 0.05, 1.5), row("kv", "a:x=1", 0.05, 0.25)]
+    lines = quickstart.curve_lines(rows).splitlines()
+    assert lines[1].split() == ["perplexity", "lost", "by", "compression", "base", "kv"]
+    assert lines[2].split() == ["a:x=1", "5%", "1.500", "0.250"] and len(lines) == 3
+    assert len(lines[1]) == len(lines[2])
