@@ -82,7 +82,7 @@ test: setup  ## run the tests, those of compress/ and evaluate/ in both environm
 	fi; \
 	$(VENV)/bin/python tests/totals.py .cache/tests-*.xml || failed=1; exit $$failed
 
-quickstart: setup  ## continued pretraining of a real model on real text, from nothing to the report
+quickstart: $(STAMP)  ## continued pretraining of a real model on real text, from nothing to the report
 	$(VENV)/bin/python -m kvcat_nemo.quickstart
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
