@@ -30,7 +30,10 @@ class Handler(Protocol):
         """[B, H, N, E] of one layer; the keys and values are those of the call's own tokens."""
 
 
-def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, kvcat_handler=None, **unused):
+# The order is transformers' own: kvpress wraps every registered function and hands `dropout` on by its place.
+def _attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, kvcat_handler=None, **unused
+):
     if kvcat_handler is None:
         raise RuntimeError("the model was left with kvcat's attention; call it through kvcat_nemo.compress")
     out = kvcat_handler.attend(module.layer_idx, query, key, value, scaling)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from kvcat_nemo.compress.base import Compressor
+from kvcat_nemo.compress.kvpress_adapter import PRESSES, named_press
 
 # name → module:class; imported when used.
 COMPRESSORS = {
@@ -47,8 +48,13 @@ def make(specification: str) -> Compressor:
 
         return Stack(make(parts[0]), make(parts[1]))
     name, *settings = parts[0].split(":")
+    if name in PRESSES or name.startswith("kvpress."):
+        pairs = (setting.partition("=") for setting in settings)
+        return named_press(name, {key: yaml.safe_load(value) for key, _, value in pairs})
     if name not in COMPRESSORS:
-        raise ValueError(f"compressor {name!r}: choose among {', '.join(COMPRESSORS)}")
+        raise ValueError(
+            f"compressor {name!r}: choose among {', '.join([*COMPRESSORS, *PRESSES])}, or kvpress.CLASS"
+        )
     kind = kind_of(name)
     known = [field.name for field in fields(kind)]
     values: dict[str, Any] = {}

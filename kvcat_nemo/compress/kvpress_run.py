@@ -1,0 +1,131 @@
+"""One context through a press of kvpress, and the model left as it was found."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcat_nemo.compress.prefill import Prefilled
+
+
+@dataclass
+class Kept:
+    """What a press left of one layer."""
+
+    keys: Tensor
+    """[1, G, S, D]"""
+    values: Tensor
+    """[1, G, S, E]"""
+    masked_GS: Tensor
+    """True for slots that are still stored but hidden from attention."""
+    full: Any
+    """Keys and values of all slots, as the press was given them."""
+
+
+@contextmanager
+def _restored(model, implementation: str):
+    """kvpress leaves a rotary embedding and masks on the attention modules, and needs a certain attention."""
+    modules = [layer.self_attn for layer in model.model.layers]
+    had = ["rotary_emb" in module._modules for module in modules]
+    forward = "forward" in model.model.__dict__
+    before = model.config._attn_implementation
+    model.config._attn_implementation = implementation
+    try:
+        for module in modules:
+            module.masked_key_indices = None
+        yield modules
+    finally:
+        model.config._attn_implementation = before
+        for module, rotary in zip(modules, had, strict=True):
+            module.__dict__.pop("masked_key_indices", None)
+            if not rotary:
+                module._modules.pop("rotary_emb", None)
+        if not forward:
+            model.model.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _templates(press, prefilled: Prefilled, what: str):
+    """Presses that re-read the context take the model's tokenizer from its folder, and its chat template for granted.
+
+    A context that does not begin with the template's prefix is given a tokenizer without template: else the first
+    tokens of the text would be taken for that prefix, left unscored and dropped.
+    """
+    import kvpress.presses.kvzip_press as kvzip
+    from transformers import AutoTokenizer
+
+    if not isinstance(press, kvzip.KVzipPress):
+        yield
+        return
+    folder = prefilled.model.config.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"{what}: it reads the context once more and needs the tokenizer in the model's folder, {folder!r}: {error}"
+        ) from error
+    if tokenizer.chat_template is not None and not _begins_with_template(tokenizer, prefilled.ids_BT[0]):
+        tokenizer.chat_template = None
+    stand_in = SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
+    try:
+        kvzip.AutoTokenizer = stand_in
+        yield
+    finally:
+        kvzip.AutoTokenizer = AutoTokenizer
+
+
+def _begins_with_template(tokenizer, ids_T: Tensor) -> bool:
+    mark = "context goes here"
+    message = [{"role": "user", "content": mark}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    prefix = tokenizer.encode(text.split(mark)[0], add_special_tokens=False)
+    return ids_T[: len(prefix)].tolist() == prefix
+
+
+@torch.no_grad()
+def run_press(press, prefilled: Prefilled, implementation: str, what: str) -> list[Kept]:
+    """Read the context under a press.
+
+    Args:
+        press: of kvpress, its compression_ratio set; implementation: the model's attention for this pass.
+        what: name for messages.
+
+    Raises:
+        ValueError: with kvpress' own words, when the press refuses the context.
+    """
+    model = prefilled.model
+    full: dict[int, Any] = {}
+
+    def remember(module, args, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        # Later passes of a press (KVzip's repetition) append to the cache: the first one is the context.
+        full.setdefault(
+            module.layer_idx, SimpleNamespace(keys=layer.keys.clone(), values=layer.values.clone())
+        )
+
+    cache = DynamicCache()
+    with ExitStack() as stack:
+        modules = stack.enter_context(_restored(model, implementation))
+        stack.enter_context(_templates(press, prefilled, what))
+        for module in modules:
+            stack.callback(module.register_forward_hook(remember, with_kwargs=True).remove)
+        try:
+            with press(model):
+                model.model(input_ids=prefilled.ids_BT, past_key_values=cache)
+        except AssertionError as error:
+            raise ValueError(f"{what}: kvpress refused the context: {error}") from error
+        masks = [getattr(module, "masked_key_indices", None) for module in modules]
+    kept = []
+    for layer, mask in enumerate(masks):
+        keys, values = cache.layers[layer].keys, cache.layers[layer].values
+        masked = torch.zeros(keys.shape[1:3], dtype=torch.bool, device=keys.device)
+        if mask is not None:
+            masked[mask[1].to(keys.device), mask[2].to(keys.device)] = True
+        kept.append(Kept(keys, values, masked, full[layer]))
+    return kept
