@@ -27,6 +27,7 @@ from kvcat_nemo.evaluate.results import budget_label, parse_budget
 # name → module:class in kvcat_nemo.evaluate; imported when used.
 PROTOCOLS = {
     "continuation": "continuation:Continuation",
+    "gradient": "gradient_curve:GradientCurve",
     "base-ability": "base_ability:BaseAbility",
 }
 

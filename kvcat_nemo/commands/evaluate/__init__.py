@@ -8,6 +8,7 @@ import click
 
 _COMMANDS = {
     "continuation": "perplexity of a text's second part, its first part compressed (ΔPPL, KL, top-1)",
+    "gradient": "ΔPPL per step while the slots of a small cache are trained",
     "base-ability": "six multiple-choice benchmarks over the full cache, before and after training",
     "sweep": "many evaluations from one YAML file",
 }
