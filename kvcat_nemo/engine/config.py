@@ -1,9 +1,13 @@
 """What a Megatron configuration must look like for a paired pass, checked before any process group starts."""
 
+import importlib.util
 from dataclasses import dataclass, field
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from kvcat_nemo.engine import host
+from kvcat_nemo.kernels import select_backend
 from kvcat_nemo.method.config import KVCatConfig
 
 
@@ -59,19 +63,55 @@ def validate_model_config(config) -> None:
         )
     if config.fp8:
         refuse("fp8", "gated attention needs bf16 or float32; set it to None")
+    _check_attention(config, refuse)
     if getattr(config, "defer_embedding_wgrad_compute", False):
         refuse(
             "defer_embedding_wgrad_compute",
             "the output weight's gradient is made with the losses, without the logits that deferring needs; set it to False",
         )
+    norms = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    if norms and importlib.util.find_spec("transformer_engine") is None:
+        # Megatron-core 0.15's CheckpointWithoutOutput asks Transformer Engine for its FP8 state, FP8 or not.
+        refuse(
+            "recompute_modules",
+            "Megatron recomputes norms with Transformer Engine alone; leave layernorm out",
+        )
     if not kvcat.paired:
         return
-    if config.recompute_granularity is not None:
-        refuse("recompute_granularity", "recomputation of a paired pass is not supported yet; set it to None")
+    if config.recompute_granularity is not None and config.distribute_saved_activations:
+        refuse(
+            "distribute_saved_activations",
+            "gates are saved whole, not over ranks; set it to False, or use sequence parallelism",
+        )
     if getattr(config, "enable_cuda_graph", False):
         refuse("enable_cuda_graph", "the layers' mask is an input that graphs do not carry; set it to False")
     if kvcat.policy == "router":
         _refuse_straddling_groups(config)
+
+
+def _check_attention(config, refuse) -> None:
+    """Kernels compute plain causal softmax attention in one of their dtypes; anything else is refused."""
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp4"):
+        if getattr(config, name, None):
+            refuse(name, "gated attention needs bf16 or float32; set it to None or False")
+    if getattr(config, "attn_logit_softcapping", None):
+        refuse("attn_logit_softcapping", "no fused kernel caps logits and gates them; use a model without")
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        refuse("softmax_type", "the softmax over gated slots has no extra sink; set it to 'vanilla'")
+    if getattr(config, "window_size", None):
+        refuse("window_size", "gates are defined for attention over the whole context; set it to None")
+    device = host.device()
+    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    # A trainer's precision may be set later; on CUDA it is bf16 or the first call says so.
+    dtype = half or (config.params_dtype if device.type == "cpu" else torch.bfloat16)
+    select_backend(
+        config.kvcat.attention_backend,
+        device=device,
+        dtype=dtype,
+        head_dim=config.kv_channels,
+        gated=config.kvcat.paired,
+        recent_window=config.kvcat.recent_window,
+    )
 
 
 def _refuse_straddling_groups(config) -> None:

@@ -43,6 +43,7 @@ class KVCatTransformerLayer(TransformerLayer):
     def __init__(self, config, submodules, layer_number: int = 1, **kwargs):
         super().__init__(config, submodules, layer_number=layer_number, **kwargs)
         kvcat: KVCatConfig = config.kvcat
+        self.place = layer_number - 1  # among this stage's layers
         layer = self.layer_number - 1
         self.group = kvcat.group_of_layer(layer, config.num_layers)
         self.begins_group = layer in kvcat.group_starts(config.num_layers)
@@ -71,7 +72,7 @@ class KVCatTransformerLayer(TransformerLayer):
             hidden_states, gate = self._route(hidden_states)
             context = gate[None]
         gate = context[self.group if self.config.kvcat.policy == "random" else 0]
-        if self.router is None and self.begins_group:
+        if self.router is None and self.begins_group and not self._replaying:
             self.stats.append(GroupStats(self.group, self._fixed_keep_rate(gate)))
         kwargs["attention_bias"] = gate
         hidden_states, _ = super().forward(hidden_states=hidden_states, context=None, **kwargs)
@@ -85,15 +86,16 @@ class KVCatTransformerLayer(TransformerLayer):
         weighted = budget * kvcat.budget_weight / kvcat.num_groups
         if torch.is_grad_enabled():
             hidden_states = RouterLoss.apply(hidden_states, weighted)
-        self.stats.append(
-            GroupStats(
-                self.group,
-                routing.hard_BT.mean(),
-                routing.p_BT.detach().mean(),
-                budget.detach(),
-                self._flipped_by_last_update(h_BTM, routing.hard_BT),
+        if not self._replaying:
+            self.stats.append(
+                GroupStats(
+                    self.group,
+                    routing.hard_BT.mean(),
+                    routing.p_BT.detach().mean(),
+                    budget.detach(),
+                    self._flipped_by_last_update(h_BTM, routing.hard_BT),
+                )
             )
-        )
         return hidden_states, copy_to_tensor_parallel(routing.gate_BT, self._tp_group)
 
     def _router_input(self, hidden_states: Tensor) -> Tensor:
@@ -105,6 +107,18 @@ class KVCatTransformerLayer(TransformerLayer):
             h = gather_from_sequence_parallel_region(h.contiguous(), tensor_parallel_output_grad=False)
         h = h.transpose(0, 1)
         return h.detach() if kvcat.router_detach_input else h
+
+    @property
+    def _replaying(self) -> bool:
+        """Whether this is the second run of a layer under full recomputation.
+
+        The first runs without gradients; the router's loss therefore rides on the second alone, and figures are taken in
+        the first alone. The same input gives the same gates: the router draws nothing.
+        """
+        config = self.config
+        if config.recompute_granularity != "full" or not self.training or not torch.is_grad_enabled():
+            return False
+        return config.recompute_method == "uniform" or self.place < config.recompute_num_layers
 
     @property
     def _tp_group(self):

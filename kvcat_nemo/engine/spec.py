@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from kvcat_nemo.engine.attention import GatedCoreAttention
+from kvcat_nemo.engine.attention import GatedCoreAttention, GatedSelfAttention
 from kvcat_nemo.engine.layer import KVCatTransformerLayer
 
 
@@ -59,6 +59,7 @@ def kvcat_block_spec(config, vp_stage: int | None = None) -> ModuleSpec:
         if attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.module = KVCatTransformerLayer
+    layer.submodules.self_attention.module = GatedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = GatedCoreAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return ModuleSpec(

@@ -115,7 +115,15 @@ def _automatic(device: torch.device) -> str:
     raise ValueError(f"attention_backend=auto: no fused attention for {device.type} tensors; use cpu or cuda")
 
 
-@cache
-def announce(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
-    """Log the choice, once for each kind of tensor."""
-    logger.info("attention backend: %s (%s, %s, head dim %d)", name, device_type, dtype, head_dim)
+def announce(name: str, q: torch.Tensor) -> None:
+    """Log once, on the first rank, which kernel computes attention of such queries, [..., head dim]."""
+    if (name, q.device.type, q.dtype, q.shape[-1]) not in _announced:
+        _announced.add((name, q.device.type, q.dtype, q.shape[-1]))
+        chosen = _automatic(q.device) if name == "auto" else name
+        if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            logger.info(
+                "attention backend: %s (%s, %s, head dim %d)", chosen, q.device.type, q.dtype, q.shape[-1]
+            )
+
+
+_announced: set[tuple] = set()

@@ -46,11 +46,14 @@ class KVCatConfig:
     recent_window: int = 1
     """Last slots that a query always sees; 1 is its own slot."""
     gate_gradient_cap: float = 3.0
-    """Logits by which a dropped slot may exceed a row's visible ones in the gradient of its gate; exact below.
+    """Logits by which a dropped slot's weight may exceed the visible ones' in the gradient of its gate.
 
-    Dropped attention sinks exceed them by tens. With 30, an untrained router's gradient norm was 10⁴ on SmolLM2-135M, and
+    The weight is averaged over the queries that see the slot through its gate. Above, the slot's gradient is scaled down
+    by the ratio; below, it is exact. Dropped attention sinks exceed visible slots by tens. With 30, an untrained router's gradient norm was 10⁴ on SmolLM2-135M, and
     clipping left the backbone no step (docs/LOG.md).
     """
+    attention_backend: str = "auto"
+    """Fused kernel that computes attention: auto, cpu, te, flash, or oracle (dense float64, for tests)."""
     seed: int = 1234
     """Seed of router initialisation and of the random policy."""
 
@@ -61,6 +64,7 @@ class KVCatConfig:
         """Raise a ValueError that names the field, the value and the fix."""
         _one_of(self, "policy", ("router", "random", "attention", "none"))
         _one_of(self, "router_input", ("masked", "dense"))
+        _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "oracle"))
         _check(
             self,
             "target_keep_fraction",
