@@ -113,7 +113,8 @@ def attend_cache(layer: LayerCache, q_BHND: Tensor, k_BGND: Tensor, v_BGNE: Tens
     B, H, N, _ = q_BHND.shape
     G, S = k_BGND.shape[1], keys.shape[2]
     own = torch.full((N, N), -torch.inf, dtype=torch.float32, device=q_BHND.device).triu(1)
-    bias = layer.bias_BGS.float()[:, :, None, None, :].expand(B, G, H // G, N, S).reshape(B, H, N, S)
+    wide = torch.promote_types(torch.float32, q_BHND.dtype)
+    bias = layer.bias_BGS.to(wide)[:, :, None, None, :].expand(B, G, H // G, N, S).reshape(B, H, N, S)
     bias = torch.cat([bias, own.expand(B, H, N, N)], -1).to(q_BHND.dtype)
     k, v = (
         torch.cat([old.to(new.dtype), new], 2).repeat_interleave(H // G, 1)

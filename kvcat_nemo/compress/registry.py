@@ -21,6 +21,7 @@ COMPRESSORS = {
     "random": "baselines:Random",
     "recent": "baselines:Recent",
     "attention-matching": "attention_matching:AttentionMatching",
+    "kvsculpt": "kvsculpt:KVSculpt",
     "gradient": "gradient:Gradient",
     "rkv": "rkv:RKV",
     "int8": "kivi:Int8",
