@@ -23,14 +23,11 @@ Shapes: B windows of a batch, N = C − 1 predictions, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,12 +36,12 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo.compress import KVCache, Prefilled, next_logits, prefill
 from kvcat_nemo.evaluate.models import ModelFolder, load_model
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol
-from kvcat_nemo.evaluate.results import NONE, Key, Store, write_results
-from kvcat_nemo.evaluate.runner import Work, item_seed, run_items, set_threads
+from kvcat_nemo.evaluate.protocol import Cell
+from kvcat_nemo.evaluate.results import NONE, Key, Store
+from kvcat_nemo.evaluate.runner import Work, item_seed, run_items
 from kvcat_nemo.evaluate.statistics import jackknife, mean, standard_error
-from kvcat_nemo.evaluate.windows import CONTINUATION, PREFIX, Window, windows_fingerprint
-from kvcat_nemo.evaluate.windows_source import WindowSource
+from kvcat_nemo.evaluate.window_protocol import Lazy, WindowProtocol, item_id
+from kvcat_nemo.evaluate.windows import Window
 
 
 class Batch:
@@ -108,7 +105,7 @@ def compare(dense_NV: Tensor, logits_NV: Tensor, targets_N: Tensor) -> dict[str,
 
 
 @dataclass(kw_only=True)
-class Continuation(WindowSource, CompressionProtocol):
+class Continuation(WindowProtocol):
     """Compressed-prefix continuation on windows of text."""
 
     name: ClassVar[str] = "continuation"
@@ -122,80 +119,35 @@ class Continuation(WindowSource, CompressionProtocol):
         "seconds",
     )
 
-    prefix: int = PREFIX
-    """Tokens whose cache is compressed."""
-    continuation: int = CONTINUATION
-    """Tokens that follow, of which all but the first are scored."""
+    def check_own(self, cells: list[Cell]) -> list[str]:
+        rows = len(self.models) * (1 + len(cells))
+        return [f"work         {rows} rows, {rows * self.count} passes over a continuation"]
 
-    def check(self) -> list[str]:
-        models, cells = self._checked()
-        facts = self.model_facts(models)
-        source = self.check_windows(models, self.prefix + self.continuation)
-        passes = len(models) * (1 + len(cells))
-        return [
-            f"continuation → {self.out}",
-            f"models       {', '.join(facts)}",
-            f"windows      {source}: {self.prefix} tokens compressed, {self.continuation - 1} predictions each",
-            f"compressors  {', '.join(dict.fromkeys(c.name for c in cells))}",
-            f"keep         {', '.join(dict.fromkeys(c.label for c in cells))}",
-            f"work         {passes} rows, {passes * self.count} passes over a continuation",
-        ]
+    def own_settings(self) -> dict[str, Any]:
+        return self.settings("prefix", "continuation")
 
-    def _checked(self) -> tuple[list[ModelFolder], list[Cell]]:
-        models = self.check_common()
-        if self.prefix < 1 or self.continuation < 2:
-            raise ValueError(
-                f"prefix={self.prefix}, continuation={self.continuation}: give at least 1 token to compress and 2 that"
-                " follow, as the first of them is not scored"
-            )
-        length = self.prefix + self.continuation
-        for model in models:
-            if model.context is not None and model.context < length:
-                raise ValueError(
-                    f"model {model.name}: reads {model.context} tokens, a window has {length}; give a smaller prefix"
-                )
-        return models, self.cells(self.prefix)
+    def measure_model(
+        self, store: Store, model: ModelFolder, windows: list[Window], cells: list[Cell]
+    ) -> None:
+        work, total = self._work(model, windows, cells), len(windows) * (1 + len(cells))
+        run_items(store, work, total=total, description=model.name, seed=self.seed)
 
-    def run(self) -> Path:
-        models, cells = self._checked()
-        facts = self.model_facts(models)
-        windows = self.load(models, self.prefix + self.continuation)
-        threads = set_threads(self.threads)
-        store = Store(
-            self.out,
-            {
-                "protocol": self.name,
-                "settings": self.settings("prefix", "continuation"),
-                "data": {"windows": windows_fingerprint(windows)},
-                "models": facts,
-            },
-        )
-        self.keep_windows(windows)
-        windows = windows[: self.limit]
-        rows = []
-        for model in models:
-            work = self._work(model, windows, cells)
-            total = len(windows) * (1 + len(cells))
-            run_items(store, work, total=total, description=model.name, seed=self.seed)
-            rows += [self._row(store, model.name, windows, cell) for cell in [None, *cells]]
-        told = {"windows": [{"source": w.source, "doc": w.doc, "start": w.start} for w in windows]}
-        path = write_results(self.out, self.name, rows, {**told, "threads": threads, "question_aware": False})
-        store.close()
-        return path
+    def rows(self, store: Store, models: list[str], windows: list[Window], cells: list[Cell]) -> list[dict]:
+        return [self._row(store, model, windows, cell) for model in models for cell in [None, *cells]]
 
     def _key(self, model: str, cell: Cell | None) -> Key:
         return Key(self.name, model, cell.name if cell else NONE, cell.label if cell else "1")
 
     def _work(self, folder: ModelFolder, windows: list[Window], cells: list[Cell]) -> Iterator[Work]:
-        model = _Lazy(lambda: load_model(folder, self.dtype, self.device)[0])
+        model = Lazy(lambda: load_model(folder, self.dtype, self.device)[0])
         needs = {need for cell in cells for need in cell.compressor.needs}
         for first in range(0, len(windows), self.batch_size):
             part = windows[first : first + self.batch_size]
-            batch = _Lazy(lambda part=part: Batch(model(), part, self.prefix, needs))
+            batch = Lazy(lambda part=part: Batch(model(), part, self.prefix, needs))
             for cell in [None, *cells]:
                 key = self._key(folder.name, cell)
                 state = item_seed(self.seed, key, item_id(first, part[0]))
-                figures = _Lazy(lambda batch=batch, cell=cell, state=state: _measure(batch(), cell, state))
+                figures = Lazy(lambda batch=batch, cell=cell, state=state: _measure(batch(), cell, state))
                 for i, window in enumerate(part):
                     yield key, item_id(first + i, window), lambda i=i, figures=figures: figures()[i]
 
@@ -246,20 +198,3 @@ def summary(items: list[dict], predictions: int) -> dict:
         "kl_by_window": column["kl"].tolist(),
         "top1_by_window": column["top1"].tolist(),
     }
-
-
-def item_id(number: int, window: Window) -> str:
-    """Place among the windows and tokens; both, so that a window that is there twice is measured twice."""
-    return f"{number}-{hashlib.sha256(json.dumps(window.ids).encode()).hexdigest()[:12]}"
-
-
-class _Lazy:
-    """Calls once, when first asked, and keeps the answer."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self):
-        if not hasattr(self, "value"):
-            self.value = self.function()
-        return self.value
