@@ -280,7 +280,8 @@ def _grouped(x_BTHD: Tensor, like_BTGD: Tensor) -> Tensor:
 
 
 def _dot(a_BTHD: Tensor, b_BTGD: Tensor) -> Tensor:
-    """⟨a_h, b_h/N⟩ for every head of a, [B, T, H], in at least float32."""
+    """⟨a_h, b_{h/N}⟩ for every head of a, [B, T, H], in at least float32."""
     wide = torch.promote_types(a_BTHD.dtype, torch.float32)
-    product = _grouped(a_BTHD, b_BTGD).to(wide) * b_BTGD[:, :, :, None].to(wide)
-    return product.sum(-1).flatten(2)
+    a, b = _grouped(a_BTHD, b_BTGD), b_BTGD[:, :, :, None]
+    out = torch.linalg.vecdot(a, b) if a.dtype == wide else (a.to(wide) * b).sum(-1)
+    return out.flatten(2)

@@ -22,7 +22,7 @@ BACKENDS = {
 PACKAGES = {"te": "transformer_engine", "flash": "flash_attn"}
 """What a backend needs beside PyTorch."""
 
-logger = logging.getLogger("kvcat_nemo")
+logger = logging.getLogger("kvcat_nemo.attention")
 
 
 @cache
@@ -116,14 +116,18 @@ def _automatic(device: torch.device) -> str:
 
 
 def announce(name: str, q: torch.Tensor) -> None:
-    """Log once, on the first rank, which kernel computes attention of such queries, [..., head dim]."""
-    if (name, q.device.type, q.dtype, q.shape[-1]) not in _announced:
-        _announced.add((name, q.device.type, q.dtype, q.shape[-1]))
-        chosen = _automatic(q.device) if name == "auto" else name
-        if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            logger.info(
-                "attention backend: %s (%s, %s, head dim %d)", chosen, q.device.type, q.dtype, q.shape[-1]
-            )
+    """Say once, on the first rank, which kernel computes attention of such queries, [..., head dim]."""
+    kind = name, q.device.type, q.dtype, q.shape[-1]
+    if kind in _announced:
+        return
+    _announced.add(kind)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    if not logger.hasHandlers():  # nobody set up logging: a run says it all the same
+        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    chosen = _automatic(q.device) if name == "auto" else name
+    logger.info("attention backend: %s (%s, %s, head dim %d)", chosen, q.device.type, q.dtype, q.shape[-1])
 
 
 _announced: set[tuple] = set()

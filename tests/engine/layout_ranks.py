@@ -76,6 +76,7 @@ def train(job):
         pipeline_model_parallel_size=layout.get("pp", 1),
         virtual_pipeline_model_parallel_size=layout.get("vp"),
         sequence_parallel=layout.get("sp", False),
+        **layout.get("recompute", {}),
     )
     validate_model_config(config)
     factor = layout.get("loss_scale", 1)

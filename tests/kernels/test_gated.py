@@ -311,3 +311,12 @@ def test_selection(monkeypatch):
         ):
             select_backend(name, device="cuda", **wanted)
     assert set(BACKENDS) == {"cpu", "te", "flash", "oracle"}
+
+
+def test_the_choice_is_said_once(caplog):
+    from kvcat_nemo.kernels import announce
+
+    for width in (77, 77, 78):
+        announce("auto", torch.zeros(1, 1, 1, width))
+    said = [r.getMessage() for r in caplog.records if r.name == "kvcat_nemo.attention"]
+    assert said == [f"attention backend: cpu (cpu, torch.float32, head dim {d})" for d in (77, 78)]
