@@ -20,7 +20,7 @@ class Quantisation(Compressor):
     group: int = 32
     """Tokens that share the scale of a key's channel, and channels that share the scale of a token's value."""
     window: int = 32
-    """Most recent slots in full precision (at most group − 1 more, until a group is full). 0: none."""
+    """Most recent slots in full precision; new ones join them, until there is a group too many. 0: none."""
 
     def __post_init__(self):
         if not isinstance(self.group, int) or self.group < 1:

@@ -89,12 +89,14 @@ def sculpt(
     rounds: int,
     iterations: int,
     ridge: float,
+    key_ridge: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Better keys, biases and values, [G, K, …] each: `rounds` times keys and biases by L-BFGS, then values."""
     G, K, D = k_GKD.shape
     # In units of the keys' size, where moves of keys and of biases are alike in effect.
     unit = k_GKD.square().mean((1, 2)).sqrt().clamp(min=1e-6)[:, None, None]
-    x = torch.cat([k_GKD / unit, bias_GK[..., None]], -1).flatten(1)
+    x = start = torch.cat([k_GKD / unit, bias_GK[..., None]], -1).flatten(1)
+    pull = key_ridge / (K * D)
 
     def parts(x):
         k, bias = x.view(G, K, D + 1).split([D, 1], -1)
@@ -105,7 +107,8 @@ def sculpt(
         def function(x, v=v_GKE):
             k, bias = parts(x)
             error, to_k, to_bias = problem.error(k, bias, v)
-            return error, torch.cat([to_k * unit, to_bias[..., None]], -1).flatten(1)
+            slope = torch.cat([to_k * unit, to_bias[..., None]], -1).flatten(1)
+            return error + pull * (x - start).square().sum(-1), slope + 2 * pull * (x - start)
 
         x, _ = minimise(function, x, iterations=iterations, first_step=0.1)
         k_GKD, bias_GK = parts(x)
@@ -118,12 +121,14 @@ class KVSculpt(AttentionMatching):
     """Attention Matching whose keys are then moved by L-BFGS. Slower; best at the smallest budgets."""
 
     name: ClassVar[str] = "kvsculpt"
-    reference_tokens: int = 256
+    reference_tokens: int = 1024
     """At most so many reference tokens."""
     rounds: int = 4
     """Turns of keys and values."""
     iterations: int = 6
     """L-BFGS steps of a turn."""
+    key_ridge: float = 1.0
+    """How strongly keys are drawn to the tokens' own, per mean squared move in units of the keys' size."""
     mass: float = 0.05
     """Weight of the error of log Z."""
     adaptive: bool = False
@@ -135,8 +140,10 @@ class KVSculpt(AttentionMatching):
         super().__post_init__()
         if self.rounds < 1 or self.iterations < 1:
             raise ValueError(f"rounds={self.rounds}, iterations={self.iterations}: give at least 1 of each")
-        if self.mass < 0 or self.exponent < 0:
-            raise ValueError(f"mass={self.mass}, exponent={self.exponent}: give numbers of 0 or more")
+        if min(self.mass, self.exponent, self.key_ridge) < 0:
+            raise ValueError(
+                f"mass={self.mass}, exponent={self.exponent}, key_ridge={self.key_ridge}: give numbers of 0 or more"
+            )
         if self.queries == "context" and self.adaptive:
             raise ValueError("adaptive: needs queries=on-policy or repeat")
 
@@ -177,7 +184,7 @@ class KVSculpt(AttentionMatching):
         start_v = problem.values(start_k, bias, start_v, self.ridge)
         new_k, bias, new_v = sculpt(
             problem, start_k, bias, start_v,
-            rounds=self.rounds, iterations=self.iterations, ridge=self.ridge,
+            rounds=self.rounds, iterations=self.iterations, ridge=self.ridge, key_ridge=self.key_ridge,
         )  # fmt: skip
         # Values are fitted once more, to keys as they will be read.
         new_k = new_k.to(keys.dtype)

@@ -113,7 +113,8 @@ class QuantisedLayer(LayerCache):
         Args:
             group: tokens that share a key's scale, and channels that share a value's (all of them where that does not
                 divide the head dim).
-            window: recent slots that stay when new ones come; recent: those that stay now, at least.
+            window: recent slots that stay when new ones come; recent: those that stay now. The group
+                before them is filled up.
 
         Raises:
             ValueError: when 4-bit codes do not fill whole bytes.
@@ -122,8 +123,7 @@ class QuantisedLayer(LayerCache):
         if bits == 4 and (D % 2 or E % 2):
             raise ValueError(f"head dims {D} and {E}: 4-bit codes need even ones, two fill a byte; use int8")
         S = layer.bias_BGS.shape[2]
-        # Without a window all is coded, the last group filled up; else whole groups before the window.
-        coded = S if recent == 0 else max(0, S - recent) // group * group
+        coded = max(0, S - recent)
         head, tail = _part(layer, 0, coded), _part(layer, coded, S)
         return cls(_encode_slots(head, bits, group), tail, bits=bits, window=window)
 

@@ -115,16 +115,16 @@ def test_bytes_are_those_of_the_tensors_kept():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_new_slots_stay_in_the_window_and_are_coded_in_groups_behind_it(bits):
     whole = layer(S=100)
-    part = LayerCache(whole.keys_BGSD[:, :, :50], whole.values_BGSE[:, :, :50], whole.bias_BGS[:, :, :50])
+    part = LayerCache(whole.keys_BGSD[:, :, :52], whole.values_BGSE[:, :, :52], whole.bias_BGS[:, :, :52])
     grown = QuantisedLayer.of(part, bits=bits, group=16, window=20, recent=20)
-    assert grown.coded.bias_BGCg.shape[2] == 1 and grown.recent.slots_BG.tolist() == [[34, 34]]
-    for s in range(50, 100):
+    assert grown.coded.bias_BGCg.shape[2] == 2 and grown.recent.slots_BG.tolist() == [[20, 20]]
+    for s in range(52, 100):
         new = [x[:, :, s : s + 1] for x in (whole.keys_BGSD, whole.values_BGSE, whole.bias_BGS)]
         before = grown.bias_BGS.clone()
         bigger = grown.append(*new)
         assert torch.equal(grown.bias_BGS, before)  # the old one is left as it was
         grown = bigger
-    assert grown.recent.bias_BGS.shape[2] == 20 + (100 - 20) % 16
+    assert grown.recent.bias_BGS.shape[2] == 20
     assert torch.equal(grown.recent.keys_BGSD, whole.keys_BGSD[:, :, -20:])
     once = QuantisedLayer.of(whole, bits=bits, group=16, window=20, recent=20)
     for a, b in zip(grown.read(), once.read(), strict=True):
