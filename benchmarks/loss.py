@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from turns import require_linux, save_figure, serve, take_turns, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -68,7 +67,7 @@ def form(name: str, hidden, weight, labels, paired: bool, memory_mib: float):
 
 
 def worker(name: str, size: str, memory_mib: float) -> None:
-    """Runs the form once for every line of standard input, and answers with a line of JSON."""
+    """Serves runs of one form."""
     import torch
 
     from kvcat_nemo.kernels.token_loss import LOSS_MEMORY_MIB
@@ -78,31 +77,15 @@ def worker(name: str, size: str, memory_mib: float) -> None:
     hidden = torch.empty(tokens, passes, width).normal_(generator=rng).requires_grad_()
     weight = torch.empty(vocabulary, width).normal_(0, 0.03, generator=rng).requires_grad_()
     labels = torch.randint(0, vocabulary, (1, tokens), generator=rng)
-    form(name, hidden[:2].detach().requires_grad_(), weight[:64].detach().requires_grad_(), labels[:, :2] % 64,
-         passes == 2, 1)  # threads and code are there before the first measured run  # fmt: skip
-    for _ in sys.stdin:
-        hidden.grad = weight.grad = None
-        reset_peak()
-        before, cpu, began = memory("VmRSS"), time.process_time(), time.perf_counter()
+    few = hidden[:2].detach().requires_grad_(), weight[:64].detach().requires_grad_(), labels[:, :2] % 64
+    form(name, *few, passes == 2, 1)  # threads and code are there before the first measured run
+
+    def run() -> dict:
         loss, dh, dw = form(name, hidden, weight, labels, passes == 2, memory_mib or LOSS_MEMORY_MIB)
-        answer = {
-            "seconds": time.perf_counter() - began,
-            "cpu_seconds": time.process_time() - cpu,
-            "peak_bytes": memory("VmHWM") - before,
-            "check": [float(loss), float(dh.norm()), float(dw.norm())],
-        }
-        del loss, dh, dw
-        print(json.dumps(answer), flush=True)
+        hidden.grad = weight.grad = None  # not resident any more when the next run begins
+        return {"check": [float(loss), float(dh.norm()), float(dw.norm())]}
 
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-
-
-def memory(field: str) -> int:
-    """Bytes of this process by a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    serve(run)
 
 
 # ---- all forms of a size, taking turns
@@ -110,29 +93,8 @@ def memory(field: str) -> int:
 
 def measure(size: str, rounds: int, threads: int, memory_mib: float) -> dict:
     tokens, vocabulary, width, passes, forms = SIZES[size]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__, "--memory-mib", str(memory_mib), "--worker"]
-    workers = {
-        name: subprocess.Popen([*command, name, size], env=environment, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for name in forms
-    }  # fmt: skip
-    runs: dict[str, list[dict]] = {name: [] for name in forms}
-    try:
-        for turn in range(rounds):
-            for name in forms if turn % 2 == 0 else forms[::-1]:
-                workers[name].stdin.write("run\n")
-                workers[name].stdin.flush()
-                answer = workers[name].stdout.readline()
-                if not answer:
-                    raise RuntimeError(f"{name} at {size} ended with {workers[name].wait()}")
-                runs[name].append(json.loads(answer))
-                print(f"{size:10}{name:12}{runs[name][-1]['seconds']:8.2f} s"
-                      f"{runs[name][-1]['peak_bytes'] / 2**20:10.0f} MiB", flush=True)  # fmt: skip
-    finally:
-        for process in workers.values():
-            process.kill()
-            process.wait()
+    common = ["--memory-mib", str(memory_mib), "--worker"]
+    runs = take_turns(__file__, {name: [*common, name, size] for name in forms}, rounds, threads)
     for name in forms[1:]:  # the same loss and gradients, or the comparison means nothing
         for ours, theirs in zip(runs["fused"][0]["check"], runs[name][0]["check"], strict=True):
             assert abs(ours - theirs) <= 1e-4 * abs(theirs), (size, name, runs["fused"][0], runs[name][0])
@@ -177,11 +139,7 @@ def draw(report: dict, path: Path) -> None:
             axis.margins(y=0.15)
             axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -210,25 +168,17 @@ def main(argv=None) -> None:
     if args.worker:
         return worker(*args.worker, args.memory_mib)
     if not args.plot_only:
-        from kvcat_nemo.data.files import new_file
         from kvcat_nemo.kernels.token_loss import LOSS_MEMORY_MIB
-        from kvcat_nemo.manifest import manifest
 
-        if not Path("/proc/self/clear_refs").exists():
-            sys.exit("benchmarks/loss.py: peak memory is read from /proc, which only Linux has")
+        require_linux()
         began = time.time()
-        sizes = args.only or list(SIZES)
-        rows = [
-            measure(s, args.rounds * (1 if s == "issue" else 2), args.threads, args.memory_mib) for s in sizes
-        ]
-        facts = manifest(
-            threads=args.threads,
-            loss_memory_mib=args.memory_mib or LOSS_MEMORY_MIB,
-            load=os.getloadavg(),
-            seconds=round(time.time() - began, 1),
-        )
-        with new_file(args.out) as file:
-            file.write_text(json.dumps({"manifest": facts, "rows": rows}, indent=1) + "\n")
+        rows = []
+        for size in args.only or SIZES:
+            rounds = args.rounds * (1 if size == "issue" else 2)
+            rows.append(measure(size, rounds, args.threads, args.memory_mib))
+            print(size, rows[-1]["seconds"], flush=True)
+        budget = args.memory_mib or LOSS_MEMORY_MIB
+        write_report(rows, args.out, began, threads=args.threads, loss_memory_mib=budget)
     report = json.loads(args.out.read_text())
     draw(report, args.plot)
     for row in report["rows"]:
