@@ -3,7 +3,7 @@
 The tasks, their prompts and their scoring are the harness' own (harness.py); here are the data files, a subset that is
 drawn the same for every model, and the paired comparison. Everything is zero-shot, on validation splits.
 
-Rows of the results, per model
+Rows of the results, per model, in percent
     task: accuracy ± accuracy_se, n, acc and acc_norm, and `correct`, 1 or 0 per item. Accuracy is the harness' acc_norm
         (log-likelihood over the option's length in bytes), acc where a task has no other (WinoGrande)
     task "average": the mean of the tasks' accuracies, every task alike
@@ -37,6 +37,15 @@ class BaseAbility(Protocol):
     """Six multiple-choice benchmarks; every model is compared with the first one."""
 
     name: ClassVar[str] = "base-ability"
+    shown: ClassVar[tuple[str, ...]] = (
+        "before",
+        "n",
+        "accuracy",
+        "accuracy_se",
+        "difference",
+        "difference_se",
+        "p",
+    )
 
     limit: int | None = None
     """Items of each task, drawn by `seed`; None: all."""
@@ -114,8 +123,8 @@ def drawn(count: int, limit: int | None, task: str, seed: int) -> list[int]:
 
 
 def accuracy(items: list[dict[str, float]]) -> list[float]:
-    """The figure that is reported, per item: acc_norm, else acc."""
-    return [item.get("acc_norm", item["acc"]) for item in items]
+    """The figure that is reported, per item, 0 or 100: acc_norm, else acc."""
+    return [100 * item.get("acc_norm", item["acc"]) for item in items]
 
 
 def rows(samples: Samples) -> list[dict[str, Any]]:
@@ -128,9 +137,9 @@ def rows(samples: Samples) -> list[dict[str, Any]]:
             row = {"model": model, "task": task, "n": len(items), "accuracy": mean(right)}
             row["accuracy_se"] = standard_error(right)
             for metric in items[0]:
-                row[metric] = mean([item[metric] for item in items])
-                row[f"{metric}_se"] = standard_error([item[metric] for item in items])
-            out.append({**row, "correct": [int(x) for x in right]})
+                values = [100 * item[metric] for item in items]
+                row |= {metric: mean(values), f"{metric}_se": standard_error(values)}
+            out.append({**row, "correct": [int(x > 0) for x in right]})
         average = _average([accuracy(items) for items in tasks.values()])
         out.append({"model": model, "task": "average", **average})
         if model != first:

@@ -28,6 +28,9 @@ from kvcat_nemo.evaluate.results import budget_label, parse_budget
 PROTOCOLS = {
     "continuation": "continuation:Continuation",
     "gradient": "gradient_curve:GradientCurve",
+    "needle": "needle:Needle",
+    "long-qa": "long_qa:LongQA",
+    "ruler": "ruler:Ruler",
     "base-ability": "base_ability:BaseAbility",
 }
 

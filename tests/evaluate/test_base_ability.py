@@ -105,7 +105,7 @@ def test_all_tasks_before_and_after(model_dir, other_model_dir, data, tmp_path, 
     for task in BENCHMARKS:
         for model in before_after:
             row = plain[model, task]
-            assert row["n"] == 4 and row["accuracy"] == sum(row["correct"]) / 4
+            assert row["n"] == 4 and row["accuracy"] == 25 * sum(row["correct"])
             assert row["accuracy"] == row["acc" if task == "winogrande" else "acc_norm"]
         (difference,) = (r for r in found if "before" in r and r["task"] == task)
         assert (difference["model"], difference["before"], difference["n"]) == ("after", "before", 4)
@@ -209,16 +209,15 @@ def test_rows_by_hand():
     old = {"t": [{"acc": 0.0, "acc_norm": x} for x in (0, 0, 1, 1)], "u": [{"acc": x} for x in (1.0, 0.0)]}
     new = {"t": [{"acc": 1.0, "acc_norm": x} for x in (1, 1, 1, 1)], "u": [{"acc": x} for x in (0.0, 0.0)]}
     found = {(r["model"], r["task"], "before" in r): r for r in rows({"old": old, "new": new})}
-    assert found["old", "t", False]["accuracy"] == 0.5 and found["old", "t", False]["acc"] == 0
-    assert found["old", "t", False]["accuracy_se"] == pytest.approx(math.sqrt(1 / 3 / 4))
+    assert found["old", "t", False]["accuracy"] == 50 and found["old", "t", False]["acc"] == 0
+    assert found["old", "t", False]["accuracy_se"] == pytest.approx(100 * math.sqrt(1 / 3 / 4))
     assert (
-        found["old", "average", False]["accuracy"] == 0.5
-        and found["new", "average", False]["accuracy"] == 0.5
+        found["old", "average", False]["accuracy"] == 50 and found["new", "average", False]["accuracy"] == 50
     )
-    assert found["new", "t", True]["difference"] == 0.5 and found["new", "u", True]["difference"] == -0.5
+    assert found["new", "t", True]["difference"] == 50 and found["new", "u", True]["difference"] == -50
     average = found["new", "average", True]
     # t's differences 1 1 0 0: se √(1/3/4); u's −1 0: se 1/2. The average halves both and adds their squares.
     assert average["difference"] == 0
-    assert average["difference_se"] == pytest.approx(math.sqrt(1 / 12 + 1 / 4) / 2)
+    assert average["difference_se"] == pytest.approx(100 * math.sqrt(1 / 12 + 1 / 4) / 2)
     # Of the 8 sign vectors of the differing items (weights ¾ ¾ −1½) all have a sum as far from 0 as the one seen.
     assert average["p"] == 1 and found["new", "t", True]["p"] == 0.5

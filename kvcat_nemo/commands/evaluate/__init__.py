@@ -9,6 +9,9 @@ import click
 _COMMANDS = {
     "continuation": "perplexity of a text's second part, its first part compressed (ΔPPL, KL, top-1)",
     "gradient": "ΔPPL per step while the slots of a small cache are trained",
+    "needle": "a pass key in a long text, by budget, depth and length",
+    "long-qa": "questions on long documents: QASPER, SQuAD's articles, LongBench v2",
+    "ruler": "RULER-style synthetic tasks: needles of four kinds, variables, frequent words",
     "base-ability": "six multiple-choice benchmarks over the full cache, before and after training",
     "sweep": "many evaluations from one YAML file",
 }

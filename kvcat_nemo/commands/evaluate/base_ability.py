@@ -16,12 +16,12 @@ from kvcat_nemo.commands.evaluate.options import run_protocol, shared_options
     show_default=True,
     help="Folder of TASK.jsonl files in the benchmarks' own fields; those that are missing are fetched.",
 )
-@shared_options
+@shared_options(batches=16)
 def command(models, tasks, **options):
     """HellaSwag, WinoGrande, PIQA, OpenBookQA, ARC-Easy and ARC-Challenge by lm-evaluation-harness, zero-shot, on local
     data: every MODEL (a Hugging Face folder, or NAME=folder), and each compared with the first one item by item.
 
-    --limit N draws N items of each task. Batches of 16 unless --batch-size says otherwise.
+    --limit N draws N items of each task.
 
     \b
     Examples:

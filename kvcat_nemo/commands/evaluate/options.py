@@ -20,9 +20,6 @@ _SHARED = [
         "--device", default="auto", show_default=True, help="As torch names it; auto: CUDA if there is one."
     ),
     click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]"),
-    click.option(
-        "--batch-size", default=1, show_default=True, help="Items that go through the model together."
-    ),
     click.option("--seed", default=0, show_default=True, help="Of everything that is drawn."),
     click.option("--dry-run", is_flag=True, help="Check everything and print the plan; measure nothing."),
 ]
@@ -39,6 +36,20 @@ _COMPRESSION = [
         default="0.05,0.1,0.2,0.4",
         show_default=True,
         help="Comma-separated budgets: kept fractions (0.1 keeps a tenth), or kept slots (76t).",
+    ),
+]
+_QUESTION = [
+    click.option(
+        "--question",
+        type=click.Choice(["unknown", "known"]),
+        default="unknown",
+        show_default=True,
+        help="Whether the compressor sees the question; rows say which.",
+    ),
+    click.option(
+        "--text",
+        multiple=True,
+        help="File or folder whose sentences are the text.  [default: made-up sentences]",
     ),
 ]
 _WINDOWS = [
@@ -65,9 +76,23 @@ _WINDOWS = [
 ]
 
 
-def shared_options(function):
-    """--out, --limit, --dtype, --device, --threads, --batch-size, --seed, --dry-run."""
-    return _apply(_SHARED, function)
+def shared_options(function=None, *, batches: int | bool = 1):
+    """--out, --limit, --dtype, --device, --threads, --seed, --dry-run, and --batch-size unless `batches` is False.
+
+    Args:
+        batches: the default of --batch-size.
+    """
+    if function is None:
+        return lambda function: shared_options(function, batches=batches)
+    size = click.option(
+        "--batch-size", default=batches, show_default=True, help="Items that go through the model together."
+    )
+    return _apply(_SHARED if batches is False else [*_SHARED, size], function)
+
+
+def question_options(function):
+    """--question and --text, of protocols that hide things in text."""
+    return _apply(_QUESTION, function)
 
 
 def compression_options(function):
