@@ -187,9 +187,12 @@ class Selection:
         )
 
     def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
-        """The narrowest widths that cuDNN takes on this device, else that FlashAttention takes.
+        """The narrowest widths for which Transformer Engine selects cuDNN, else those for which it selects flash-attn.
 
-        On Ampere, where Transformer Engine prefers FlashAttention, the narrowest that either takes.
+        On Ampere with flash-attn it never selects cuDNN; elsewhere cuDNN comes first even when wider.
+
+        Raises:
+            ValueError: when nothing serves, with the fix.
         """
         narrow = tuple(-(-width // 8) * 8 for width in (head_dim_qk, head_dim_v))
         both = (max(narrow),) * 2
@@ -199,12 +202,12 @@ class Selection:
         choices = {pair: self.choose(*pair) for pair in candidates}
         cudnn = [pair for pair, choice in choices.items() if choice.name == "cudnn"]
         usable = [pair for pair, choice in choices.items() if choice.usable]
-        if torch.cuda.get_device_capability() >= (9, 0) and cudnn:
+        if cudnn:
             return cudnn[0]
         if not usable:
             capability = torch.cuda.get_device_capability()
             raise ValueError(
-                f"attention_backend=te: Transformer Engine has no kernel for head dims ({head_dim_qk}, {head_dim_v}) or somewhat wider "
-                f"on compute capability {capability[0]}.{capability[1]}; {INSTALL}"
+                f"attention_backend=te: Transformer Engine has no kernel for head dims ({head_dim_qk}, {head_dim_v}), padded or "
+                f"not, on compute capability {capability[0]}.{capability[1]}; {INSTALL}"
             )
         return usable[0]

@@ -1,0 +1,142 @@
+"""benchmarks/roofline.py: its counts against published sizes and torch's own counter; the page is what it generates."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import roofline  # noqa: E402
+import roofline_page  # noqa: E402
+
+PARAMETERS = {  # of the published checkpoints
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B": 7_615_616_512,
+    "SmolLM2-135M": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", roofline.MODELS)
+def test_shapes_give_the_published_parameter_counts(name):
+    assert roofline.MODELS[name].parameters == PARAMETERS[name]
+
+
+def test_flops_equal_torchs_count_on_a_small_model():
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    m = roofline.Model(2, 64, 4, 2, 16, 128, 256, qkv_bias=False)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    ids = torch.randint(256, (3, 32))
+    embeds = torch.randn(3, 32, 64, requires_grad=True)  # so that the first layer's input has a gradient too
+    with FlopCounterMode(display=False) as counter:
+        LlamaForCausalLM(config)(inputs_embeds=embeds, labels=ids).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    batched = sum(n for op, n in counts.items() if "bmm" in str(op))
+    flat = sum(counts.values()) - batched
+    work = roofline.parts(m, 32, kvcat=False, N=96)
+    assert flat == sum(work[part].flops for part in ("projections", "MLP", "CE"))
+    # Eager attention knows no causality (twice the pairs) and keeps the scores (six products instead of seven). The
+    # rotary embedding's outer product is a bmm as well.
+    eager = work["attention, dense"].flops * 2 * 6 / 7
+    assert eager <= batched <= eager * 1.02
+
+
+def test_gated_attention_differs_from_dense_by_its_widths_alone():
+    m = roofline.MODELS["Qwen2.5-0.5B"]
+    assert m.padded == (72, 96) and roofline.MODELS["Qwen2.5-7B"].padded == (136, 192)
+    work = roofline.parts(m, 4096)
+    assert work["attention, gated"].flops == 1.5 * work["attention, dense"].flops
+    assert work["attention, gated"].bytes < 1.13 * work["attention, dense"].bytes
+
+
+def test_two_passes_double_what_is_shared():
+    m = roofline.MODELS["Qwen2.5-1.5B"]
+    kvcat, plain = roofline.parts(m, 1024), roofline.parts(m, 1024, kvcat=False)
+    for part in ("projections", "MLP"):
+        assert kvcat[part].flops == 2 * plain[part].flops
+    assert kvcat["CE + KL"].flops == 2 * plain["CE"].flops
+    assert kvcat["optimizer"] == plain["optimizer"]
+
+
+def test_widths_are_those_of_the_kernels():
+    from kvcat_nemo.kernels.algebra import extra_columns
+    from kvcat_nemo.kernels.flash import FlashKernel
+
+    more = extra_columns(torch.bfloat16)
+    for m in roofline.MODELS.values():
+        widths = FlashKernel().widths(m.head_dim + more[0], m.head_dim + more[1])
+        assert widths == (m.padded[0],) * 2
+
+
+def test_rows_of_a_chunk_are_those_of_the_loss():
+    from kvcat_nemo.kernels.token_sweep import Settings, Vocabulary
+
+    weight = torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16)
+    settings = Settings(Vocabulary.of(None, False, len(weight), len(weight)), True, 1.0, 128 * 2**20)
+    rows, _ = settings.rows(weight, torch.float32)
+    m = roofline.MODELS["Qwen2.5-0.5B"]
+    chunks = roofline.loss(m, 10 * rows, 2).bytes, roofline.loss(m, 11 * rows, 2).bytes
+    per_chunk = m.vocabulary * m.width * 16
+    assert chunks[1] - chunks[0] >= per_chunk
+    assert roofline.loss(m, rows, 2).bytes < 2 * per_chunk
+
+
+def test_json_and_page_are_up_to_date():
+    hint = "run python benchmarks/roofline.py"
+    assert json.loads(roofline.OUT.read_text()) == json.loads(json.dumps(roofline.result())), hint
+    page = roofline.PAGE.read_text(encoding="utf-8")
+    assert roofline_page.rendered(page) == page, hint
+    assert "never measured" in page
+
+
+def test_a_page_without_a_block_is_refused():
+    page = roofline.PAGE.read_text(encoding="utf-8").replace("<!-- roofline: losses -->", "")
+    with pytest.raises(ValueError, match="losses"):
+        roofline_page.rendered(page)
+
+
+def test_measured_shares_are_set_beside_the_computed_ones(tmp_path):
+    stages = {"attention": 0.5, "mlp": 0.2, "router": 0.01, "loss": 0.2, "optimizer": 0.05, "rest": 0.04}
+    row = {
+        "size": "smollm2-135m T=512",
+        "layers": 30,
+        "tokens": 512,
+        "stages": {"kvcat": stages, "plain": stages},
+        "core_attention": {"kvcat": 0.3, "plain": 0.1},
+        "ratios": {"step kvcat/plain": 2.1},
+    }
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps({"rows": [row]}))
+    text = roofline_page.measured(path)
+    lines = {
+        cells[1].strip(): cells for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 2
+    }
+    assert lines["core of attention"][5].strip() == "30.0%" and lines["projections"][5].strip() == "20.0%"
+    mlp = 12 * 512 * 30 * 3 * 576 * 1536 / 1e9
+    assert lines["mlp"][2].strip() == f"{mlp:,.1f}" and lines["mlp"][6].strip() == f"{mlp / 0.2:,.0f}"
+    assert sum(float(lines[stage][3].strip(" %")) for stage in roofline_page.STAGES) == pytest.approx(
+        100, abs=0.3
+    )
+    assert "×2.10 measured" in text
+    assert "make bench" in roofline_page.measured(tmp_path / "none.json")
+
+
+def test_the_stages_are_those_of_the_step_benchmark():
+    import step
+
+    assert {*step.STAGES, "core of attention", "projections"} - {"attention"} == set(roofline_page.STAGES)
