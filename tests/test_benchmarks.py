@@ -1,0 +1,89 @@
+"""What the timings of benchmarks/ rest on: forms that compute the same, and time charged to the right stage."""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = str(Path(__file__).parents[1] / "benchmarks")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name in ("loss", "step", "turns"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_forms_of_the_loss_compute_the_same(load, paired):
+    loss = load("loss")
+    passes = 1 + paired
+    hidden = torch.randn(6, passes, 8).requires_grad_()
+    weight = torch.randn(40, 8).requires_grad_()
+    labels = torch.randint(0, 40, (1, 6))
+    names = {form for *_, many, forms in loss.SIZES.values() if many == passes for form in forms}
+    assert len(names) == 3
+    results = [[x.clone() for x in loss.form(name, hidden, weight, labels, paired, 1)] for name in names]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+class Sleeps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(2 * ctx.seconds)
+        return grad, None
+
+
+def test_forward_and_backward_are_charged_to_their_stage(load):
+    step = load("step")
+    clock = step.Clock()
+    core = step.timed(clock, "core", lambda x: Sleeps.apply(x, 0.05))
+    attention = step.timed(
+        clock, "attention", lambda x: (Sleeps.apply(core(Sleeps.apply(x, 0.02)), 0.02), None)
+    )
+    x = torch.ones(2, requires_grad=True)
+    clock.begin()
+    h = Sleeps.apply(x, 0.01)
+    out, _ = attention(h)
+    (Sleeps.apply(out, 0.01) + h).sum().backward()
+    seconds, _ = clock.end()
+    assert (x.grad == 2).all()
+    # Sleeps are never shorter than asked for: forward once, backward twice.
+    assert (
+        seconds["core"] >= 0.15 and seconds["attention"] >= seconds["core"] + 0.12 and seconds["rest"] >= 0.06
+    )
+    assert clock.stack == ["rest"]
+
+
+def test_a_workers_figures(load, tmp_path):
+    turns = load("turns")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {FOLDER!r})\n"
+        "from turns import serve\n"
+        "def run():\n"
+        "    print('what a library says')\n"
+        "    return {'length': len(bytearray(int(sys.argv[1]) << 20))}\n"
+        "serve(run)\n"
+    )
+    answers = turns.take_turns(str(script), {"small": ["1"], "large": ["64"]}, rounds=3, threads=1)
+    assert [a["length"] >> 20 for a in answers["large"]] == [64, 64, 64]
+    assert all(63 < a["peak_bytes"] / 2**20 < 70 for a in answers["large"])
+    assert all(a["peak_bytes"] / 2**20 < 10 and a["seconds"] > 0 for a in answers["small"])
+    with pytest.raises(RuntimeError, match="worker.py x ended with 1"):
+        turns.take_turns(str(script), {"broken": ["x"]}, rounds=1, threads=1)
