@@ -51,7 +51,7 @@ def make(specification: str) -> Compressor:
     name, *settings = parts[0].split(":")
     if name in PRESSES or name.startswith("kvpress."):
         pairs = (setting.partition("=") for setting in settings)
-        return named_press(name, {key: yaml.safe_load(value) for key, _, value in pairs})
+        return named_press(name, {key: _value(value) for key, _, value in pairs})
     if name not in COMPRESSORS:
         raise ValueError(
             f"compressor {name!r}: choose among {', '.join([*COMPRESSORS, *PRESSES])}, or kvpress.CLASS"
@@ -66,5 +66,25 @@ def make(specification: str) -> Compressor:
                 f"compressor {specification!r}: {setting!r} is not a setting; {name} has"
                 f" {', '.join(f'{x}=…' for x in known) or 'none'}"
             )
-        values[key] = yaml.safe_load(value)
+        values[key] = _fitting(
+            f"compressor {specification!r}: {key}={value}", getattr(kind, key), _value(value)
+        )
     return kind(**values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if not re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", text) else float(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _fitting(what: str, default: Any, value: Any) -> Any:
+    """The value in the type of the setting's default; YAML reads 1 as a whole number and 1e-4 as a word."""
+    kind = type(default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+        raise ValueError(f"{what}: give {names.get(kind, kind.__name__)}, as in {default!r}")
+    return value

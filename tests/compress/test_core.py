@@ -190,3 +190,16 @@ def test_stacked_rows_come_apart_again():
 def test_specifications_are_the_names_they_were_made_from():
     assert str(make("recent:sinks=2")) == "recent:sinks=2"
     assert str(make("random")) == "random" and make("random:seed=3").settings == {"seed": 3}
+
+
+def test_settings_are_read_in_their_types():
+    assert make("gradient:lr=1e-2").lr == 0.01 and make("rkv:weight=1").weight == 1.0
+    for name, message in (
+        ("gradient:lr=fast", "lr=fast: give a number, as in"),
+        ("int4:group=2.5", "group=2.5: give a whole number"),
+        ("kvsculpt:adaptive=1", "adaptive=1: give true or false"),
+        ("gradient:text=3", "text=3: give a word"),
+        ("gradient:lr=[1", r"lr=\[1: give a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(name)
