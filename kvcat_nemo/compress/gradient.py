@@ -202,7 +202,7 @@ class Gradient(Compressor):
     """Slots trained to match the full cache on text that follows the context. Slow, and the best there is."""
 
     name: ClassVar[str] = "gradient"
-    init: str = "recent"
+    init: str = "attention-matching"
     """The compressor whose slots are trained, by its name."""
     steps: int = 50
     """Adam steps."""
