@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import types
 
 import flash_standin
 import kernel_checks
@@ -279,3 +280,39 @@ def test_selection_is_remembered_and_bounded(monkeypatch):
         for tokens in (8, 8, 16, 16, 24, 32, 40, 48, 48):
             selection.choose(72, 72, tokens=tokens)
     assert len(asked) == 6 and len(selection._choices) <= 4
+
+
+def test_an_older_version_gets_what_it_knows(monkeypatch):
+    """Up to 2.14 or so: no formats, a dtype for gradients, a dict of backends, one of them without log-sum-exps."""
+    from kvcat_nemo.kernels import te, te_selection
+
+    true, utils, constants = te_selection.engine()
+    asked = []
+
+    def forward(
+        is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype,
+        fused_attention_backend, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None, attn_scale=None, dropout=0.0,
+        qkv_layout="sbh3d", attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1),
+    ):  # fmt: skip
+        known = {name: value for name, value in locals().items() if name not in ("true", "asked")}
+        return true.fused_attn_fwd(**known, o_format="bshd")
+
+    def backward(
+        max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, fake_dtype, dqkv_dtype,
+        aux_ctx_tensors, fused_attention_backend, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None, attn_scale=None,
+        dropout=0.0, qkv_layout="sbh3d", attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1),
+        deterministic=False,
+    ):  # fmt: skip
+        known = {name: value for name, value in locals().items() if name not in ("true", "asked")}
+        asked.append(known.pop("dqkv_dtype"))
+        return true.fused_attn_bwd(**known, o_format="bshd", do_format="bshd", dqkv_layout=qkv_layout)
+
+    backends = {"F16_max512_seqlen": 0, "F16_arbitrary_seqlen": 1, "FP8": 2, "No_Backend": -1}
+    older = types.SimpleNamespace(fused_attn_fwd=forward, fused_attn_bwd=backward, FusedAttnBackend=backends)
+    for module in (te, te_selection):
+        monkeypatch.setattr(module, "engine", lambda: (older, utils, constants))
+    with te_standin.Machine((9, 0)):
+        kernel_checks.check(on_cpu(), kernel_checks.SHAPES["GQA"], dtype=torch.bfloat16, window=3, bound=2e-2)
+        assert asked == [constants.TE_DType[torch.bfloat16]] * 2
+        monkeypatch.setattr(utils, "get_attention_backend", lambda p: (False, None, True, 0, False, []))
+        assert te_selection.Selection().choose(64, 64, tokens=512).name == "cudnn512"
