@@ -2,15 +2,11 @@
 
 import json
 import math
-import multiprocessing
-import os
-import signal
-import time
 
-import killed_runs
 import pytest
 import torch
 from hf_models import small_model, tokens
+from killed_runs import kill_after, measured, run_protocol
 
 from kvcat_nemo.compress import Budget, make
 from kvcat_nemo.evaluate.continuation import Batch, Continuation, compare, summary
@@ -189,27 +185,13 @@ def test_more_windows_and_compressors_join_what_is_there(protocol):
         protocol(dtype="bfloat16").run()
 
 
-def measured(out):
-    return sum(len(p.read_bytes().splitlines()) - 1 for p in (out / "items").glob("*.jsonl"))
-
-
 def test_killed_and_started_again_gives_the_same_file(protocol, tmp_path):
     whole = results(protocol("whole", batch_size=2).run())
     settings = {**vars(protocol(batch_size=2)), "windows": str(tmp_path / "windows.json")}
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     out = tmp_path / "out"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kvcat_nemo.evaluate.continuation"])  # the imports are paid for once
-    for items in (3, 17, 29):  # of 36: in the first batch, between a batch's windows, near the end
-        child = context.Process(target=killed_runs.slow_run, args=(settings,))
-        child.start()
-        end = time.monotonic() + 300
-        while measured(out) < items:
-            assert child.is_alive() and time.monotonic() < end
-            time.sleep(0.005)
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
+    for items in (3, 29):  # of 36: in the first batch, and near the end
+        kill_after(items, out, run_protocol, settings)
         assert items <= measured(out) < 36 and not (out / "results.json").exists()
     last = max((out / "items").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
     last.write_bytes(last.read_bytes()[:-9])  # as if the last kill had come in the middle of a write

@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from hf_models import tokens
+from killed_runs import kill_after, run_sweep
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.evaluate.sweep import load_sweep
@@ -49,6 +50,26 @@ def test_a_sweep_runs_all_and_again_nothing(folder):
     assert kvcat("evaluate", "sweep", "sweep.yaml").exit_code == 0
     assert [json.loads(f.read_bytes())["rows"] for f in files] == [json.loads(b)["rows"] for b in before]
     assert list(load_sweep("sweep.yaml", only=["bf16"])) == ["bf16"]
+
+
+def test_a_killed_sweep_gives_the_files_of_an_unbroken_one(folder):
+    def rows(out):
+        found = {
+            f.parent.name: json.loads(f.read_text())["rows"] for f in folder.glob(f"{out}/*/results.json")
+        }
+        for row in (row for rows in found.values() for row in rows):
+            row.pop("seconds")
+        return found
+
+    for name in ("whole", "sweep"):
+        (folder / f"{name}.yaml").write_text(GOOD.replace("out: sweep", f"out: {name}"))
+    assert kvcat("evaluate", "sweep", "whole.yaml").exit_code == 0
+    kill_after(4, folder / "sweep", run_sweep, "sweep.yaml")  # of 9 in the first run
+    assert not rows("sweep")
+    kill_after(10, folder / "sweep", run_sweep, "sweep.yaml")  # in the second
+    assert list(rows("sweep")) == ["continuation"]
+    assert kvcat("evaluate", "sweep", "sweep.yaml").exit_code == 0
+    assert rows("sweep") == rows("whole") and len(rows("sweep")) == 2
 
 
 @pytest.mark.parametrize(
