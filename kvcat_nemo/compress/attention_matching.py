@@ -2,14 +2,16 @@
 
 Reference queries are what attention is matched on:
 
+- `context`: the context's own queries, from the prefill, turned by the rotary embedding to stand behind the context.
+  Without the turn a query looks at slots that come after it, at distances that never occur again.
 - `repeat`: the context is read again after itself, over the full cache; its queries are those of a reader who goes back
   to what was said.
 - `on-policy`: the same, but each layer is compressed as the second reading passes it, and the reading goes on over the
   compressed slots. A layer is then fitted to the queries it will meet, errors of the layers below included.
-- `context`: the context's own queries, from the prefill, turned by the rotary embedding to stand after the context.
+- `mixed`: `on-policy` and `context` together, half of the reference each.
 
-Shapes: G KV heads, H query heads, R = H/G, C pieces of N reference tokens, Q = R·C·N, T tokens, K kept slots, D, E
-head dims.
+Shapes: G KV heads, H query heads, R = H/G, C pieces of N tokens that are read again, Q reference queries of a KV head,
+T tokens, K kept slots, D and E head dims.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from transformers import PreTrainedModel
 from kvcat_nemo.compress.attention import run
 from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache, LayerCache
-from kvcat_nemo.compress.matching import Matched, Reference, logits, match, reference
+from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference
 from kvcat_nemo.compress.omp import pursue
 from kvcat_nemo.compress.prefill import Prefilled
 
 SELECTIONS = ("highest", "omp")
-QUERIES = ("on-policy", "repeat", "context")
-_PIECE = 1024  # the reference's attention among its own tokens is dense: N×N
+QUERIES = ("on-policy", "repeat", "context", "mixed")
+_CANDIDATES, _ROUNDS, _STEPS = 4, 8, 2  # of omp; docs/LOG.md has what they cost and lose
+_PIECE = 1024  # the second reading's attention among its own tokens is dense: N×N
 
 
 @dataclass
@@ -43,18 +46,20 @@ class AttentionMatching(Compressor):
 
     name: ClassVar[str] = "attention-matching"
 
-    selection: str = "highest"
-    """Keys with the highest root mean square attention, or greedily those that carry the mass together (omp)."""
+    selection: str = "omp"
+    """Keys with the highest root mean square attention (highest), or greedily those that carry the mass together (omp)."""
     queries: str = "on-policy"
-    """Reference queries: on-policy, repeat or context."""
+    """Reference queries: on-policy, repeat, context or mixed."""
+    reading_tokens: int = 1024
+    """At most so many tokens are read again, in pieces spread evenly over a longer context; 0: all."""
     reference_tokens: int = 1024
-    """At most so many reference tokens, in pieces spread evenly over a longer context; 0: all."""
-    ridge: float = 1e-4
-    """How strongly values are drawn to the slots' own, relative to a slot with all attention."""
+    """At most so many tokens' queries are matched, evenly spaced; 0: all."""
+    ridge: float = 1e-5
+    """How strongly values are drawn to the slots' own, relative to a slot that has all attention."""
     weight_ridge: float = 1e-6
     """How strongly weights are drawn to 1."""
-    omp_block: int = 4
-    """Slots that omp takes at a time."""
+    omp_block: int = 0
+    """Slots that omp takes at a time; 0: an eighth of them."""
 
     def __post_init__(self):
         for field, value, known in (
@@ -63,50 +68,49 @@ class AttentionMatching(Compressor):
         ):
             if value not in known:
                 raise ValueError(f"{field}={value!r}: choose among {', '.join(known)}")
-        if self.reference_tokens < 0 or self.omp_block < 1:
-            raise ValueError(
-                f"reference_tokens={self.reference_tokens}, omp_block={self.omp_block}: give a number of tokens"
-                " (0 for all) and at least 1 slot"
-            )
-        if not (self.ridge > 0 and self.weight_ridge > 0):
-            raise ValueError(
-                f"ridge={self.ridge}, weight_ridge={self.weight_ridge}: give numbers above 0; without a ridge values"
-                " of single slots grow beyond what half precision holds"
-            )
+        for field, zero in (
+            ("reading_tokens", "all"),
+            ("reference_tokens", "all"),
+            ("omp_block", "an eighth"),
+        ):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)}: give a number, or 0 for {zero}")
+        for field in ("ridge", "weight_ridge"):
+            if not getattr(self, field) > 0:
+                raise ValueError(
+                    f"{field}={getattr(self, field)}: give a number above 0, such as 1e-5; without a ridge values of"
+                    " single slots grow beyond what half precision holds"
+                )
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("queries",) if self.queries == "context" else ()
+        return ("queries",) if self.queries in ("context", "mixed") else ()
 
     @torch.no_grad()
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
+        fitter = _Fitter(self, prefilled, slots)
         if self.queries == "context":
-            layers = self._from_context(prefilled, slots)
+            layers = [fitter.fit(layer)[0] for layer in range(len(prefilled.cache.layers))]
         else:
-            ids_CN = reference_pieces(prefilled.ids_BT[0], self.reference_tokens, prefilled.model)
-            reader = _Reader(self, prefilled.cache, slots)
+            ids_CN = pieces_to_read(prefilled.ids_BT[0], self.reading_tokens, prefilled.model)
             positions = len(prefilled.ids_BT[0]) + torch.arange(ids_CN.shape[1], device=ids_CN.device)
-            run(prefilled.model, ids_CN, positions.expand_as(ids_CN), reader, logits=0)
-            layers = reader.layers
+            run(prefilled.model, ids_CN, positions.expand_as(ids_CN), fitter, logits=0)
+            layers = fitter.layers
         return KVCache(layers, prefilled.cache.lengths_B)
 
-    def compress_layer(self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int):
-        """One layer of one row, from given reference queries.
-
-        Returns:
-            the smaller layer, attention over all slots, and attention over the kept ones.
-        """
+    def compress_layer(
+        self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int
+    ) -> tuple[LayerCache, Reference]:
+        """One layer of one row, from given reference queries: the smaller layer, and attention over all slots."""
         keys, values = layer.read()
         k, v, q = _wide(keys[0]), _wide(values[0]), _wide(q_GQD)
         target = reference(q, k, v, scale)
         if self.selection == "omp":
-            m = (logits(q, k, scale) - target.lse_GQ[..., None]).exp()
-            places = pursue(m, slots, self.weight_ridge, self.omp_block)
+            places = self._pursue(q, k, target, scale, slots)
         else:
             places = target.score_GT.topk(slots, -1).indices
-        places = places.sort(-1).values
-        kept = layer.take(places[None])
-        matched = match(
+        kept = layer.take(places.sort(-1).values[None])
+        beta, fitted = match(
             q,
             _wide(kept.keys_BGSD[0]),
             _wide(kept.values_BGSE[0]),
@@ -115,40 +119,64 @@ class AttentionMatching(Compressor):
             ridge=self.ridge,
             weight_ridge=self.weight_ridge,
         )
-        smaller = LayerCache(kept.keys_BGSD, matched.values_GKE[None].to(values.dtype), matched.bias_GK[None])
-        return smaller, target, matched
+        return LayerCache(kept.keys_BGSD, fitted[None].to(values.dtype), beta[None]), target
 
-    def _from_context(self, prefilled: Prefilled, slots: int) -> list[LayerCache]:
-        layers = []
-        T = len(prefilled.ids_BT[0])
-        step = -(-T // self.reference_tokens) if self.reference_tokens else 1
-        for q_1HTD, layer in zip(prefilled.queries, prefilled.cache.layers, strict=True):
-            q_HND = turned(_wide(q_1HTD[0, :, ::step]), T, prefilled.model)
-            q_GQD = q_HND.reshape(layer.bias_BGS.shape[1], -1, q_HND.shape[-1])
-            layers.append(self.compress_layer(layer, q_GQD, prefilled.scale, slots)[0])
-        return layers
+    def _pursue(self, q_GQD: Tensor, k_GTD: Tensor, target: Reference, scale: float, slots: int) -> Tensor:
+        # Of the keys with the highest scores alone: that found the same slots as all, for a fifth of the time.
+        most = min(k_GTD.shape[1], _CANDIDATES * slots)
+        candidates = target.score_GT.topk(most, -1).indices
+        k = k_GTD.gather(1, candidates[..., None].expand(-1, -1, k_GTD.shape[2]))
+        m = (logits(q_GQD, k, scale) - target.lse_GQ[..., None]).exp_()
+        block = self.omp_block or -(-slots // _ROUNDS)
+        return candidates.gather(1, pursue(m, slots, self.weight_ridge, block, _STEPS))
 
 
-class _Reader:
-    """Handler of the second reading: compresses a layer from the queries that reach it, then attends."""
+class _Fitter:
+    """Compresses the layers of a row in turn. As the handler of a second reading, from the queries that reach them."""
 
-    def __init__(self, compressor: AttentionMatching, cache: KVCache, slots: int):
-        self.compressor, self.cache, self.slots = compressor, cache, slots
+    def __init__(self, compressor: AttentionMatching, prefilled: Prefilled, slots: int):
+        self.compressor, self.prefilled, self.slots = compressor, prefilled, slots
         self.layers: list[LayerCache] = []
+        most = compressor.reference_tokens
+        self.most = -(-most // 2) if compressor.queries == "mixed" else most
+
+    def fit(self, number: int, q_CHND: Tensor | None = None) -> tuple[LayerCache, Reference]:
+        """One layer, from the queries of a reading, if given, and from the context's own, if recorded."""
+        layer = self.prefilled.cache.layers[number]
+        T = len(self.prefilled.ids_BT[0])
+        parts = []
+        if q_CHND is not None:
+            parts.append(q_CHND[:, :, :: self._step(q_CHND.shape[0] * q_CHND.shape[2])])
+        if "queries" in self.compressor.needs:
+            q_1HTD = _wide(self.prefilled.queries[number][:, :, :: self._step(T)])
+            parts.append(turned(q_1HTD, T, self.prefilled.model))
+        q_GQD = torch.cat([by_group(q, layer.bias_BGS.shape[1]) for q in parts], 1)
+        return self.compressor.compress_layer(layer, q_GQD, self.prefilled.scale, self.slots)
+
+    def _step(self, tokens: int) -> int:
+        return -(-tokens // self.most) if self.most else 1
 
     def attend(self, layer: int, q_CHND: Tensor, k_CGND: Tensor, v_CGNE: Tensor, scale: float) -> Tensor:
-        C, H, N, D = q_CHND.shape
-        G = k_CGND.shape[1]
-        q_GQD = q_CHND.reshape(C, G, H // G, N, D).transpose(0, 1).reshape(G, -1, D)
-        smaller, target, matched = self.compressor.compress_layer(
-            self.cache.layers[layer], q_GQD, scale, self.slots
-        )
+        smaller, target = self.fit(layer, q_CHND)
         self.layers.append(smaller)
-        context = matched if self.compressor.queries == "on-policy" else target
-        return _joined(context, q_CHND, k_CGND, v_CGNE, scale)
+        G = k_CGND.shape[1]
+        seen = self.prefilled.cache.layers[layer] if self.compressor.queries == "repeat" else smaller
+        keys, values = seen.read()
+        q_GQD = _wide(by_group(q_CHND, G))
+        if seen is not smaller and q_GQD.shape[1] == target.lse_GQ.shape[1]:
+            lse, out = target.lse_GQ, target.output_GQE  # every query was matched: this is known
+        else:
+            lse, out = attend(q_GQD, _wide(keys[0]), _wide(values[0]), seen.bias_BGS[0], scale)
+        return _joined(lse, out, q_CHND, k_CGND, v_CGNE, scale)
 
 
-def _joined(context: Matched | Reference, q_CHND, k_CGND, v_CGNE, scale: float) -> Tensor:
+def by_group(q_CHND: Tensor, G: int) -> Tensor:
+    """Queries of a KV head: those of its query heads, one after another, [G, C·R·N, D]."""
+    C, H, N, D = q_CHND.shape
+    return q_CHND.reshape(C, G, H // G, N, D).transpose(0, 1).reshape(G, -1, D)
+
+
+def _joined(lse_GQ, output_GQE, q_CHND, k_CGND, v_CGNE, scale: float) -> Tensor:
     """Attention over the context, which is known already, and causally over the reading's own tokens."""
     C, H, N, D = q_CHND.shape
     G = k_CGND.shape[1]
@@ -162,15 +190,15 @@ def _joined(context: Matched | Reference, q_CHND, k_CGND, v_CGNE, scale: float) 
     def as_rows(x_GQ):
         return x_GQ.reshape(G, C, H // G, N, -1).transpose(0, 1).reshape(C, H, N, -1)
 
-    share = torch.sigmoid(as_rows(context.lse_GQ[..., None]) - own_lse.view(C, H, N, 1))
-    return torch.lerp(out, as_rows(context.output_GQE), share).to(q_CHND.dtype)
+    share = torch.sigmoid(as_rows(lse_GQ[..., None]) - own_lse.view(C, H, N, 1))
+    return torch.lerp(out, as_rows(output_GQE), share).to(q_CHND.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def reference_pieces(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
+def pieces_to_read(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
     """What is read again, [C, N]: the whole context where that is few enough tokens, else pieces spread over it.
 
     Raises:
@@ -189,9 +217,9 @@ def reference_pieces(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor
     return ids_T[(starts[:, None] + torch.arange(N)).to(ids_T.device)]
 
 
-def turned(q_HND: Tensor, by: int, model: PreTrainedModel) -> Tensor:
+def turned(q_BHND: Tensor, by: int, model: PreTrainedModel) -> Tensor:
     """Queries as they would be `by` positions later."""
-    angle = by * model.model.rotary_emb.inv_freq.to(q_HND.dtype)
-    angle = torch.cat([angle, angle]).to(q_HND.device)
-    one, two = q_HND.chunk(2, -1)
-    return q_HND * angle.cos() + torch.cat([-two, one], -1) * angle.sin()
+    angle = by * model.model.rotary_emb.inv_freq.to(q_BHND.dtype)
+    angle = torch.cat([angle, angle]).to(q_BHND.device)
+    one, two = q_BHND.chunk(2, -1)
+    return q_BHND * angle.cos() + torch.cat([-two, one], -1) * angle.sin()

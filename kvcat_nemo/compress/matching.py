@@ -35,17 +35,6 @@ class Reference:
     """Root mean square over the queries of the attention each slot gets."""
 
 
-@dataclass
-class Matched:
-    """Kept slots with weights and values of their own, and what attention over them gives the reference queries."""
-
-    bias_GK: Tensor
-    """β = log B."""
-    values_GKE: Tensor
-    lse_GQ: Tensor
-    output_GQE: Tensor
-
-
 def logits(q_GQD: Tensor, k_GTD: Tensor, scale: float) -> Tensor:
     """scale·⟨q, k⟩, [G, Q, T]."""
     return torch.bmm(q_GQD * scale, k_GTD.transpose(1, 2))
@@ -106,13 +95,22 @@ def match(
     *,
     ridge: float,
     weight_ridge: float,
-) -> Matched:
-    """Weights and values of the kept slots, fitted to the target."""
+) -> tuple[Tensor, Tensor]:
+    """β = log B [G, K] float32 and values [G, K, E] of the kept slots, fitted to the target."""
     s = logits(q_GQD, k_GKD, scale)
     # β rounds to float32 in the cache: values are fitted to what will be read.
-    beta = fit_weights((s - target.lse_GQ[..., None]).exp(), weight_ridge).log().float()
-    s += beta.to(s.dtype)[:, None]
-    lse = s.logsumexp(-1)
-    x = s.sub_(lse[..., None]).exp_()
-    values = fit_values(x, target.output_GQE, v_GKE, ridge)
-    return Matched(beta, values, lse, x @ values)
+    beta = fit_weights((s - target.lse_GQ[..., None]).exp_(), weight_ridge).log().float()
+    x = (s + beta.to(s.dtype)[:, None]).softmax(-1)
+    return beta, fit_values(x, target.output_GQE, v_GKE, ridge)
+
+
+def attend(
+    q_GQD: Tensor, k_GKD: Tensor, v_GKE: Tensor, bias_GK: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """log-sum-exp [G, Q] and output [G, Q, E] of attention over slots with biases, in blocks of queries."""
+    lse, outputs = [], []
+    for q in q_GQD.split(_BLOCK, 1):
+        s = logits(q, k_GKD, scale) + bias_GK.to(q.dtype)[:, None]
+        lse.append(s.logsumexp(-1))
+        outputs.append(s.sub_(lse[-1][..., None]).exp_() @ v_GKE)
+    return torch.cat(lse, 1), torch.cat(outputs, 1)

@@ -12,7 +12,7 @@ from kvcat_nemo.compress.bounded import bounded_least_squares
 from kvcat_nemo.compress.matching import _JITTER, HIGH, LOW
 
 
-def pursue(m_GQT: Tensor, slots: int, ridge: float, block: int = 1) -> Tensor:
+def pursue(m_GQT: Tensor, slots: int, ridge: float, block: int = 1, steps: int = 50) -> Tensor:
     """Take the slots that go with the residual 1 − Σ_k m_k·B_k best, `block` at a time; B is fitted anew each time.
 
     All inner products come from one Gram matrix: a step costs T·K, not Q·T. Steps go over kept slots, heads are batched.
@@ -20,6 +20,7 @@ def pursue(m_GQT: Tensor, slots: int, ridge: float, block: int = 1) -> Tensor:
     Args:
         m_GQT: attention over all slots.
         ridge: as in `fit_weights`.
+        steps: of the solver at each fit; two choose the same slots as the exact solution, nearly always.
 
     Returns:
         [G, slots] places, in the order in which they were taken.
@@ -39,6 +40,8 @@ def pursue(m_GQT: Tensor, slots: int, ridge: float, block: int = 1) -> Tensor:
         H = rows.gather(2, places[:, None].expand(-1, places.shape[1], -1))
         H.diagonal(dim1=1, dim2=2).mul_(1 + _JITTER).add_(ridge)
         start = torch.cat([weights, torch.ones_like(best, dtype=goal.dtype)], 1)
-        weights = bounded_least_squares(H, goal.gather(1, places) + ridge, LOW, HIGH, start_GK=start)
+        weights = bounded_least_squares(
+            H, goal.gather(1, places) + ridge, LOW, HIGH, start_GK=start, steps=steps
+        )
         correlation = goal - (weights[:, None] @ rows)[:, 0]
     return places
