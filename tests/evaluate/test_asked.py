@@ -464,3 +464,54 @@ def test_the_names():
     kinds = {name: protocol_class(name) for name in ("needle", "ruler", "long-qa")}
     assert kinds == {"needle": Needle, "ruler": Ruler, "long-qa": LongQA}
     assert all(kind.name == name for name, kind in kinds.items())
+
+
+def kvcat(*words):
+    from click.testing import CliRunner
+
+    from kvcat_nemo.cli import main
+
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_commands_run_and_show_their_rows(model_dir, tmp_path):
+    shared = ("--compressors", "random", "--keep", "0.5", "--threads", 1)
+    out = tmp_path / "needle"
+    words = (
+        "evaluate",
+        "needle",
+        f"m={model_dir}",
+        "--lengths",
+        200,
+        "--depths",
+        "0.5",
+        *shared,
+        "--out",
+        out,
+    )
+    plan = kvcat(*words, "--limit", 1, "--dry-run")
+    assert plan.exit_code == 0 and "1 questions × 2 caches × 1 models" in plan.output and not out.exists()
+    done = kvcat(*words, "--limit", 1, "--question", "known")
+    assert done.exit_code == 0 and "question_aware" in done.output and len(rows_of(out / "results.json")) == 4
+    file = longbench(tmp_path / "data.json")
+    words = ("evaluate", "long-qa", model_dir, "--questions", "longbench-v2", "--file", file, *shared)
+    plan = kvcat(
+        *words, "--options", "texts", "--max-tokens", 90, "--limit", 2, "--out", tmp_path / "q", "--dry-run"
+    )
+    assert plan.exit_code == 0 and "2 of 90 to 90 tokens" in plan.output
+    words = (
+        "evaluate",
+        "ruler",
+        model_dir,
+        "--tasks",
+        "niah-single",
+        "--lengths",
+        300,
+        "--samples",
+        1,
+        *shared,
+    )
+    plan = kvcat(*words, "--out", tmp_path / "r", "--dry-run")
+    assert plan.exit_code == 0 and "niah-single; 1 examples each" in plan.output
+    wrong = kvcat(*words, "--text", tmp_path / "nothing.txt", "--out", tmp_path / "r")
+    assert wrong.exit_code == 1 and wrong.output.startswith("Error: ") and "Traceback" not in wrong.output

@@ -190,3 +190,30 @@ def test_local_files_become_corpora_by_name(tmp_path):
 
 def test_the_window_type_has_the_fields_of_the_file():
     assert list(Window.__dataclass_fields__) == ["source", "doc", "start", "ids"]
+
+
+def test_the_command_cuts_windows_from_local_text(tokenizer_dir, tmp_path):
+    from click.testing import CliRunner
+
+    from kvcat_nemo.cli import main
+
+    (tmp_path / "book.txt").write_text(" ".join(WORDS[100:200]))
+    words = [
+        "data",
+        "windows",
+        tmp_path / "book.txt",
+        "--tokenizer",
+        tokenizer_dir,
+        "--count",
+        3,
+        "--length",
+        20,
+    ]
+    done = CliRunner().invoke(main, [str(word) for word in (*words, "--out", tmp_path / "w.json")])
+    assert done.exit_code == 0, done.output
+    assert "3 windows of 20 tokens (3 from book)" in done.output
+    assert len(load_windows(tmp_path / "w.json", length=20, vocab_size=400)) == 3
+    wrong = CliRunner().invoke(
+        main, [str(word) for word in (*words[:-1], 2000, "--out", tmp_path / "x.json")]
+    )
+    assert wrong.exit_code == 1 and "corpus 'book': no window of 2000 tokens" in wrong.output
