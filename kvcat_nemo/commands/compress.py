@@ -52,6 +52,7 @@ def command(model, text_file, compressor, keep, keep_tokens, out, dtype):
 def _list() -> None:
     from dataclasses import fields
 
+    from kvcat_nemo.compress.kvpress_adapter import PRESSES
     from kvcat_nemo.compress.registry import COMPRESSORS, kind_of
 
     for name in COMPRESSORS:
@@ -60,6 +61,9 @@ def _list() -> None:
         click.echo(f"{name}\n    {(kind.__doc__ or '').strip().splitlines()[0]}")
         if settings:
             click.echo(f"    settings: {settings}")
+    for name, (press, _) in PRESSES.items():
+        click.echo(f"{name}\n    {press} of kvpress, with its settings (pip install 'kvcat-nemo[kvpress]')")
+    click.echo("kvpress.CLASS\n    any other press of kvpress, by the name of its class")
 
 
 def _compress(model, text_file, compressor, keep, keep_tokens, out, dtype):

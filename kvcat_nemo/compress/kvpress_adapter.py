@@ -18,16 +18,16 @@ text order, positions of the full text. Read before comparing:
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from kvcat_nemo.compress.base import Compressor
-from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.cache import KVCache
 from kvcat_nemo.compress.prefill import Prefilled
 
 PRESSES = {
@@ -101,7 +101,7 @@ class KVPress(Compressor):
     @cached_property
     def needs_eager(self) -> bool:
         """Whether it looks at the attention weights, which transformers forms in its eager attention alone."""
-        return any(type(part).__name__ == "ObservedAttentionPress" for part in _parts(self.build()))
+        return any(type(part).__name__ == "ObservedAttentionPress" for part in _parts(self._again()))
 
     def build(self):
         """A new press of kvpress; its compression_ratio is still to be set."""
@@ -127,11 +127,21 @@ class KVPress(Compressor):
             )
         return press
 
+    def _again(self):
+        """A new press without the notices that the first one gave."""
+        logger = logging.getLogger("kvpress")
+        before = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            return self.build()
+        finally:
+            logger.setLevel(before)
+
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
-        from kvcat_nemo.compress.kvpress_run import run_press
+        from kvcat_nemo.compress.kvpress_run import run_press, taken_over
 
         library = _library()
-        press = self.build()
+        press = self._again()
         length = prefilled.lengths[0]
         # kvpress keeps int(length · (1 − ratio)) slots, or removes int(all · ratio): the nudge keeps either exact.
         removes = isinstance(press, library.KVzipPress | library.FastKVzipPress)
@@ -146,7 +156,7 @@ class KVPress(Compressor):
         with torch.random.fork_rng():
             torch.manual_seed(_SEED)
             kept = run_press(press, prefilled, "eager" if self.needs_eager else "sdpa", str(self))
-        layers = [_taken_over(full, layer) for full, layer in zip(prefilled.cache.layers, kept, strict=True)]
+        layers = [taken_over(full, layer) for full, layer in zip(prefilled.cache.layers, kept, strict=True)]
         # Re-rotated keys stand side by side: the text goes on right behind them.
         moved = any(isinstance(part, library.KeyRerotationPress) for part in _parts(press))
         lengths = torch.full_like(prefilled.cache.lengths_B, kept[0].keys.shape[2]) if moved else None
@@ -215,39 +225,3 @@ def _takes_ratio(press) -> bool:
     except (AttributeError, TypeError):
         return False
     return hasattr(press, "compression_ratio")
-
-
-def _fingerprints(keys_GSD: Tensor, values_GSE: Tensor) -> Tensor:
-    """A number per slot from the very bits of its key and value, [G, S] int64."""
-    ints = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    total = torch.zeros(keys_GSD.shape[:2], dtype=torch.int64, device=keys_GSD.device)
-    for part, start in ((keys_GSD, 1), (values_GSE, 1_000_003)):
-        bits = part.contiguous().view(ints[part.element_size()]).long()
-        odd = torch.arange(part.shape[-1], device=part.device) * 0x9E3779B97F4A7C1 + start
-        total += (bits * (2 * odd + 1)).sum(-1)
-    return total
-
-
-def _places(full, kept) -> Tensor | None:
-    """Where each kept slot stood in the text, [1, G, S]; None when a press made new keys or values."""
-    was, found = _fingerprints(full.keys[0], full.values[0]), _fingerprints(kept.keys[0], kept.values[0])
-    ordered, order = was.sort(-1)
-    at = torch.searchsorted(ordered, found).clamp_max(ordered.shape[-1] - 1)
-    place = order.gather(-1, at)[None]
-    for a, b in ((full.keys, kept.keys), (full.values, kept.values)):
-        if not torch.equal(a.gather(2, place[..., None].expand(*place.shape, a.shape[-1])), b):
-            return None
-    return place
-
-
-def _taken_over(ours: LayerCache, kept) -> LayerCache:
-    """What a press left of a layer, as a layer of our cache: a selection of our slots where it is a selection."""
-    present = ~kept.masked_GS[None]
-    place = _places(kept.full, kept)
-    if place is None:
-        place = torch.arange(kept.keys.shape[2], device=present.device).expand(present.shape)
-        ours = LayerCache(kept.keys, kept.values, torch.zeros(present.shape, device=present.device))
-    # Text order, what is not there last.
-    order = place.masked_fill(~present, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
-    order = order[..., : int(present.sum(-1).max())]
-    return ours.take(place.gather(-1, order), present.gather(-1, order))

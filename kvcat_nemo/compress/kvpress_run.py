@@ -1,4 +1,4 @@
-"""One context through a press of kvpress, and the model left as it was found."""
+"""One context through a press of kvpress: the model left as it was found, what was kept taken over into our cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvcat_nemo.compress.cache import LayerCache
 from kvcat_nemo.compress.prefill import Prefilled
 
 
@@ -129,3 +130,39 @@ def run_press(press, prefilled: Prefilled, implementation: str, what: str) -> li
             masked[mask[1].to(keys.device), mask[2].to(keys.device)] = True
         kept.append(Kept(keys, values, masked, full[layer]))
     return kept
+
+
+def _fingerprints(keys_GSD: Tensor, values_GSE: Tensor) -> Tensor:
+    """A number per slot from the very bits of its key and value, [G, S] int64."""
+    ints = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    total = torch.zeros(keys_GSD.shape[:2], dtype=torch.int64, device=keys_GSD.device)
+    for part, start in ((keys_GSD, 1), (values_GSE, 1_000_003)):
+        bits = part.contiguous().view(ints[part.element_size()]).long()
+        odd = torch.arange(part.shape[-1], device=part.device) * 0x9E3779B97F4A7C1 + start
+        total += (bits * (2 * odd + 1)).sum(-1)
+    return total
+
+
+def _places(full, kept: Kept) -> Tensor | None:
+    """Where each kept slot stood in the text, [1, G, S]; None when a press made new keys or values."""
+    was, found = _fingerprints(full.keys[0], full.values[0]), _fingerprints(kept.keys[0], kept.values[0])
+    ordered, order = was.sort(-1)
+    at = torch.searchsorted(ordered, found).clamp_max(ordered.shape[-1] - 1)
+    place = order.gather(-1, at)[None]
+    for a, b in ((full.keys, kept.keys), (full.values, kept.values)):
+        if not torch.equal(a.gather(2, place[..., None].expand(*place.shape, a.shape[-1])), b):
+            return None
+    return place
+
+
+def taken_over(ours: LayerCache, kept: Kept) -> LayerCache:
+    """What a press left of a layer, as a layer of our cache: a selection of our slots where it is a selection."""
+    present = ~kept.masked_GS[None]
+    place = _places(kept.full, kept)
+    if place is None:
+        place = torch.arange(kept.keys.shape[2], device=present.device).expand(present.shape)
+        ours = LayerCache(kept.keys, kept.values, torch.zeros(present.shape, device=present.device))
+    # Text order, what is not there last.
+    order = place.masked_fill(~present, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
+    order = order[..., : int(present.sum(-1).max())]
+    return ours.take(place.gather(-1, order), present.gather(-1, order))
