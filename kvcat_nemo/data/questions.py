@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def squad_articles(path: str | Path) -> list[QADocument]:
         raise ValueError(f"{where}: not a SQuAD 1.1 file ({type(error).__name__}: {error})") from error
     if not documents:
         raise ValueError(f"{where}: holds no article")
-    return documents
+    return _all_different(documents, where)
 
 
 def _from_sdist(path: Path) -> bytes:
@@ -145,7 +146,16 @@ def longbench_v2(path: str | Path) -> list[QADocument]:
             raise ValueError(f"{path}: not JSON ({error}); {hint}") from error
         if not isinstance(records, list) or not records:
             raise ValueError(f"{path}: must be a list with at least one record; {hint}")
-    return [_longbench(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    documents = [_longbench(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    return _all_different(documents, str(path))
+
+
+def _all_different(documents: list[QADocument], where: str) -> list[QADocument]:
+    """The documents, when no two share an id: results are kept by it."""
+    count = Counter(document.id for document in documents)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise ValueError(f"{where}: {len(twice)} ids stand there more than once, such as {twice[0]!r}")
+    return documents
 
 
 def _longbench(record: object, where: str) -> QADocument:

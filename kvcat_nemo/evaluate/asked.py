@@ -16,7 +16,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo.compress import KVCache, prefill
 from kvcat_nemo.evaluate.models import ModelFolder, load_model
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol
+from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Protocol
 from kvcat_nemo.evaluate.results import NONE, Key, Store, write_results
 from kvcat_nemo.evaluate.runner import Work, item_seed, run_items, set_threads
 from kvcat_nemo.evaluate.statistics import mean
@@ -125,6 +125,11 @@ class AskedProtocol(CompressionProtocol):
                 )
         return models, contexts, self.cells(min(len(c.ids) for c in contexts))
 
+    def options_told(self) -> dict[str, Any]:
+        """The options that decide which items there are, for the manifest."""
+        unsaid = {field.name for field in fields(Protocol)} - {"limit"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaid}
+
     def _after(self, ask: Ask) -> int:
         """Tokens that follow the context at most."""
         return len(ask.prompt) + int(ask.payload.get("answer_tokens", 0))
@@ -150,7 +155,7 @@ class AskedProtocol(CompressionProtocol):
                 rows += self._rows(store, model.name, contexts, cells)
         finally:
             store.close()
-        return write_results(self.out, self.name, rows, {"threads": threads})
+        return write_results(self.out, self.name, rows, {"threads": threads, "options": self.options_told()})
 
     def _key(self, model: str, cell: Cell | None, tags: Tags) -> Key:
         name, label = (cell.name, cell.label) if cell else (NONE, "1")
@@ -206,7 +211,7 @@ class AskedProtocol(CompressionProtocol):
             "question_aware": self.question_aware,
             **{name: _number(value) for name, value in tags},
         }
-        first = {c.id: item for (c, _), item in zip(pairs, items, strict=True)}  # one item of each context
+        one = {(c.id, c.tags): item for (c, _), item in zip(pairs, items, strict=True)}  # of each context
         return {
             **head,
             "contexts": len(contexts),
@@ -215,7 +220,7 @@ class AskedProtocol(CompressionProtocol):
             "context_tokens": mean([len(c.ids) for c in contexts]),
             "slots": mean([item["slots"] for item in items]),
             "bytes": mean([item["bytes"] for item in items]),
-            "seconds": mean([item["seconds"] for item in first.values()]),
+            "seconds": mean([item["seconds"] for item in one.values()]),
         }
 
 

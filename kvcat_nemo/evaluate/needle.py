@@ -102,7 +102,7 @@ class Needle(AskedProtocol):
         return Context(str(number), ids, (ask,), tags)
 
     def own_settings(self) -> dict[str, Any]:
-        return self.settings("lengths", "depths", "question")
+        return self.settings("question")
 
     def data_facts(self) -> dict[str, Any]:
         return {"text": text_fingerprint(self.text)}

@@ -164,8 +164,9 @@ LONGBENCH = {
 
 
 def test_longbench_as_a_list_and_as_lines(tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps([LONGBENCH, LONGBENCH]))
-    write(tmp_path / "data.jsonl", [LONGBENCH, LONGBENCH])
+    two = [LONGBENCH, {**LONGBENCH, "_id": "77aa"}]
+    (tmp_path / "data.json").write_text(json.dumps(two))
+    write(tmp_path / "data.jsonl", two)
     documents = longbench_v2(tmp_path / "data.json")
     assert documents == longbench_v2(tmp_path / "data.jsonl") and len(documents) == 2
     (question,) = documents[0].questions
@@ -190,6 +191,7 @@ def test_what_is_no_longbench_is_refused(tmp_path):
         ("[]", "at least one record"),
         ("[[]]", "record 1: a JSON list"),
         ("{", "not JSON"),
+        (json.dumps([LONGBENCH, LONGBENCH]), "1 ids stand there more than once, such as '66f3'"),
         (json.dumps([{**LONGBENCH, "answer": "E"}]), "'answer' is 'E', must be A, B, C or D"),
         (json.dumps([{**LONGBENCH, "context": " "}]), "'context' must be a text"),
         (json.dumps([{**LONGBENCH, "choice_A": 3}]), "'choice_A' must be a text, is 3"),

@@ -261,6 +261,10 @@ def test_needle_rows(model_dir, tmp_path):
     assert dense["items"] == 4 and by["1", "none", 0]["items"] == 2
     assert dense["nll"] == pytest.approx((by["1", "none", 0]["nll"] + by["1", "none", 1]["nll"]) / 2)
     assert rows_of(needle(model_dir, tmp_path / "b", limit=1).run())[0]["items"] == 1
+    # More of everything joins what is there.
+    more = rows_of(needle(model_dir, tmp_path / "b", depths=["0", "0.5", "1"]).run())
+    alike = [{k: v for k, v in r.items() if k != "seconds"} for r in more if r["depth"] in (0, 1)]
+    assert alike == [{k: v for k, v in r.items() if k != "seconds"} for r in rows if r["depth"] in (0, 1)]
 
 
 def test_known_and_unknown_questions_are_not_mixed(model_dir, tmp_path):
@@ -396,6 +400,8 @@ def test_longbench_rows(model_dir, loaded, tmp_path, options):
         (c, d, n) for c in ("none", "recent") for d, n in (("easy", 2), ("hard", 1), ("all", 3))
     ]
     assert all(r["slots"] == 50 for r in rows[3:]) and rows[0]["chance"] == 25
+    told = json.loads((tmp_path / "out/results.json").read_text())["manifest"]["options"]
+    assert told["documents_cut"] == 3 and told["options"] == options and told["keep"] == ["0.5"]
 
     first = run._contexts[0]
     cache = prefill(model, [first.ids]).cache
