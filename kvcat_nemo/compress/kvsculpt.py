@@ -23,11 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcat_nemo.compress.attention import run
-from kvcat_nemo.compress.attention_matching import AttentionMatching, _Reader, _wide, reference_pieces
+from kvcat_nemo.compress.attention_matching import AttentionMatching, _wide
 from kvcat_nemo.compress.cache import KVCache, LayerCache
 from kvcat_nemo.compress.lbfgs import minimise
-from kvcat_nemo.compress.matching import Matched, Reference, fit_values, fit_weights, logits, reference
+from kvcat_nemo.compress.matching import Reference, fit_values, fit_weights, logits, reference
 from kvcat_nemo.compress.prefill import Prefilled
 
 _PILOT = 4
@@ -84,14 +83,19 @@ def sculpt(
     problem: Problem,
     k_GKD: Tensor,
     bias_GK: Tensor,
-    v_GKE: Tensor,
+    own_v_GKE: Tensor,
     *,
     rounds: int,
     iterations: int,
     ridge: float,
     key_ridge: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Better keys, biases and values, [G, K, …] each: `rounds` times keys and biases by L-BFGS, then values."""
+    """Better keys, biases and values, [G, K, …] each: `rounds` times keys and biases by L-BFGS, then values.
+
+    Args:
+        own_v_GKE: the tokens' own values, to which the ridge draws.
+        key_ridge: how strongly keys are drawn to where they start.
+    """
     G, K, D = k_GKD.shape
     # In units of the keys' size, where moves of keys and of biases are alike in effect.
     unit = k_GKD.square().mean((1, 2)).sqrt().clamp(min=1e-6)[:, None, None]
@@ -102,6 +106,7 @@ def sculpt(
         k, bias = x.view(G, K, D + 1).split([D, 1], -1)
         return k * unit, bias[..., 0].clamp(-_BIAS_LIMIT, _BIAS_LIMIT)
 
+    v_GKE = problem.values(k_GKD, bias_GK, own_v_GKE, ridge)
     for _ in range(rounds):
 
         def function(x, v=v_GKE):
@@ -112,7 +117,7 @@ def sculpt(
 
         x, _ = minimise(function, x, iterations=iterations, first_step=0.1)
         k_GKD, bias_GK = parts(x)
-        v_GKE = problem.values(k_GKD, bias_GK, v_GKE, ridge)
+        v_GKE = problem.values(k_GKD, bias_GK, own_v_GKE, ridge)
     return k_GKD, bias_GK, v_GKE
 
 
@@ -121,9 +126,9 @@ class KVSculpt(AttentionMatching):
     """Attention Matching whose keys are then moved by L-BFGS. Slower; best at the smallest budgets."""
 
     name: ClassVar[str] = "kvsculpt"
-    reference_tokens: int = 1024
-    """At most so many reference tokens."""
-    rounds: int = 4
+    queries: str = "mixed"
+    """Reference queries, as in attention-matching. Keys that are free overfit to one kind of them."""
+    rounds: int = 2
     """Turns of keys and values."""
     iterations: int = 6
     """L-BFGS steps of a turn."""
@@ -144,74 +149,71 @@ class KVSculpt(AttentionMatching):
             raise ValueError(
                 f"mass={self.mass}, exponent={self.exponent}, key_ridge={self.key_ridge}: give numbers of 0 or more"
             )
-        if self.queries == "context" and self.adaptive:
-            raise ValueError("adaptive: needs queries=on-policy or repeat")
 
     @torch.no_grad()
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
         if not self.adaptive:
             return super().compress_row(prefilled, slots)
         shape = (len(prefilled.cache.layers), prefilled.cache.layers[0].bias_BGS.shape[1])
-        even = torch.full(shape, slots)
-        pilot = replace(self, rounds=1, iterations=_PILOT)
-        errors_LG = torch.stack(pilot._read(prefilled, even).errors_LG)
-        counts_LG = allot(errors_LG, slots, len(prefilled.ids_BT[0]), self.exponent)
-        return KVCache(self._read(prefilled, counts_LG).layers, prefilled.cache.lengths_B)
+        pilot = _Allotted(replace(self, rounds=1, iterations=_PILOT), torch.full(shape, slots))
+        pilot.compress_row(prefilled, slots)
+        counts_LG = allot(torch.stack(pilot.errors_LG), slots, len(prefilled.ids_BT[0]), self.exponent)
+        return _Allotted(self, counts_LG).compress_row(prefilled, slots)
 
-    def _read(self, prefilled: Prefilled, counts_LG: Tensor) -> _AllottedReader:
-        ids_CN = reference_pieces(prefilled.ids_BT[0], self.reference_tokens, prefilled.model)
-        reader = _AllottedReader(self, prefilled.cache, counts_LG)
-        positions = len(prefilled.ids_BT[0]) + torch.arange(ids_CN.shape[1], device=ids_CN.device)
-        run(prefilled.model, ids_CN, positions.expand_as(ids_CN), reader, logits=0)
-        return reader
+    def compress_layer(
+        self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int
+    ) -> tuple[LayerCache, Reference]:
+        """One layer of one row, from given reference queries: the smaller layer, and attention over all slots."""
+        return self.sculpt_layer(layer, q_GQD, scale, torch.full(layer.bias_BGS.shape[1:2], slots))[:2]
 
-    def compress_layer(self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int | Tensor):
+    def sculpt_layer(
+        self, layer: LayerCache, q_GQD: Tensor, scale: float, counts_G: Tensor
+    ) -> tuple[LayerCache, Reference, Tensor]:
+        """As `compress_layer`, with slots for each head, and with the error that remains, [G]."""
         keys, values = layer.read()
         k, v, q = _wide(keys[0]), _wide(values[0]), _wide(q_GQD)
         target = reference(q, k, v, scale)
-        counts_G = torch.as_tensor(slots, device=k.device).expand(len(k))
-        order = target.score_GT.topk(int(counts_G.max()), -1).indices
-        present = torch.arange(order.shape[-1], device=k.device) < counts_G[:, None]
+        most = int(counts_G.max())
+        if self.selection == "omp":
+            order = self._pursue(q, k, target, scale, most)
+        else:
+            order = target.score_GT.topk(most, -1).indices
+        present = torch.arange(order.shape[-1], device=k.device) < counts_G.to(k.device)[:, None]
         # Text order, padding behind.
         places = order.masked_fill(~present, k.shape[1]).sort(-1).values.clamp(max=k.shape[1] - 1)
         kept = layer.take(places[None], present[None])
-        start_k, start_v = _wide(kept.keys_BGSD[0]), _wide(kept.values_BGSE[0])
+        new_k, own_v = _wide(kept.keys_BGSD[0]), _wide(kept.values_BGSE[0])
         problem = Problem(q, target, present, scale, self.mass)
-        masses = (
-            (logits(q, start_k, scale) - target.lse_GQ[..., None]).exp().masked_fill(~present[:, None], 0)
-        )
-        bias = fit_weights(masses, self.weight_ridge).log().to(q.dtype)
-        start_v = problem.values(start_k, bias, start_v, self.ridge)
-        new_k, bias, new_v = sculpt(
-            problem, start_k, bias, start_v,
+        masses = (logits(q, new_k, scale) - target.lse_GQ[..., None]).exp()
+        bias = fit_weights(masses.masked_fill(~present[:, None], 0), self.weight_ridge).log().to(q.dtype)
+        new_k, bias, _ = sculpt(
+            problem, new_k, bias, own_v,
             rounds=self.rounds, iterations=self.iterations, ridge=self.ridge, key_ridge=self.key_ridge,
         )  # fmt: skip
-        # Values are fitted once more, to keys as they will be read.
-        new_k = new_k.to(keys.dtype)
-        wide_k, bias = _wide(new_k), bias.float()
-        new_v = problem.values(wide_k, bias.to(q.dtype), new_v, self.ridge)
-        lse, a = problem.attend(wide_k, bias.to(q.dtype))
-        matched = Matched(bias, new_v, lse, a @ new_v)
-        hidden = bias.masked_fill(~present, -torch.inf)
-        return LayerCache(new_k[None], new_v[None].to(values.dtype), hidden[None]), target, matched
+        # Values are fitted once more, to keys and biases as they will be read.
+        new_k, bias = new_k.to(keys.dtype), bias.float()
+        wide_k, wide_bias = _wide(new_k), bias.to(q.dtype)
+        new_v = problem.values(wide_k, wide_bias, own_v, self.ridge).to(values.dtype)
+        error = problem.error(wide_k, wide_bias, _wide(new_v))[0]
+        bias = bias.masked_fill(~present, -torch.inf)
+        return LayerCache(new_k[None], new_v[None], bias[None]), target, error
 
 
-class _AllottedReader(_Reader):
-    """The second reading, with slots of each layer's heads as allotted; remembers the errors that remain."""
+class _Allotted(KVSculpt):
+    """With slots for each layer's heads; keeps the errors that remain. For one row, whose layers come in turn."""
 
-    def __init__(self, compressor: KVSculpt, cache: KVCache, counts_LG: Tensor):
-        super().__init__(self, cache, 0)  # it stands between the reading and the compressor
-        self.queries = compressor.queries
-        self.sculptor = compressor
+    def __init__(self, settings: KVSculpt, counts_LG: Tensor):
+        super().__init__(**{**settings.settings, "adaptive": False})
         self.counts_LG = counts_LG
         self.errors_LG: list[Tensor] = []
 
-    def compress_layer(self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int):
-        counts_G = self.counts_LG[len(self.layers)]
-        smaller, target, matched = self.sculptor.compress_layer(layer, q_GQD, scale, counts_G)
-        problem = Problem(q_GQD, target, smaller.present_BGS[0], scale, self.sculptor.mass)
-        self.errors_LG.append(problem.distance(matched.output_GQE, matched.lse_GQ))
-        return smaller, target, matched
+    def compress_layer(
+        self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int
+    ) -> tuple[LayerCache, Reference]:
+        counts_G = self.counts_LG[len(self.errors_LG)]
+        smaller, target, error_G = self.sculpt_layer(layer, q_GQD, scale, counts_G)
+        self.errors_LG.append(error_G)
+        return smaller, target
 
 
 def allot(errors_LG: Tensor, slots: int, most: int, exponent: float) -> Tensor:

@@ -19,13 +19,13 @@ from kvcat_nemo.compress.prefill import NEEDS
 KINDS = ("llama", "qwen2", "qwen3")
 QUICK = {
     "gradient": "gradient:steps=3:tokens=8",
-    "kvsculpt": "kvsculpt:rounds=2:iterations=3",
+    "kvsculpt": "kvsculpt:rounds=1:iterations=3",
 }
 NAMES = tuple(QUICK.get(name, name) for name in COMPRESSORS)
 SELECTIONS = tuple(name for name in NAMES if not isinstance(make(name), Quantisation))
 VARIANTS = (
     "recent:sinks=2",
-    "attention-matching:selection=omp",
+    "attention-matching:selection=highest",
     "kvsculpt:rounds=1:iterations=2:adaptive=True",
 )
 STACKS = ("random+int8", "attention-matching+int4")
