@@ -4,31 +4,29 @@ A query's slots fall in two parts: the last `w` (its window, its own slot at lea
 earlier ones, which are gated. The softmax over all of them is the two parts' softmaxes merged by their log-sum-exps.
 
 **Earlier slots**, one call. Keys and values are moved w tokens later, so that plain causality is "w tokens ago or
-earlier". One more column of q (ones) and k adds β_j to slot j's logits, one more of v tells how much of the softmax is
-visible:
-
-    g_j > 0   β_j = log g_j    v'_j = [v_j | 1]         g_j = 0   β_j = −c_j    v'_j = [0 | 0]
-    lse', [A | F] = forward(q', k', v')                 visible logits' log-sum-exp = lse' + log F
-
-Dropped slots take part in the softmax, c_j below where they would, only for their gates' gradient: nothing of
-them is in A or F, whatever c_j. They may not lie so high that A and F underflow: where they exceed the row's visible
-logits by more than c_j + HEADROOM, the call is made again with them out of sight (c_j = HIDDEN).
+earlier". One more column of q (ones) and k adds β_j to slot j's logits: log g_j, and −HIDDEN where g_j = 0, so that the
+softmax is over the visible slots alone. A row that sees none ends near −HIDDEN, and counts for nothing in the merger.
 
 **Window**: for w = 1 one logit and one value per row, else a plain call with a sliding window. Merged, with
-L = logaddexp(lse' + log F, lse_window):   o = e^{lse' − L}·A + e^{lse_window − L}·o_window.
+L = logaddexp(lse, lse_window):   o = e^{lse − L}·o_earlier + e^{lse_window − L}·o_window.
 
-**Backward**, δ = ⟨do, o⟩: a flash kernel takes weights from the lse and δ from the o that it is given. With L for
-lse, 0 for o and do' = [do | −δ | 1] against v' and one more column of zeros, it yields
+**Backward**, δ = ⟨do, o⟩: a flash kernel takes weights from the lse and δ from the o that it is given. It is given L for
+lse, zeros for o, and three more columns,
+
+    v' = [v_j | 1 | 0] where g_j > 0, zeros where g_j = 0        do' = [do_i | −δ_i | 1]
+
+and β_j = −c_j for dropped slots, which are in nobody's way here: without values they get no dS. It yields
 
     P_ij = exp(s_ij + β_j − L_i)    dS_ij = P_ij·⟨do'_i, v'_j⟩ = P_ij·(⟨do_i, v_j⟩ − δ_i), exactly 0 for dropped slots
     dv' = Σ_i P_ij·[do_i | −δ_i | 1]
 
     dgate_j = Σ_i dS_ij / g_j                                            g_j > 0 (the sum is dk' of the column of ones)
-            = min(e^{c_j}, e^{cap}·n_j / dv'[D+1]_j)·(⟨dv'[:D]_j, v_j⟩ + dv'[D]_j)    g_j = 0
+            = min(e^{c_j}, N·e^{cap} / dv'[D+1]_j)·(⟨dv'[:D]_j, v_j⟩ + dv'[D]_j)    g_j = 0
 
-where n_j is the number of rows that see slot j through its gate: dv'[D+1]_j·e^{c_j}/n_j is the slot's mean weight.
-The logits' shift invariance makes this exact for any c_j; it has to keep P_ij in the range of the numbers alone.
-In bf16 β_j and δ_i are each given as the sum of two columns.
+for dv'[D+1]_j·e^{c_j}/N is the slot's weight in all rows together, averaged over query heads. c_j only has to keep P_ij in
+the range of the numbers. It is 0, unless a slot's weights turn out to exceed e^HEADROOM: then backward is done again with
+c_j its largest logit above L, which takes a pass over the scores, block by block.
+In 16-bit types β_j and δ_i are each given as the sum of two columns.
 
 Shapes: B batch, T tokens, H query heads, G KV heads, N query heads per KV head, D head dim; primed tensors are padded.
 """
@@ -36,7 +34,7 @@ Shapes: B batch, T tokens, H query heads, G KV heads, N query heads per KV head,
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +43,8 @@ from torch.nn import functional as F
 from kvcat_nemo.kernels.protocol import FusedKernel
 from kvcat_nemo.method.attention import document_positions
 
-SHIFT = 24.0
-"""c_j: logits by which dropped slots are lowered. Rounding of s_ij − c_j grows with it."""
 HEADROOM = 60.0
-"""Logits by which a lowered dropped slot may still exceed its row's visible ones; e^60 is far from float32's end."""
+"""Logits by which a dropped slot's weights, summed, may exceed the visible ones; e^60 is far from float32's end."""
 HIDDEN = 30000.0
 """Logits by which a slot is lowered so that it has no weight at all."""
 BLOCK = 128
@@ -69,18 +65,11 @@ class GatedAttention(torch.autograd.Function):
         earlier = _Earlier(kernel, scale, window, cu_seqlens, q, v)
         near = (_OwnSlot if window == 1 else _Window)(kernel, scale, window, cu_seqlens)
         lse_near = near.forward(q, k, v)
-        far = earlier.forward(q, k, v, gate, earlier.shift)
-        level = torch.logaddexp(far.visible, lse_near)
-        # On a GPU this waits for the device, once per call.
-        hidden = bool((far.lse - level).amax() > HEADROOM)
-        if hidden:
-            far = earlier.forward(q, k, v, gate, HIDDEN)
-            level = torch.logaddexp(far.visible, lse_near)
-        o = far.values * (far.lse - level).exp()[..., None]
-        o = near.add_output(o, (lse_near - level).exp(), v).to(q.dtype)
+        o, lse, saved = earlier.forward(q, k, v, gate)
+        level = torch.logaddexp(lse, lse_near)
+        o = near.add_output(o * (lse - level).exp()[..., None], (lse_near - level).exp(), v).to(q.dtype)
         ctx.save_for_backward(q, k, v, gate, o, level, lse_near)
-        ctx.earlier, ctx.near, ctx.saved = earlier, near, far.saved
-        ctx.gradient_cap, ctx.hidden = gradient_cap, hidden
+        ctx.earlier, ctx.near, ctx.saved, ctx.gradient_cap = earlier, near, saved, gradient_cap
         return o
 
     @staticmethod
@@ -88,24 +77,14 @@ class GatedAttention(torch.autograd.Function):
         q, k, v, gate, o, level, lse_near = ctx.saved_tensors
         earlier: _Earlier = ctx.earlier
         delta = _dot(do, o)
-        shift = earlier.largest_gaps(q, k, level).clamp(min=0) if ctx.hidden else earlier.shift
-        far = earlier.backward(do, delta, q, k, v, gate, shift, level, ctx.saved)
+        far = earlier.backward(do, delta, q, k, v, gate, 0.0, level, ctx.saved)
+        # On a GPU this waits for the device, once per call.
+        if not bool((earlier.weights(far) <= math.exp(HEADROOM)).all()):
+            shift = earlier.largest_gaps(q, k, level).clamp(min=0)
+            far = earlier.backward(do, delta, q, k, v, gate, shift, level, ctx.saved)
         dgate = earlier.gate_gradient(far, q, v, gate, ctx.gradient_cap)
         near = ctx.near.backward(do, delta, q, k, v, o, level, lse_near)
         return *earlier.add(near, far, gate), dgate, None, None, None, None, None
-
-
-class _Far(NamedTuple):
-    """Outcome of the gated call."""
-
-    values: Tensor
-    """[B, T, H, D]: sum of visible values, weighted by the softmax over all."""
-    lse: Tensor
-    """[B, T, H]: log-sum-exp of all logits, lowered ones included."""
-    visible: Tensor
-    """[B, T, H]: of the visible ones; −inf where there are none."""
-    saved: Any
-    """The kernel's own."""
 
 
 class _Earlier:
@@ -116,11 +95,9 @@ class _Earlier:
         self.D, self.E = q.shape[-1], v.shape[-1]
         self.split, more = extra_columns(q.dtype)
         self.widths = kernel.widths(self.D + self.split, self.E + more)
-        self.shift = SHIFT if self.split == 2 else 0.0
         self.window = min(window, q.shape[1])
-        position, after = document_positions(q.shape[1], cu_seqlens, q.device)
+        position, _ = document_positions(q.shape[1], cu_seqlens, q.device)
         self.empty = position < window  # places of moved slots where no slot of the document lies
-        self.rows = (after - window + 1).clamp(min=0)
 
     def _columns(self, x: Tensor, width: int, moved: bool = False) -> Tensor:
         """x with room for columns up to `width`; moved: `window` tokens later, zeros at first."""
@@ -141,11 +118,13 @@ class _Earlier:
         out[:, self.window :] = x_BTG[:, : x_BTG.shape[1] - self.window]
         return out.masked_fill_(self.empty[:, None], empty)
 
+    def _beta(self, gate: Tensor, shift) -> Tensor:
+        return torch.where(gate > 0, gate.clamp(min=torch.finfo(gate.dtype).tiny).log(), -shift)
+
     def _inputs(self, q, k, v, gate, shift) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q', k', v' and each slot's β_j as the columns hold it."""
         D, E = self.D, self.E
-        keep = gate > 0
-        beta = torch.where(keep, gate.clamp(min=torch.finfo(gate.dtype).tiny).log(), -shift)
+        keep, beta = gate > 0, self._beta(gate, shift)
         wide_q = self._columns(q, self.widths[0])
         wide_q[..., D : D + self.split] = 1
         wide_k = self._columns(k, self.widths[0], moved=True)
@@ -157,11 +136,17 @@ class _Earlier:
         held = wide_k[:, self.window :, :, D : D + self.split].double().sum(-1) * self.scale
         return wide_q, wide_k, wide_v, held
 
-    def forward(self, q, k, v, gate, shift) -> _Far:
-        *inputs, _ = self._inputs(q, k, v, gate, shift)
-        out, lse, saved = self.kernel.forward(*inputs, scale=self.scale, cu_seqlens=self.cu_seqlens)
-        lse = lse.transpose(1, 2)
-        return _Far(out[..., : self.E], lse, lse + out[..., self.E].to(lse.dtype).log(), saved)
+    def forward(self, q, k, v, gate) -> tuple[Tensor, Tensor, Any]:
+        """Output [B, T, H, D] and log-sum-exp [B, T, H] over the visible slots, and the kernel's own."""
+        settings = {"scale": self.scale, "cu_seqlens": self.cu_seqlens}
+        if self.kernel.takes_key_bias and self.D == self.E:
+            bias = self._moved(self._beta(gate, HIDDEN), -HIDDEN)
+            k, v = (self._columns(x, self.D, moved=True) for x in (k, v))
+            out, lse, saved = self.kernel.forward(q, k, v, key_bias_BTG=bias, **settings)
+        else:
+            *inputs, _ = self._inputs(q, k, v, gate, HIDDEN)
+            out, lse, saved = self.kernel.forward(*inputs, **settings)
+        return out[..., : self.E], lse.transpose(1, 2), saved
 
     def backward(self, do, delta, q, k, v, gate, shift, level, saved) -> tuple[Tensor, ...]:
         """dq', dk', dv' of the call, and the slots' β_j."""
@@ -181,6 +166,10 @@ class _Earlier:
         )
         return *grads, beta
 
+    def weights(self, far) -> Tensor:
+        """Each slot's P_ij, summed over the rows that see it through its gate: [B, T − window, G]."""
+        return far[2][:, self.window :, :, self.E + self.split]
+
     def gate_gradient(self, far, q, v, gate, cap: float) -> Tensor:
         """[B, T, G]; see the module's docstring."""
         _, dk, dv, beta = far
@@ -189,10 +178,10 @@ class _Earlier:
         # β_j's own gradient: the kernel sums dS_ij before it rounds, so kept slots' terms cancel in full precision.
         kept = dk[..., D].to(gate.dtype) / self.scale
         dropped = _dot(dv[..., :E], v[:, : T - w]) + dv[..., E : E + self.split].to(gate.dtype).sum(-1)
-        weight = dv[..., E + self.split].double().clamp(min=torch.finfo(torch.float64).tiny)
-        rows = self.rows[: T - w, None].double() * (q.shape[2] // gate.shape[2])
+        weight = self.weights(far).double().clamp(min=torch.finfo(torch.float64).tiny)
         unlowered = (-beta).clamp(max=700).exp()
-        factor = torch.where(keep, unlowered, unlowered.minimum(math.exp(cap) * rows / weight))
+        most = math.exp(cap) * (q.shape[2] // gate.shape[2]) / weight
+        factor = torch.where(keep, unlowered, unlowered.minimum(most))
         dgate = torch.zeros_like(gate)
         dgate[:, : T - w] = torch.where(keep, kept, dropped) * factor
         return dgate

@@ -29,6 +29,7 @@ class CpuKernel:
     """See `protocol.FusedKernel`."""
 
     name = "cpu"
+    takes_key_bias = True
 
     def check(self, *, head_dim_qk, head_dim_v, dtype, device, window=None, packed=False) -> None:
         if torch.device(device).type != "cpu":
@@ -41,15 +42,20 @@ class CpuKernel:
         width = -(-width // MULTIPLE) * MULTIPLE
         return width, width
 
-    def forward(self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None):
+    def forward(self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, key_bias_BTG=None):
         if window is not None and window < q_BTHD.shape[1]:
             return self._window_forward(q_BTHD, k_BTGD, v_BTGE, scale, window, cu_seqlens)
         if cu_seqlens is None:
             q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGE))
-            o, lse = _forward(q, k, v, 0.0, True, scale=scale)
+            mask = None if key_bias_BTG is None else _rows_alike(key_bias_BTG, q.shape[1])
+            o, lse = _forward(q, k, v, 0.0, True, attn_mask=mask, scale=scale)
             return o.transpose(1, 2), lse, None
         parts = [
-            self.forward(q_BTHD[:, a:b], k_BTGD[:, a:b], v_BTGE[:, a:b], scale=scale)
+            self.forward(
+                *(x[:, a:b] for x in (q_BTHD, k_BTGD, v_BTGE)),
+                scale=scale,
+                key_bias_BTG=None if key_bias_BTG is None else key_bias_BTG[:, a:b],
+            )
             for a, b in _documents(cu_seqlens)
         ]
         return torch.cat([o for o, _, _ in parts], 1), torch.cat([lse for _, lse, _ in parts], 2), None
@@ -97,6 +103,11 @@ class CpuKernel:
             scale=scale,
         )
         return blocks.flat(dq), blocks.sum_keys(dk), blocks.sum_keys(dv)
+
+
+def _rows_alike(bias_BTG: Tensor, heads: int) -> Tensor:
+    """[B, H, 1, T] mask: the operator takes a dimension of one as one that all share."""
+    return bias_BTG.transpose(1, 2).repeat_interleave(heads // bias_BTG.shape[2], 1)[:, :, None]
 
 
 def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:

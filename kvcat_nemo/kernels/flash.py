@@ -92,6 +92,7 @@ class FlashKernel:
     """FlashAttention-2, or -3 where it is installed and the device is a Hopper; see FusedKernel for the contract."""
 
     name = "flash"
+    takes_key_bias = False
     device_type = "cuda"
     dtypes = (torch.bfloat16,)
 

@@ -37,8 +37,8 @@ def gated_attention(
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all heads.
         scale: softmax scale.
         sinks, recent_window: slots that no gate hides; sinks are the first of each document.
-        gradient_cap: logits by which a dropped slot's weight, averaged over the queries that see it through its gate,
-            may exceed the visible ones in its gate's gradient; above, the gradient is scaled down.
+        gradient_cap: logarithm of the most that a dropped slot's weight e^{s_ij}/Z_i may be in its gate's gradient, all
+            queries that see it through its gate together; above, the gradient is scaled down.
         cu_seqlens: [n + 1] integers, boundaries 0 … T of documents packed into one window (B = 1); no attention across.
         backend: a name of kernels.backends.BACKENDS, or `auto`.
 

@@ -24,6 +24,9 @@ class FusedKernel(Protocol):
 
     name: str
     """As in BACKENDS and in the configuration."""
+    takes_key_bias: bool
+    """Whether `forward` also knows key_bias_BTG, a number added to each slot's scaled logits, for equal D and E of any
+    width; gated attention then needs no more columns there."""
 
     def check(
         self,

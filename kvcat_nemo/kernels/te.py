@@ -35,6 +35,7 @@ class TransformerEngineKernel:
     """See FusedKernel for the contract."""
 
     name = "te"
+    takes_key_bias = False
     device_type = "cuda"
     dtypes = (torch.bfloat16,)
 

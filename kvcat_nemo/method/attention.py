@@ -7,11 +7,13 @@ Shapes: B batch, T tokens, H query heads, G KV heads, N query heads per KV head,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 GATE_GRADIENT_CAP = 30.0
-"""In its gate's gradient, a dropped slot's weight is on average at most exp(30) times that of its rows' visible slots.
+"""In its gate's gradient, a dropped slot's weight e^{s_ij}/Z_i is at most exp(30), all rows together.
 
 The output is unaffected (the gate is 0). Without a cap the gradient is as large as the exponential of the gap and
 overflows where a dropped slot dominates a row by some eighty logits.
@@ -70,9 +72,9 @@ def gated_attention_reference(
         gate_BTG: gates in [0, 1] per KV head, or [B, T, 1] shared by all.
         scale: softmax scale, normally D^-½.
         sinks, recent_window: slots that no gate hides; the own slot is always one of them.
-        gradient_cap: bounds the gradient of dropped slots' gates. A slot whose weight e^{s_ij}/Z_i, averaged over the
-            queries i of its KV head that see it through its gate, exceeds e^cap has its gate's gradient scaled down by
-            the ratio; below, it is exact.
+        gradient_cap: bounds the gradient of dropped slots' gates. A slot whose weight e^{s_ij}/Z_i, summed over the
+            queries i that see it through its gate and averaged over its KV head's query heads, exceeds e^cap has its
+            gate's gradient scaled down by the ratio; below, it is exact.
         cu_seqlens: [n + 1] boundaries of documents packed into one window (B = 1); no attention across them.
 
     Returns:
@@ -90,13 +92,13 @@ def gated_attention_reference(
     level = (s_BGNTT + g.log()).logsumexp(-1, keepdim=True).detach()
     # Hidden slots may lie far above the visible ones; the future is cut before exp so that it cannot overflow.
     gap = (s_BGNTT - level).masked_fill(~sees, float("-inf"))
-    excess = _mean_log_weight(gap.detach(), sees & ~free) - gradient_cap
+    excess = _log_weight(gap.detach(), sees & ~free) - gradient_cap
     e = g * torch.where(g.detach() > 0, gap, gap - excess.clamp(min=0)).exp()
     o = (e / e.sum(-1, keepdim=True)) @ v
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).to(q_BTHD.dtype)
 
 
-def _mean_log_weight(gap_BGNTT: Tensor, gated_TT: Tensor) -> Tensor:
-    """[B, G, 1, 1, T]: log of e^gap averaged over the N heads and the queries to which the slot is gated; −inf if none."""
+def _log_weight(gap_BGNTT: Tensor, gated_TT: Tensor) -> Tensor:
+    """[B, G, 1, 1, T]: log of e^gap summed over the queries to which the slot is gated, mean over the N heads; or −inf."""
     total = gap_BGNTT.masked_fill(~gated_TT, float("-inf")).logsumexp((2, 3), keepdim=True)
-    return total - (gated_TT.sum(0) * gap_BGNTT.shape[2]).clamp(min=1).to(total.dtype).log()
+    return total - math.log(gap_BGNTT.shape[2])

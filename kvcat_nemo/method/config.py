@@ -46,10 +46,11 @@ class KVCatConfig:
     recent_window: int = 1
     """Last slots that a query always sees; 1 is its own slot."""
     gate_gradient_cap: float = 3.0
-    """Logits by which a dropped slot's weight may exceed the visible ones' in the gradient of its gate.
+    """Logarithm of the most that a dropped slot may weigh in the gradient of its gate.
 
-    The weight is averaged over the queries that see the slot through its gate. Above, the slot's gradient is scaled down
-    by the ratio; below, it is exact. Dropped attention sinks exceed visible slots by tens. With 30, an untrained router's gradient norm was 10⁴ on SmolLM2-135M, and
+    A slot's weight in a row is e^logit over the row's visible ones together; it is summed over the queries that see the
+    slot through its gate (mean over the query heads of its KV head). Where the sum exceeds e^cap, the slot's gradient is
+    scaled down by the ratio; below, it is exact. Dropped attention sinks exceed visible slots by tens of logits. With 30, an untrained router's gradient norm was 10⁴ on SmolLM2-135M, and
     clipping left the backbone no step (docs/LOG.md).
     """
     attention_backend: str = "auto"

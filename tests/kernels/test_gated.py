@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvcat_nemo.kernels import algebra, causal_attention, gated_attention
 from kvcat_nemo.kernels.backends import BACKENDS, select_backend
+from kvcat_nemo.kernels.cpu import CpuKernel
 from kvcat_nemo.method.attention import gated_attention_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -197,14 +198,22 @@ def test_dropped_slots_may_exceed_the_visible_ones_by_any_gap(dtype, gap, everyo
         assert error(ours[4][quiet], expected[4][quiet]) <= eps and expected[4][quiet].norm() > 0.1
 
 
-def test_the_call_is_repeated_only_when_numbers_would_end():
-    def hidden(gap):
-        *tensors, _ = dominated(gap, torch.float32)
-        out = gated_attention(*(x.requires_grad_() for x in tensors), scale=1 / 8)
-        return out.grad_fn.hidden
+def test_backward_is_repeated_only_when_numbers_would_end(monkeypatch):
+    calls, backward = [], CpuKernel.backward
+    monkeypatch.setattr(CpuKernel, "backward", lambda *x, **y: calls.append(1) or backward(*x, **y))
+    for gap, times in ((0.0, 1), (algebra.HEADROOM - 10, 1), (algebra.HEADROOM + 10, 2), (500.0, 2)):
+        *tensors, do = dominated(gap, torch.float32)
+        calls.clear()
+        run(gated_attention, tensors, do, scale=1 / 8)
+        assert len(calls) == times, gap
 
-    assert not hidden(0.0) and not hidden(algebra.HEADROOM - 8)
-    assert hidden(algebra.HEADROOM + 8)
+
+@pytest.mark.parametrize("name", ["GQA, D 64", "mixed gates", "packed, window, sinks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_without_a_bias_for_keys_gets_columns(monkeypatch, dtype, name):
+    """As Transformer Engine's and flash-attn's."""
+    monkeypatch.setattr(CpuKernel, "takes_key_bias", False)
+    test_errors_are_at_most_twice_the_plain_kernels(name, dtype)
 
 
 @pytest.mark.parametrize("packed", [False, True])
