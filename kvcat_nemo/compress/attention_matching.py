@@ -8,7 +8,7 @@ Reference queries are what attention is matched on:
   to what was said.
 - `on-policy`: the same, but each layer is compressed as the second reading passes it, and the reading goes on over the
   compressed slots. A layer is then fitted to the queries it will meet, errors of the layers below included.
-- `mixed`: `on-policy` and `context` together, half of the reference each.
+- `mixed`: `on-policy` and `context` together; a few pieces of the context, read again, are then enough.
 
 Shapes: G KV heads, H query heads, R = H/G, C pieces of N tokens that are read again, Q reference queries of a KV head,
 T tokens, K kept slots, D and E head dims.
@@ -31,9 +31,10 @@ from kvcat_nemo.compress.omp import pursue
 from kvcat_nemo.compress.prefill import Prefilled
 
 SELECTIONS = ("highest", "omp")
-QUERIES = ("on-policy", "repeat", "context", "mixed")
+QUERIES = ("mixed", "on-policy", "repeat", "context")
 _CANDIDATES, _ROUNDS, _STEPS = 4, 8, 2  # of omp; docs/LOG.md has what they cost and lose
-_PIECE = 1024  # the second reading's attention among its own tokens is dense: N×N
+_PIECE = 128
+_WHOLE = 1024  # the second reading's attention among its own tokens is dense: N×N
 
 
 @dataclass
@@ -48,12 +49,12 @@ class AttentionMatching(Compressor):
 
     selection: str = "omp"
     """Keys with the highest root mean square attention (highest), or greedily those that carry the mass together (omp)."""
-    queries: str = "on-policy"
-    """Reference queries: on-policy, repeat, context or mixed."""
-    reading_tokens: int = 1024
-    """At most so many tokens are read again, in pieces spread evenly over a longer context; 0: all."""
+    queries: str = "mixed"
+    """Reference queries: mixed, on-policy, repeat or context."""
+    reading_tokens: int = 384
+    """So many tokens are read again, in pieces of 128 spread evenly over a longer context; 0: all, in one."""
     reference_tokens: int = 1024
-    """At most so many tokens' queries are matched, evenly spaced; 0: all."""
+    """Of the reading and of the context, at most so many tokens' queries each are matched, evenly spaced; 0: all."""
     ridge: float = 1e-5
     """How strongly values are drawn to the slots' own, relative to a slot that has all attention."""
     weight_ridge: float = 1e-6
@@ -137,8 +138,6 @@ class _Fitter:
     def __init__(self, compressor: AttentionMatching, prefilled: Prefilled, slots: int):
         self.compressor, self.prefilled, self.slots = compressor, prefilled, slots
         self.layers: list[LayerCache] = []
-        most = compressor.reference_tokens
-        self.most = -(-most // 2) if compressor.queries == "mixed" else most
 
     def fit(self, number: int, q_CHND: Tensor | None = None) -> tuple[LayerCache, Reference]:
         """One layer, from the queries of a reading, if given, and from the context's own, if recorded."""
@@ -154,7 +153,8 @@ class _Fitter:
         return self.compressor.compress_layer(layer, q_GQD, self.prefilled.scale, self.slots)
 
     def _step(self, tokens: int) -> int:
-        return -(-tokens // self.most) if self.most else 1
+        most = self.compressor.reference_tokens
+        return -(-tokens // most) if most else 1
 
     def attend(self, layer: int, q_CHND: Tensor, k_CGND: Tensor, v_CGNE: Tensor, scale: float) -> Tensor:
         smaller, target = self.fit(layer, q_CHND)
@@ -211,7 +211,7 @@ def pieces_to_read(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
             f"context of {T} tokens: the model has no positions left to read it again; shorten it or set queries=context"
         )
     wanted = min(T, most or T)
-    N = min(wanted, room, _PIECE if wanted == T else _PIECE // 4)
+    N = min(wanted, room, _WHOLE if wanted == T else _PIECE)
     count = -(-wanted // N)
     starts = torch.linspace(0, T - N, count).round().long() if count > 1 else torch.tensor([T - N])
     return ids_T[(starts[:, None] + torch.arange(N)).to(ids_T.device)]
