@@ -32,7 +32,7 @@ from kvcat_nemo.compress.prefill import Prefilled
 
 SELECTIONS = ("highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
-_CANDIDATES, _ROUNDS, _STEPS = 4, 8, 2  # of omp; docs/LOG.md has what they cost and lose
+_CANDIDATES, _ROUNDS, _STEPS = 4, 16, 2  # of omp; docs/LOG.md has what they cost and lose
 _PIECE = 128
 _WHOLE = 1024  # the second reading's attention among its own tokens is dense: N×N
 
@@ -60,7 +60,7 @@ class AttentionMatching(Compressor):
     weight_ridge: float = 1e-6
     """How strongly weights are drawn to 1."""
     omp_block: int = 0
-    """Slots that omp takes at a time; 0: an eighth of them."""
+    """Slots that omp takes at a time; 0: a sixteenth of them."""
 
     def __post_init__(self):
         for field, value, known in (
@@ -72,7 +72,7 @@ class AttentionMatching(Compressor):
         for field, zero in (
             ("reading_tokens", "all"),
             ("reference_tokens", "all"),
-            ("omp_block", "an eighth"),
+            ("omp_block", "a sixteenth"),
         ):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)}: give a number, or 0 for {zero}")
