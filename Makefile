@@ -26,7 +26,7 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart lint clean
+.PHONY: bench help setup test quickstart lint clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
@@ -84,6 +84,11 @@ test: setup  ## run the tests, those of compress/ and evaluate/ in both environm
 
 quickstart: $(STAMP)  ## continued pretraining of a real model on real text, from nothing to the report
 	$(VENV)/bin/python -m kvcat_nemo.quickstart
+
+bench: setup  ## measure attention, losses and a training step side by side (half an hour on quiet cores)
+	$(VENV)/bin/python benchmarks/attention.py
+	$(VENV)/bin/python benchmarks/loss.py
+	$(VENV)/bin/python benchmarks/step.py
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
 lint: setup  ## check style and the direction of imports

@@ -246,6 +246,31 @@ def test_the_cap_bounds_gate_gradients_of_dropped_slots_alone(cap):
     torch.testing.assert_close(out[:, 1], v[:, 0], rtol=0, atol=1e-6 if cap < 1e9 else 0)
 
 
+@pytest.mark.parametrize("cap", [-30.0, -1.0, 9.0])
+def test_the_cap_is_on_a_slots_weight_in_all_rows_together(cap):
+    """Mean over the query heads of its KV head; sinks, recent window and other documents count for nothing."""
+    q, k, v = inputs(1, 15, 4, 2, 3, spread=1.5)
+    settings = {"scale": SCALE, "recent_window": 2, "cu_seqlens": torch.tensor([0, 11, 15])}
+    gate = hard_gate(1, 15, 2).requires_grad_()
+
+    def gradient(cap):
+        out = gated_attention_reference(q, k, v, gate, gradient_cap=cap, **settings)
+        return torch.autograd.grad((out * torch.arange(3.0)).sum(), gate)[0]
+
+    exact, capped, scaled = gradient(60.0), gradient(cap), 0
+    for j, g in itertools.product(range(15), range(2)):
+        weight = 0.0
+        for i, h in itertools.product(range(j + 2, 11 if j < 11 else 15), (2 * g, 2 * g + 1)):
+            e = lambda slot, i=i, h=h, g=g: math.exp(float(q[0, i, h] @ k[0, slot, g]) * SCALE)  # noqa: E731
+            first = 0 if i < 11 else 11
+            visible = sum(e(s) for s in range(first, i + 1) if i - s < 2 or gate[0, s, g] > 0)
+            weight += e(j) / visible / 2
+        factor = 1.0 if gate[0, j, g] > 0 or not weight else min(1.0, math.exp(cap) / weight)
+        scaled += factor < 1
+        torch.testing.assert_close(capped[0, j, g], factor * exact[0, j, g])
+    assert scaled >= 5 if cap < 0 else scaled == 0
+
+
 def test_a_dropped_slot_gives_no_gradient_to_its_key_and_value():
     leaves = [x.requires_grad_() for x in inputs(T=8)]
     out = gated_attention_reference(*leaves, dropped_at(3, dtype=torch.float64), scale=SCALE)

@@ -1,0 +1,193 @@
+"""Gated attention: ours on the plain fused kernel, against that kernel alone and against the dense mask a user writes.
+
+Every form runs in a process of its own, so that its peak memory is its own; the forms of a size take turns, so that
+a busy moment of the machine meets all of them. A run is forward and backward, to gradients of q, k, v and the gates.
+Writes one JSON with a manifest and a picture.
+
+    python benchmarks/attention.py                       # all sizes, some ten minutes on two quiet cores
+    python benchmarks/attention.py --only 2048x64 --rounds 9 --out /tmp/a.json --plot /tmp/a.png
+    python benchmarks/attention.py --plot-only           # draw the picture again from the JSON
+
+Forms: `plain` torch.nn.functional.scaled_dot_product_attention, causal, without gates: the floor; `gated`
+kernels.gated_attention; `dense_mask` the same function with a float mask, log-gates in it, that takes a gradient, so
+that PyTorch forms the T × T matrices. It is left out where they would exceed --dense-limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from turns import require_linux, save_figure, serve, take_turns, write_report
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADS = {64: (9, 3), 128: (12, 2)}
+"""Head dim → query and KV heads: SmolLM2-135M's and Qwen2.5-1.5B's."""
+SIZES = {f"{T}x{D}": (T, D, "float32") for D in HEADS for T in (512, 1024, 2048, 4096, 8192)}
+SIZES |= {f"{T}x64-bfloat16": (T, 64, "bfloat16") for T in (2048, 4096)}
+MATRICES = 6
+"""T × T matrices of every head that the dense mask's forward and backward hold at once, about."""
+
+
+def form(name: str, q, k, v, gate, do):
+    """Forward and backward of one form; gradients of the leaves."""
+    import torch
+    from torch.nn import functional as F
+
+    from kvcat_nemo.kernels import gated_attention
+
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    leaves = [q, k, v] if name == "plain" else [q, k, v, gate]
+    if name == "gated":
+        out = gated_attention(q, k, v, gate, scale=scale)
+    else:
+        mask = None
+        if name == "dense_mask":
+            open_slots = torch.eye(T, dtype=torch.bool)
+            mask = torch.where(open_slots, 0.0, gate[:, None, :, 0].clamp(min=1e-9).log())
+            mask = mask.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))[:, None].to(q)
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        ).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+def worker(name: str, size: str) -> None:
+    """Serves runs of one form."""
+    import torch
+
+    T, D, dtype = SIZES[size]
+    H, G = HEADS[D]
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, do = (
+        torch.empty(1, T, heads, D).normal_(generator=rng).to(getattr(torch, dtype)) for heads in (H, G, G, H)
+    )
+    gate = torch.rand(1, T, 1, generator=rng).round()
+    leaves = [x.requires_grad_() for x in (q, k, v, gate)]
+    form(name, *(x[:, :64].detach().requires_grad_() for x in leaves), do[:, :64])
+
+    def run() -> dict:
+        return {"check": [float(x.double().norm()) for x in form(name, *leaves, do)]}
+
+    serve(run)
+
+
+def forms_of(size: str, dense_limit: float) -> list[str]:
+    T, D, dtype = SIZES[size]
+    needed = MATRICES * HEADS[D][0] * T * T * (4 if dtype == "float32" else 2)
+    return ["plain", "gated"] + (["dense_mask"] if needed <= dense_limit * 2**30 else [])
+
+
+def measure(size: str, rounds: int, threads: int, dense_limit: float) -> dict:
+    T, D, dtype = SIZES[size]
+    names = forms_of(size, dense_limit)
+    runs = take_turns(__file__, {name: ["--worker", name, size] for name in names}, rounds, threads)
+    if "dense_mask" in names:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding
+        bound = 1e-3 if dtype == "float32" else 3e-2
+        for ours, theirs in zip(
+            runs["gated"][0]["check"][:4], runs["dense_mask"][0]["check"][:4], strict=True
+        ):
+            assert abs(ours - theirs) <= bound * theirs, (size, runs["gated"][0], runs["dense_mask"][0])
+    pairs = [("gated", "plain")] + [("dense_mask", "gated")] * ("dense_mask" in names)
+    # Of the first run: later ones find memory that the process did not give back.
+    peaks = {name: max(r["peak_bytes"] for r in runs[name]) for name in names}
+    return {
+        "size": size, "T": T, "D": D, "heads": HEADS[D][0], "kv_heads": HEADS[D][1], "dtype": dtype,
+        "seconds": {name: min(r["seconds"] for r in runs[name]) for name in names},
+        "seconds_all": {name: [round(r["seconds"], 4) for r in runs[name]] for name in names},
+        "cpu_seconds": {name: min(r["cpu_seconds"] for r in runs[name]) for name in names},
+        "peak_bytes": peaks,
+        "ratios": {
+            f"{what} {a}/{b}": statistics.median(x[key] / y[key] for x, y in zip(runs[a], runs[b], strict=True))
+            for a, b in pairs
+            for what, key in (("time", "seconds"), ("cpu time", "cpu_seconds"))
+        } | {f"memory {a}/{b}": peaks[a] / peaks[b] for a, b in pairs},
+    }  # fmt: skip
+
+
+def draw(report: dict, path: Path) -> None:
+    """Time and memory over tokens, one column for each head dim."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"dense_mask": "dense float mask", "gated": "gated (ours)", "plain": "plain fused"}
+    colours = {"dense_mask": "tab:orange", "gated": "tab:blue", "plain": "tab:gray"}
+    rows = [row for row in report["rows"] if row["dtype"] == "float32"]
+    dims = sorted({row["D"] for row in rows})
+    figure, axes = pyplot.subplots(2, len(dims), figsize=(5 * len(dims), 6.4), squeeze=False, sharex=True)
+    for column, D in zip(axes.T, dims, strict=True):
+        mine = sorted((row for row in rows if row["D"] == D), key=lambda row: row["T"])
+        column[0].set_title(f"D = {D}, {mine[0]['heads']} heads, {mine[0]['kv_heads']} KV heads", fontsize=10)
+        for axis, key, unit, factor in (
+            (column[0], "seconds", "seconds, forward + backward", 1),
+            (column[1], "peak_bytes", "peak memory, MiB", 2**20),
+        ):
+            for name, label in labels.items():
+                points = [(row["T"], row[key][name] / factor) for row in mine if name in row[key]]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", label=label, color=colours[name])
+            axis.set(xscale="log", yscale="log")
+            axis.set_ylabel(unit, fontsize=8)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        column[1].set_xlabel("tokens")
+        column[1].set_xticks([row["T"] for row in mine], [str(row["T"]) for row in mine])
+        column[1].minorticks_off()
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--only", choices=SIZES, action="append", help="measure this size alone (may be repeated)")
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        help="runs of each form at 8192 tokens, more below (default: %(default)s)",
+    )
+    add("--threads", type=int, default=2, help="OpenMP threads (default: %(default)s)")
+    add(
+        "--dense-limit", type=float, default=6, help="GiB that the dense mask may take (default: %(default)s)"
+    )
+    add("--out", type=Path, default=ROOT / "benchmarks" / "attention.json")
+    add("--plot", type=Path, default=ROOT / "docs" / "img" / "attention.png")
+    add("--plot-only", action="store_true", help="draw the picture from --out and measure nothing")
+    add("--worker", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = arguments(argv)
+    if args.worker:
+        return worker(*args.worker)
+    if not args.plot_only:
+        require_linux()
+        began = time.time()
+        rows = []
+        for size in args.only or SIZES:
+            rounds = args.rounds * (1 if SIZES[size][0] > 4096 else 2 if SIZES[size][0] > 2048 else 3)
+            rows.append(measure(size, rounds, args.threads, args.dense_limit))
+            print(size, {name: round(value, 4) for name, value in rows[-1]["seconds"].items()}, flush=True)
+        write_report(rows, args.out, began, threads=args.threads, dense_limit_gib=args.dense_limit)
+    report = json.loads(args.out.read_text())
+    draw(report, args.plot)
+    for row in report["rows"]:
+        print(row["size"], {name: round(value, 3) for name, value in row["ratios"].items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The forms that benchmarks/attention.py times compute the same attention."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    yield importlib.import_module("attention")
+    for name in ("attention", "turns"):
+        sys.modules.pop(name, None)
+
+
+def test_forms_compute_the_same(attention):
+    T, D = 70, 64
+    H, G = attention.HEADS[D]
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, T, heads, D, generator=rng) for heads in (H, G, G, H))
+    gate = torch.rand(1, T, 1, generator=rng).round()
+
+    def form(name, gate):
+        return attention.form(name, *(x.detach().requires_grad_() for x in (q, k, v, gate)), do)
+
+    for name, gates in (("dense_mask", gate), ("plain", torch.ones_like(gate))):
+        for ours, theirs in zip(form("gated", gates)[:4], form(name, gates)[:4], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    # What the dense mask cannot do: a gradient for the gates that are shut.
+    shut = gate == 0
+    assert form("gated", gate)[4][shut].abs().min() >= 0 and form("gated", gate)[4][shut].norm() > 1
+    assert form("dense_mask", gate)[4][shut].norm() == 0
+
+
+def test_sizes_leave_out_a_dense_mask_that_does_not_fit(attention):
+    assert attention.forms_of("2048x64", dense_limit=6) == ["plain", "gated", "dense_mask"]
+    assert attention.forms_of("8192x64", dense_limit=6) == ["plain", "gated"]
+    assert {(T, D) for T, D, dtype in attention.SIZES.values() if dtype == "float32"} == {
+        (T, D) for T in (512, 1024, 2048, 4096, 8192) for D in (64, 128)
+    }
