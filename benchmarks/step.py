@@ -298,6 +298,7 @@ def measure(size: str, rounds: int, threads: int, checkpoint: Path) -> dict:
         "cpu_stages": {n: {s: r["cpu_stages"].get(s, 0.0) for s in (*STAGES, "core")} for n, r in fastest.items()},
         "keep_rate": fastest["kvcat"]["keep_rate"],
         "peak_bytes": {name: max(r["peak_bytes"] for r in runs[name]) for name in FORMS},
+        "resident_bytes": {name: max(r["resident_bytes"] for r in runs[name]) for name in FORMS},
         "ratios": {
             "step kvcat/plain": ratio(lambda r: r["seconds"]),
             "step kvcat/plain, cpu time": ratio(lambda r: r["cpu_seconds"]),

@@ -62,7 +62,8 @@ def serve(run: Callable[[], dict]) -> None:
         before, cpu, began = memory("VmRSS"), time.process_time(), time.perf_counter()
         figures = run()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        figures |= {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": memory("VmHWM") - before}
+        peak = memory("VmHWM")
+        figures |= {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak - before, "resident_bytes": peak}
         answers.write(json.dumps(figures) + "\n")
         answers.flush()
 

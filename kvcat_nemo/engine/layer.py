@@ -22,8 +22,8 @@ from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.losses import budget_loss
 from kvcat_nemo.method.router import Router, Routing
 
-PROBE_TOKENS = 1024
-"""Tokens of the last window on which the share of gates that an update flipped is measured."""
+PROBE_TOKENS = 256
+"""First tokens of the last window on which the share of gates that an update flipped is measured."""
 
 
 @dataclass
