@@ -63,7 +63,12 @@ def serve(run: Callable[[], dict]) -> None:
         figures = run()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         peak = memory("VmHWM")
-        figures |= {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak - before, "resident_bytes": peak}
+        figures |= {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "peak_bytes": peak - before,
+            "resident_bytes": peak,
+        }
         answers.write(json.dumps(figures) + "\n")
         answers.flush()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvcat_nemo.kernels.token_loss import LOSS_MEMORY_MIB
 from kvcat_nemo.method.config import KVCatConfig
 
 
@@ -95,7 +96,9 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
     activations = (
         passes * tokens * config.hidden_size * split * config.num_layers / layout.pipeline * in_flight
     )
-    loss = config.kvcat.loss_memory_mib * 2**20 + 4 * config.vocab_size * config.hidden_size / layout.tensor
+    loss = (
+        config.kvcat.loss_memory_mib or LOSS_MEMORY_MIB["cuda"]
+    ) * 2**20 + 4 * config.vocab_size * config.hidden_size / layout.tensor
     out = {
         "weights": 2 * local,
         "gradients": 4 * local,

@@ -27,7 +27,9 @@ from kvcat_nemo.kernels.token_sweep import TOKEN_METRICS, Settings, Vocabulary, 
 
 __all__ = ["TOKEN_METRICS", "check_labels", "token_losses"]
 
-LOSS_MEMORY_MIB = 128
+LOSS_MEMORY_MIB = {"cpu": 128, "cuda": 2048}
+"""Default budget by device. Every chunk reads the weight twice and adds to its gradient: a GPU, which multiplies much faster
+than it reads, wants many rows for that (docs/roofline.md); a CPU is content with a hundred."""
 
 
 def _common_factor(grad: Tensor, weights: Tensor) -> float | None:
@@ -102,7 +104,7 @@ def token_losses(
     loss_weights: Tensor | None = None,
     group=None,
     sequence_parallel: bool = False,
-    memory_mib: float = LOSS_MEMORY_MIB,
+    memory_mib: float = 0,
     take_weight_gradient=None,
 ) -> Tensor:
     """Per-token metrics of a batch, of which the first two carry gradients (to hidden states and output weight).
@@ -117,7 +119,7 @@ def token_losses(
         loss_weights: what the loss will weigh each token's CE and KL with, up to a common factor, [2, B, T] ([1, B, T]
             when not paired). Given them, the gradients come out of the forward's sweep.
         group: process group over which the vocabulary is split, or None.
-        memory_mib: MiB for the logits of a chunk; at least one token's are always formed.
+        memory_mib: MiB for the logits of a chunk (at least one token's are always formed); 0: LOSS_MEMORY_MIB.
         take_weight_gradient: gets the weight's gradient in at least float32 and returns what autograd passes on.
 
     Returns:
@@ -147,7 +149,8 @@ def token_losses(
         vocab_size = ranks * len(weight_VM)
     check_labels(labels_BT, vocab_size)
     vocabulary = Vocabulary.of(group, sequence_parallel, len(weight_VM), vocab_size)
-    settings = Settings(vocabulary, paired, float(temperature), int(memory_mib * 2**20))
+    memory = int((memory_mib or LOSS_MEMORY_MIB["cpu" if weight_VM.device.type == "cpu" else "cuda"]) * 2**20)
+    settings = Settings(vocabulary, paired, float(temperature), memory)
     labels = labels_BT.transpose(0, 1).contiguous()
     weights = None if loss_weights is None else loss_weights.detach().transpose(1, 2).contiguous()
     grad_enabled = torch.is_grad_enabled()

@@ -134,5 +134,5 @@ def test_memory_of_the_losses_is_a_setting(make, monkeypatch):
     )
     run(make(kvcat={"loss_memory_mib": 7}), True)
     assert seen == [7]
-    with pytest.raises(ValueError, match="kvcat.loss_memory_mib=0: give at least 1 MiB"):
-        KVCatConfig(loss_memory_mib=0)
+    with pytest.raises(ValueError, match="kvcat.loss_memory_mib=-1: give 1 MiB or more"):
+        KVCatConfig(loss_memory_mib=-1)

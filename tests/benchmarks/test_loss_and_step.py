@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = str(Path(__file__).parents[1] / "benchmarks")
+FOLDER = str(Path(__file__).parents[2] / "benchmarks")
 
 
 @pytest.fixture
