@@ -3,7 +3,7 @@
 Megatron-core without NeMo (kvcat_nemo.engine): the model, Megatron's DDP wrapper, its schedule and its Adam. Every form
 runs in a process of its own, and the forms of a size take turns. Writes one JSON with a manifest and a picture.
 
-    python benchmarks/step.py                            # some three minutes on two quiet cores
+    python benchmarks/step.py                            # some six minutes on two quiet cores
     python benchmarks/step.py --only 4-layers --rounds 5 --out /tmp/step.json --plot /tmp/step.png
     python benchmarks/step.py --plot-only                # draw the picture again from the JSON
 
