@@ -123,7 +123,7 @@ def sculpt(
 
 @dataclass
 class KVSculpt(AttentionMatching):
-    """Attention Matching whose keys are then moved by L-BFGS. Slower; best at the smallest budgets."""
+    """Attention Matching whose keys are then moved by L-BFGS, and fitted values with them."""
 
     name: ClassVar[str] = "kvsculpt"
     queries: str = "mixed"
@@ -134,7 +134,7 @@ class KVSculpt(AttentionMatching):
     """L-BFGS steps of a turn."""
     key_ridge: float = 1.0
     """How strongly keys are drawn to the tokens' own, per mean squared move in units of the keys' size."""
-    mass: float = 0.05
+    mass: float = 1.0
     """Weight of the error of log Z."""
     adaptive: bool = False
     """Move slots between layers and heads after a pilot run; the total stays."""

@@ -82,6 +82,8 @@ def _value(text: str) -> Any:
 def _fitting(what: str, default: Any, value: Any) -> Any:
     """The value in the type of the setting's default; YAML reads 1 as a whole number and 1e-4 as a word."""
     kind = type(default)
+    if default is None:
+        return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -18,7 +18,7 @@ from kvcat_nemo.compress.prefill import NEEDS
 
 KINDS = ("llama", "qwen2", "qwen3")
 QUICK = {
-    "gradient": "gradient:steps=3:tokens=8",
+    "gradient": "gradient:steps=3:lessons=2:tokens=8",
     "kvsculpt": "kvsculpt:rounds=1:iterations=3",
 }
 NAMES = tuple(QUICK.get(name, name) for name in COMPRESSORS)

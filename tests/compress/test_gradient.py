@@ -113,7 +113,7 @@ def test_compressor_beats_the_slots_it_started_from(text):
     rows = [tokens(40, 3), tokens(25, 4)]
     prefilled = prefill(model, rows)
     budget = Budget(keep_fraction=0.2)
-    maker = make(f"gradient:init=recent:steps=40:lr=0.05:text={text}:tokens=20")
+    maker = make(f"gradient:init=recent:steps=40:lr=0.05:text={text}:tokens=20:lessons=2")
     got, plain = maker.compress(prefilled, budget), make("recent").compress(prefilled, budget)
     assert got.layers[0].slots_BG.tolist() == [[8, 8], [5, 5]]
     ids = torch.tensor([tokens(16, 60)] * 2)  # unseen text
