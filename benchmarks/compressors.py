@@ -30,7 +30,7 @@ SPECIFICATIONS = (
     "attention-matching:selection=highest",
     "attention-matching:queries=repeat",
     "attention-matching:queries=context",
-    "attention-matching:queries=mixed",
+    "attention-matching:queries=on-policy:reading_tokens=0",
     "random",
 )
 

@@ -32,7 +32,7 @@ from kvcat_nemo.compress.prefill import Prefilled
 
 SELECTIONS = ("highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
-_CANDIDATES, _ROUNDS, _STEPS = 4, 16, 2  # of omp; docs/LOG.md has what they cost and lose
+_SPARE, _STEPS = 192, 2  # of omp; docs/LOG.md has what they cost and lose
 _PIECE = 128
 _WHOLE = 1024  # the second reading's attention among its own tokens is dense: N×N
 
@@ -60,7 +60,7 @@ class AttentionMatching(Compressor):
     weight_ridge: float = 1e-6
     """How strongly weights are drawn to 1."""
     omp_block: int = 0
-    """Slots that omp takes at a time; 0: a sixteenth of them."""
+    """Slots that omp takes at a time; 0: a sixteenth of them, above 128 slots an eighth."""
 
     def __post_init__(self):
         for field, value, known in (
@@ -124,11 +124,11 @@ class AttentionMatching(Compressor):
 
     def _pursue(self, q_GQD: Tensor, k_GTD: Tensor, target: Reference, scale: float, slots: int) -> Tensor:
         # Of the keys with the highest scores alone: that found the same slots as all, for a fifth of the time.
-        most = min(k_GTD.shape[1], _CANDIDATES * slots)
+        most = min(k_GTD.shape[1], slots + min(3 * slots, _SPARE))
         candidates = target.score_GT.topk(most, -1).indices
         k = k_GTD.gather(1, candidates[..., None].expand(-1, -1, k_GTD.shape[2]))
         m = (logits(q_GQD, k, scale) - target.lse_GQ[..., None]).exp_()
-        block = self.omp_block or -(-slots // _ROUNDS)
+        block = self.omp_block or -(-slots // (16 if slots <= 128 else 8))
         return candidates.gather(1, pursue(m, slots, self.weight_ridge, block, _STEPS))
 
 
