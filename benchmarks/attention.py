@@ -10,7 +10,8 @@ Writes one JSON with a manifest and a picture.
 
 Forms: `plain` torch.nn.functional.scaled_dot_product_attention, causal, without gates: the floor; `gated`
 kernels.gated_attention; `dense_mask` the same function with a float mask, log-gates in it, that takes a gradient, so
-that PyTorch forms the T × T matrices. It is left out where they would exceed --dense-limit.
+that PyTorch forms the T × T matrices (gates that are shut get no gradient from it); `dense_gate` the formula as written,
+method.attention, whose gradients are those of `gated`. Dense forms are left out where they would exceed --dense-limit.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ HEADS = {64: (9, 3), 128: (12, 2)}
 """Head dim → query and KV heads: SmolLM2-135M's and Qwen2.5-1.5B's."""
 SIZES = {f"{T}x{D}": (T, D, "float32") for D in HEADS for T in (512, 1024, 2048, 4096, 8192)}
 SIZES |= {f"{T}x64-bfloat16": (T, 64, "bfloat16") for T in (2048, 4096)}
-MATRICES = 6
-"""T × T matrices of every head that the dense mask's forward and backward hold at once, about."""
+MATRICES = {"dense_mask": 6, "dense_gate": 12}
+"""T × T matrices of every head that a dense form's forward and backward hold at once, about."""
 
 
 def form(name: str, q, k, v, gate, do):
@@ -38,11 +39,14 @@ def form(name: str, q, k, v, gate, do):
     from torch.nn import functional as F
 
     from kvcat_nemo.kernels import gated_attention
+    from kvcat_nemo.method.attention import gated_attention_reference
 
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     leaves = [q, k, v] if name == "plain" else [q, k, v, gate]
     if name == "gated":
         out = gated_attention(q, k, v, gate, scale=scale)
+    elif name == "dense_gate":
+        out = gated_attention_reference(q, k, v, gate.to(q), scale=scale)
     else:
         mask = None
         if name == "dense_mask":
@@ -81,21 +85,19 @@ def worker(name: str, size: str) -> None:
 
 def forms_of(size: str, dense_limit: float) -> list[str]:
     T, D, dtype = SIZES[size]
-    needed = MATRICES * HEADS[D][0] * T * T * (4 if dtype == "float32" else 2)
-    return ["plain", "gated"] + (["dense_mask"] if needed <= dense_limit * 2**30 else [])
+    one = HEADS[D][0] * T * T * (4 if dtype == "float32" else 2)
+    return ["plain", "gated", *(n for n, count in MATRICES.items() if count * one <= dense_limit * 2**30)]
 
 
 def measure(size: str, rounds: int, threads: int, dense_limit: float) -> dict:
     T, D, dtype = SIZES[size]
     names = forms_of(size, dense_limit)
     runs = take_turns(__file__, {name: ["--worker", name, size] for name in names}, rounds, threads)
-    if "dense_mask" in names:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding
-        bound = 1e-3 if dtype == "float32" else 3e-2
-        for ours, theirs in zip(
-            runs["gated"][0]["check"][:4], runs["dense_mask"][0]["check"][:4], strict=True
-        ):
-            assert abs(ours - theirs) <= bound * theirs, (size, runs["gated"][0], runs["dense_mask"][0])
-    pairs = [("gated", "plain")] + [("dense_mask", "gated")] * ("dense_mask" in names)
+    bound = 1e-3 if dtype == "float32" else 3e-2
+    for dense in names[2:]:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding
+        for ours, theirs in zip(runs["gated"][0]["check"][:4], runs[dense][0]["check"][:4], strict=True):
+            assert abs(ours - theirs) <= bound * theirs, (size, runs["gated"][0], runs[dense][0])
+    pairs = [("gated", "plain"), *((dense, "gated") for dense in names[2:])]
     # Of the first run: later ones find memory that the process did not give back.
     peaks = {name: max(r["peak_bytes"] for r in runs[name]) for name in names}
     return {
@@ -119,8 +121,13 @@ def draw(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = {"dense_mask": "dense float mask", "gated": "gated (ours)", "plain": "plain fused"}
-    colours = {"dense_mask": "tab:orange", "gated": "tab:blue", "plain": "tab:gray"}
+    labels = {
+        "dense_gate": "dense formula",
+        "dense_mask": "dense float mask",
+        "gated": "gated (ours)",
+        "plain": "plain fused",
+    }
+    colours = {"dense_gate": "tab:red", "dense_mask": "tab:orange", "gated": "tab:blue", "plain": "tab:gray"}
     rows = [row for row in report["rows"] if row["dtype"] == "float32"]
     dims = sorted({row["D"] for row in rows})
     figure, axes = pyplot.subplots(2, len(dims), figsize=(5 * len(dims), 6.4), squeeze=False, sharex=True)
@@ -160,9 +167,7 @@ def arguments(argv=None) -> argparse.Namespace:
         help="runs of each form at 8192 tokens, more below (default: %(default)s)",
     )
     add("--threads", type=int, default=2, help="OpenMP threads (default: %(default)s)")
-    add(
-        "--dense-limit", type=float, default=6, help="GiB that the dense mask may take (default: %(default)s)"
-    )
+    add("--dense-limit", type=float, default=6, help="GiB that a dense form may take (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks" / "attention.json")
     add("--plot", type=Path, default=ROOT / "docs" / "img" / "attention.png")
     add("--plot-only", action="store_true", help="draw the picture from --out and measure nothing")

@@ -26,9 +26,13 @@ def test_forms_compute_the_same(attention):
     def form(name, gate):
         return attention.form(name, *(x.detach().requires_grad_() for x in (q, k, v, gate)), do)
 
-    for name, gates in (("dense_mask", gate), ("plain", torch.ones_like(gate))):
-        for ours, theirs in zip(form("gated", gates)[:4], form(name, gates)[:4], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    for name, gates, count in (
+        ("dense_mask", gate, 4),
+        ("dense_gate", gate, 5),
+        ("plain", torch.ones_like(gate), 4),
+    ):
+        for ours, theirs in zip(form("gated", gates)[:count], form(name, gates)[:count], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
     # What the dense mask cannot do: a gradient for the gates that are shut.
     shut = gate == 0
     assert form("gated", gate)[4][shut].abs().min() >= 0 and form("gated", gate)[4][shut].norm() > 1
@@ -36,7 +40,7 @@ def test_forms_compute_the_same(attention):
 
 
 def test_sizes_leave_out_a_dense_mask_that_does_not_fit(attention):
-    assert attention.forms_of("2048x64", dense_limit=6) == ["plain", "gated", "dense_mask"]
+    assert attention.forms_of("2048x64", dense_limit=6) == ["plain", "gated", "dense_mask", "dense_gate"]
     assert attention.forms_of("8192x64", dense_limit=6) == ["plain", "gated"]
     assert {(T, D) for T, D, dtype in attention.SIZES.values() if dtype == "float32"} == {
         (T, D) for T in (512, 1024, 2048, 4096, 8192) for D in (64, 128)
