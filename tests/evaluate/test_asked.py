@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 import torch
 
-from kvcat_nemo.compress import generate, prefill
+from kvcat_nemo.compress import generate, prefill, select
+from kvcat_nemo.compress.baselines import Random
 from kvcat_nemo.evaluate import long_qa
 from kvcat_nemo.evaluate.asked import Ask
 from kvcat_nemo.evaluate.haystack import filled, made_up, sentences_of_files, stream
@@ -448,7 +449,13 @@ def test_qasper_rows_balance_the_answers(model_dir, tmp_path, monkeypatch):
         asked = [Question(f"q{n}", f"Do they {n}?", ("Yes", "No"), int(n == 3)) for n in range(4)]
         return [QADocument("p", "# Title\n\nText. " * 10, tuple(asked))]
 
+    def drawn_from_the_global_state(self, prefilled, slots):
+        return select(
+            prefilled, [torch.rand(layer.bias_BGS.shape) for layer in prefilled.cache.layers], slots
+        )
+
     monkeypatch.setattr(long_qa, "qasper_yes_no", papers)
+    monkeypatch.setattr(Random, "compress_row", drawn_from_the_global_state)
     settings = {"models": [f"m={model_dir}"], "threads": 1, "compressors": ["random"], "keep": ["0.5"]}
     row = rows_of(LongQA.of({**settings, "out": str(tmp_path / "out")}).run())[0]
     right = row["correct_by_item"]
