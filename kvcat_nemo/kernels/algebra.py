@@ -255,7 +255,8 @@ class _Window:
         return lse.transpose(1, 2)
 
     def add_output(self, o, weight, v) -> Tensor:
-        return o.addcmul_(self.out, weight[..., None])
+        out, self.out = self.out, None  # not kept for backward
+        return o.addcmul_(out, weight[..., None])
 
     def backward(self, do, delta, q, k, v, o, level, lse) -> tuple[Tensor, Tensor, Tensor]:
         q_, k_, v_, o_, do_ = self._padded((q, k), (v, o, do))

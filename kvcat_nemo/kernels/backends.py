@@ -26,6 +26,11 @@ logger = logging.getLogger("kvcat_nemo.attention")
 
 
 @cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@cache
 def kernel(name: str) -> FusedKernel:
     """The kernel of that name.
 
@@ -106,7 +111,7 @@ def _automatic(device: torch.device) -> str:
         return "cpu"
     if device.type == "cuda":
         for name, package in PACKAGES.items():
-            if importlib.util.find_spec(package) is not None:
+            if _installed(package):
                 return name
         raise ValueError(
             "attention_backend=auto: CUDA tensors need Transformer Engine (pip install 'kvcat-nemo[te]') or flash-attn; "

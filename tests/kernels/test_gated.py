@@ -307,6 +307,7 @@ def test_selection(monkeypatch):
                 else real(name, *rest)
             ),
         )
+        backends._installed.cache_clear()
         return backends._automatic(torch.device("cuda"))
 
     assert installed("transformer_engine", "flash_attn") == "te"
@@ -319,6 +320,7 @@ def test_selection(monkeypatch):
             ValueError, match=f"attention_backend={name}: the package {package} is not installed"
         ):
             select_backend(name, device="cuda", **wanted)
+    backends._installed.cache_clear()
     assert set(BACKENDS) == {"cpu", "te", "flash", "oracle"}
 
 
