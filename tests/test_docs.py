@@ -14,7 +14,10 @@ from kvcat_nemo.cli import main
 from kvcat_nemo.method.config import KVCatConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "method.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("recipes", "method", "compress", "evaluation")),
+]
 
 
 def blocks(page, language):
@@ -34,13 +37,19 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("words", [w for w in shell_lines() if w[0] == "kvcat"], ids=" ".join)
 def test_kvcat_commands_parse(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for word in words:
-        if "/" in word:  # arguments that must exist
-            (tmp_path / word.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for word in words:  # arguments that must exist
+        path = tmp_path / word.rpartition("=")[2].lstrip("/")
+        if path.suffix in (".txt", ".safetensors"):
+            path.touch()
+        elif "/" in word and path.suffix != ".html":
+            path.mkdir(parents=True, exist_ok=True)
     command, rest = main, [w.lstrip("/") for w in words[1:]]
     while isinstance(command, click.Group):
         _, command, rest = command.resolve_command(click.Context(command), rest)
-    command.make_context(command.name, list(rest))
+    try:
+        command.make_context(command.name, list(rest))
+    except click.exceptions.Exit as done:  # --list
+        assert done.exit_code == 0
 
 
 @pytest.mark.parametrize("words", [w for w in shell_lines() if w[0] == "make"], ids=" ".join)
@@ -103,3 +112,18 @@ def test_python_blocks_import_what_exists(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_every_protocol_has_its_row():
+    from kvcat_nemo.evaluate.protocol import PROTOCOLS
+
+    named = re.findall(r"^\| `kvcat evaluate ([\w-]+)` \|", PAGES[-1].read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted([*PROTOCOLS, "sweep"])
+
+
+def test_every_compressor_has_its_row():
+    from kvcat_nemo.compress.kvpress_adapter import PRESSES
+    from kvcat_nemo.compress.registry import COMPRESSORS
+
+    table = re.findall(r"^\| (`[^|]+`) \|", PAGES[-2].read_text(encoding="utf-8"), re.M)
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(table))) == sorted([*COMPRESSORS, *PRESSES])
