@@ -123,7 +123,7 @@ def sculpt(
 
 @dataclass
 class KVSculpt(AttentionMatching):
-    """Attention Matching whose keys are then moved by L-BFGS, and fitted values with them."""
+    """Attention Matching with moved keys, and with more slots for heads that are hard to match."""
 
     name: ClassVar[str] = "kvsculpt"
     queries: str = "mixed"
@@ -136,7 +136,7 @@ class KVSculpt(AttentionMatching):
     """How strongly keys are drawn to the tokens' own, per mean squared move in units of the keys' size."""
     mass: float = 1.0
     """Weight of the error of log Z."""
-    adaptive: bool = False
+    adaptive: bool = True
     """Move slots between layers and heads after a pilot run; the total stays."""
     exponent: float = 0.5
     """Slots of a head ∝ its pilot error to this power."""

@@ -26,7 +26,7 @@ SELECTIONS = tuple(name for name in NAMES if not isinstance(make(name), Quantisa
 VARIANTS = (
     "recent:sinks=2",
     "attention-matching:selection=highest",
-    "kvsculpt:rounds=1:iterations=2:adaptive=True",
+    "kvsculpt:rounds=1:iterations=2:adaptive=False",
 )
 STACKS = ("random+int8", "attention-matching+int4")
 # Quantisation alone changes logits: by so much of their range, at most.
