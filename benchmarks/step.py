@@ -3,7 +3,7 @@
 Megatron-core without NeMo (kvcat_nemo.engine): the model, Megatron's DDP wrapper, its schedule and its Adam. Every form
 runs in a process of its own, and the forms of a size take turns. Writes one JSON with a manifest and a picture.
 
-    python benchmarks/step.py                            # some six minutes on two quiet cores
+    python benchmarks/step.py                            # some six minutes on two quiet cores, 18 GB
     python benchmarks/step.py --only 4-layers --rounds 5 --out /tmp/step.json --plot /tmp/step.png
     python benchmarks/step.py --plot-only                # draw the picture again from the JSON
 
@@ -165,6 +165,11 @@ def start_single_process() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
+def groups(layers: int | None) -> int:
+    """Routers: the default four for 30 layers; two for four, one in every other layer."""
+    return 4 if layers is None else max(layers // 2, 1)
+
+
 def build_model(form: str, layers: int | None, tokens: int, checkpoint: Path):
     import torch
     from megatron.core import dist_checkpointing
@@ -198,7 +203,7 @@ def build_model(form: str, layers: int | None, tokens: int, checkpoint: Path):
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        kvcat=KVCatConfig(**FORMS[form]),
+        kvcat=KVCatConfig(**FORMS[form], num_groups=groups(layers)),
     )
     validate_model_config(config)
     model = KVCatGPTModel(
@@ -290,7 +295,7 @@ def measure(size: str, rounds: int, threads: int, checkpoint: Path) -> dict:
         return statistics.median(part(a) / part(b) for a, b in pairs)
 
     return {
-        "size": size, "layers": layers or 30, "tokens": tokens,
+        "size": size, "layers": layers or 30, "num_groups": groups(layers), "tokens": tokens,
         "seconds": {name: r["seconds"] for name, r in fastest.items()},
         "seconds_all": {name: [round(r["seconds"], 3) for r in runs[name]] for name in FORMS},
         "cpu_seconds": {name: min(r["cpu_seconds"] for r in runs[name]) for name in FORMS},
