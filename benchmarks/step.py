@@ -3,7 +3,7 @@
 Megatron-core without NeMo (kvcat_nemo.engine): the model, Megatron's DDP wrapper, its schedule and its Adam. Every form
 runs in a process of its own, and the forms of a size take turns. Writes one JSON with a manifest and a picture.
 
-    python benchmarks/step.py                            # some six minutes on two quiet cores, 18 GB
+    python benchmarks/step.py                            # some six minutes on two quiet cores, 12 GB
     python benchmarks/step.py --only 4-layers --rounds 5 --out /tmp/step.json --plot /tmp/step.png
     python benchmarks/step.py --plot-only                # draw the picture again from the JSON
 
@@ -280,13 +280,13 @@ def worker(form: str, size: str, checkpoint: Path) -> None:
         stages, cpu_stages = clock.end()
         return {"stages": stages, "cpu_stages": cpu_stages, "keep_rate": figures.get("keep_rate", 1.0)}
 
-    step()  # Adam's moments and the threads are there before the first measured step
     serve(step)
 
 
 def measure(size: str, rounds: int, threads: int, checkpoint: Path) -> dict:
     forms = {name: ["--checkpoint", str(checkpoint), "--worker", name, size] for name in FORMS}
-    runs = take_turns(__file__, forms, rounds, threads)
+    runs = take_turns(__file__, forms, rounds + 1, threads)
+    runs = {name: answers[1:] for name, answers in runs.items()}  # the first step makes Adam's moments
     layers, tokens = SIZES[size]
     fastest = {name: min(runs[name], key=lambda r: r["seconds"]) for name in FORMS}
     pairs = list(zip(runs["kvcat"], runs["plain"], strict=True))
@@ -346,7 +346,7 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", action="append", metavar="NAME", help=f"sizes that begin so: {', '.join(SIZES)}")
-    add("--rounds", type=int, default=3, help="steps of each form (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="measured steps of each form (default: %(default)s)")
     add("--threads", type=int, default=2, help="OpenMP threads (default: %(default)s)")
     add("--checkpoint", type=Path, default=ROOT / "models" / "smollm2-135m-megatron")
     add("--out", type=Path, default=ROOT / "benchmarks" / "step.json")
