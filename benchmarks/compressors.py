@@ -93,6 +93,13 @@ def main() -> None:
     text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[: 20 * args.tokens]
     ids = AutoTokenizer.from_pretrained(args.model)(text)["input_ids"][: args.tokens]
     prefill(model, [ids])  # warm
+    facts = {
+        "model": args.model.name,
+        "tokens": len(ids),
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "dtype": "float32",
+    }
     rows = []
     for keep in args.keep:
         for specification in args.only:
@@ -106,16 +113,9 @@ def main() -> None:
                 f" {row['seconds']['compress']:6.2f} s, ratio {row['ratio']:.2f} (of CPU time {row['ratio_cpu']:.2f})",
                 flush=True,
             )
-    facts = {
-        "model": args.model.name,
-        "tokens": len(ids),
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "dtype": "float32",
-    }
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"manifest": manifest(**facts), "rows": rows}, indent=1) + "\n")
-    temporary.replace(args.out)
+            temporary = args.out.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"manifest": manifest(**facts), "rows": rows}, indent=1) + "\n")
+            temporary.replace(args.out)
 
 
 if __name__ == "__main__":
