@@ -231,3 +231,101 @@ def test_a_browser_shows_it(page, tmp_path, scheme, width):
     assert found["page"] < 0.05 if scheme == "dark" else found["page"] > 0.9
     assert found["text"] > 4.5 and found["lines"] > 3  # WCAG AA
     assert picture.stat().st_size > 20_000
+
+
+def asked_rows(kind, tags, item, *, models=("base", "kv-cat")):
+    """Rows as the question protocols make them: their own figures of made-up answers."""
+    rows = []
+    for model in models:
+        for compressor, keep in (("none", 1.0), ("attention-matching", 0.1), ("attention-matching", 0.4)):
+            for tag in tags:
+                items = [item(keep, i) for i in range(4)]
+                head = {
+                    "model": model,
+                    "compressor": compressor,
+                    "keep": keep,
+                    "question_aware": False,
+                    **tag,
+                }
+                figures = kind.figures(items, [None] * 4)
+                rows.append(
+                    {**head, "items": 4, **figures, "slots": 100 * keep, "bytes": 1000, "seconds": 1.0}
+                )
+    return rows
+
+
+def test_needle_has_curves_a_heat_map_and_the_papers_figures(tmp_path):
+    from kvcat_nemo.evaluate.needle import Needle
+
+    tags = [{"length": 1024, "depth": depth} for depth in (0, 0.5, 1, "all")]
+    kind = Needle.__new__(Needle)
+    rows = asked_rows(kind, tags, lambda keep, i: {"exact": i < 4 * keep, "first": 0.5, "nll": 1.0})
+    page, text = write_report([write(tmp_path, rows, "needle")], tmp_path / "x.html", title="t")
+    source = page.read_text()
+    assert source.count('class="map"') == 2  # one for each model: one compressor, one length
+    cells = re.findall(r'class="heat[^"]*" style="--v:([\d.]+)">(\d+)<', source)
+    assert {float(v) * 100 for v, _ in cells} == {float(n) for _, n in cells} == {25.0, 50.0}
+    assert (
+        "never saw the question" in source
+        and "34" in source
+        and "| Qwen2.5-0.5B | 23 → 34 |" in text.read_text()
+    )
+    assert "| base | full cache | 100 % | 1024 | all | 100.0" in text.read_text()
+
+
+def test_tasks_get_a_chart_each(tmp_path):
+    from kvcat_nemo.evaluate.long_qa import LongQA
+    from kvcat_nemo.evaluate.ruler import Ruler
+
+    tags = [{"task": task, "length": 512} for task in ("niah-single", "average")]
+    item = lambda keep, i: {"found": 1 + (keep > 0.2), "wanted": 2}  # noqa: E731
+    rows = asked_rows(Ruler.__new__(Ruler), tags, item)
+    source = write_report([write(tmp_path / "r", rows, "ruler")], tmp_path / "r.html", title="t")[
+        0
+    ].read_text()
+    assert source.count("<figcaption>task ") == 2 and source.index("task average") < source.index(
+        "task niah-single"
+    )
+
+    kind = LongQA.__new__(LongQA)
+    kind.questions = "qasper"
+    item = lambda keep, i: {"chosen": 0, "right": i % 2, "nll": 1.0, "scores": [0.0, 1.0]}  # noqa: E731
+    rows = asked_rows(kind, [{}], item)
+    text = write_report([write(tmp_path / "q", rows, "long-qa")], tmp_path / "q.html", title="t")[
+        1
+    ].read_text()
+    assert "balanced accuracy, %" in text and "| kv-cat | attention-matching | 40 % | 50.0" in text
+
+
+def test_base_ability_shows_the_paired_difference(tmp_path):
+    rows = [
+        {"model": "base", "task": "piqa", "n": 9, "accuracy": 60.0, "accuracy_se": 5.0},
+        {"model": "kv", "task": "piqa", "n": 9, "accuracy": 70.0, "accuracy_se": 5.0},
+        {
+            "model": "kv",
+            "before": "base",
+            "task": "piqa",
+            "n": 9,
+            "difference": 10.0,
+            "difference_se": 2.0,
+            "p": 0.1,
+        },
+    ]
+    page, text = write_report([write(tmp_path, rows, "base-ability")], tmp_path / "x.html", title="t")
+    assert "| piqa | 9 | 60.0 ± 5.0 | 70.0 ± 5.0 | +10.0 ± 2.0 | 70.4 → 72.1 |" in text.read_text()
+    assert '<td class="better">+10.0' in page.read_text()
+
+
+def test_gradient_curves_say_when_the_first_models_end_was_reached(tmp_path):
+    from kvcat_nemo.evaluate.gradient_curve import speed_up
+
+    def row(model, curve):
+        head = {"model": model, "compressor": "recent", "keep": 0.05, "question_aware": False}
+        ends = {"delta_ppl_start": curve[0], "delta_ppl": curve[-1], "delta_ppl_se": 0.1, "steps": 4}
+        return {**head, **ends, "step": [0, 1, 2, 4], "delta_ppl_by_step": curve}
+
+    base, trained = row("base", [4.0, 3.0, 2.0, 1.0]), row("kv", [3.0, 0.9, 0.8, 0.7])
+    trained |= speed_up(base, trained)
+    page, text = write_report([write(tmp_path, [base, trained], "gradient")], tmp_path / "x.html", title="t")
+    assert "| kv | recent | 5 % | 3.000 | 0.700 ± 0.100 | 4 | 1 | 4.00 × |" in text.read_text()
+    assert page.read_text().count("<polyline") == 2

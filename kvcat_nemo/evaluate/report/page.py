@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.data.files import new_file
-from kvcat_nemo.evaluate.report import continuation, generic
+from kvcat_nemo.evaluate.report import abilities, continuation, generic, questions
 from kvcat_nemo.evaluate.report.tables import Section, markdown
 
 # protocol → its section; any other gets plain tables.
 SECTIONS: dict[str, Callable[[list[dict[str, Any]]], Section]] = {
     "continuation": continuation.build,
+    "gradient": abilities.gradient,
+    "needle": questions.needle,
+    "ruler": questions.ruler,
+    "long-qa": questions.long_qa,
+    "base-ability": abilities.base_ability,
 }
 
 
