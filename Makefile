@@ -89,6 +89,7 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 	$(VENV)/bin/python benchmarks/attention.py
 	$(VENV)/bin/python benchmarks/loss.py
 	$(VENV)/bin/python benchmarks/step.py
+	$(VENV)/bin/python benchmarks/roofline.py
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
 lint: setup  ## check style and the direction of imports
