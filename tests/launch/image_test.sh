@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Builds the Dockerfile on a CPU base made from nothing, without a daemon, and trains kvcat_tiny in the result.
+#
+#   image_test.sh [DIR]      working folder (a new one under TMPDIR, removed at the end; a given one is kept)
+#
+# Needs root, and Debian's packages buildah and debootstrap. pip's settings and the certificates of this machine are mounted into
+# the build, and are not in the image. IMAGE_BUDGET=seconds per build step (1800).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+for program in buildah debootstrap; do
+  command -v "$program" > /dev/null || { echo "image test: SKIPPED: $program is not installed (Debian: buildah debootstrap)"; exit 0; }
+done
+[[ $(id -u) == 0 ]] || { echo "image test: SKIPPED: needs root"; exit 0; }
+
+work=${1:-}
+if [[ -z $work ]]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+mkdir -p "$work"
+budget=${IMAGE_BUDGET:-1800}
+store=(--root "$work/storage" --runroot "$work/run" --storage-driver vfs)
+say() { printf '\n== image test: %s (%s)\n' "$*" "$(date +%T)"; }
+
+# pip as it is set up here: its files, and where certificates come from.
+mounts=()
+for file in /etc/pip.conf /etc/xdg/pip/pip.conf "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
+  [[ -f $file ]] && mounts+=(--volume "$file:/etc/pip.conf:ro") && break
+done
+certificates=${PIP_CERT:-${SSL_CERT_FILE:-${REQUESTS_CA_BUNDLE:-/etc/ssl/certs/ca-certificates.crt}}}
+mounts+=(--volume "$certificates:/etc/ssl/certs/ca-certificates.crt:ro")
+
+say "base: Debian with Python in a virtual environment, as NGC's images have it"
+if [[ ! -d $work/base/opt/venv ]]; then
+  mirror=$(awk '/^deb / { for (i = 2; i <= NF; i++) if ($i ~ /^https?:/) { print $i; exit } } /^URIs:/ { print $2; exit }' \
+    /etc/apt/sources.list /etc/apt/sources.list.d/* 2> /dev/null || true)
+  time debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base" \
+    "${mirror:-http://deb.debian.org/debian}" > "$work/debootstrap.log" 2>&1 || { tail "$work/debootstrap.log"; exit 1; }
+  chroot "$work/base" python3 -m venv /opt/venv
+  rm -rf "$work/base/var/cache/apt" "$work/base/var/lib/apt/lists"
+fi
+if ! buildah "${store[@]}" inspect localhost/cpu-base:1 > /dev/null 2>&1; then
+  container=$(buildah "${store[@]}" from scratch)
+  buildah "${store[@]}" add --quiet "$container" "$work/base" / > /dev/null
+  buildah "${store[@]}" config --env PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+  buildah "${store[@]}" commit --quiet --rm "$container" localhost/cpu-base:1
+fi
+
+say "build"
+time timeout "$budget" buildah "${store[@]}" bud --isolation chroot --pull-never --format docker --layers \
+  --build-arg BASE_IMAGE=localhost/cpu-base:1 --build-arg REVISION="$(git rev-parse HEAD)" "${mounts[@]}" \
+  --tag localhost/kvcat:cpu --file Dockerfile .
+
+say "what is in it"
+buildah "${store[@]}" inspect --type image --format \
+  'user {{.OCIv1.Config.User}}, labels {{.OCIv1.Config.Labels}}, health {{.Docker.Config.Healthcheck.Test}}' localhost/kvcat:cpu
+du -sh "$work/base" "$work/storage"
+
+container=$(buildah "${store[@]}" from --pull-never localhost/kvcat:cpu)
+inside() { timeout "$budget" buildah "${store[@]}" run --isolation chroot "$container" -- "$@"; }
+
+say "its user is not root, and can change nothing of the project"
+inside bash -c 'id; test "$(id -u)" = 10001; ! touch /opt/kvcat/x 2> /dev/null'
+say "training"
+time inside bash -c 'cd /tmp && nemo llm pretrain --factory "kvcat_tiny(dir='"'/tmp/runs'"')" -y trainer.max_steps=6 2>&1 | tail -n 15
+  cat /tmp/runs/kvcat_tiny/kvcat/finished.json && tail -n 1 /tmp/runs/kvcat_tiny/kvcat/metrics.jsonl'
+say "launcher"
+inside bash -c 'cd /tmp && KVCAT_RUN_DIR=/tmp/runs/two /opt/kvcat/launch/torchrun.sh -- python -c "print(42)"'
+say "health command"
+inside kvcat train doctor || echo "image test: kvcat train doctor: exit code $?"
+buildah "${store[@]}" rm "$container" > /dev/null
+say "done"
