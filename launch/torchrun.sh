@@ -91,8 +91,15 @@ torchrun=$!
 trap 'ask_to_stop "$(node_name) got SIGTERM"' TERM
 trap 'ask_to_stop "$(node_name) got SIGUSR1"' USR1
 trap '[[ -e $KVCAT_STOP_FILE ]] && kill -QUIT $torchrun; ask_to_stop "$(node_name) was interrupted (again to end at once)"' INT
+# A stop file that is older than a rank counts as another run's: one that came while ranks were starting is kept fresh.
+(
+  trap - TERM USR1 INT
+  while sleep 1; do touch -c "$KVCAT_STOP_FILE"; done
+) &
+fresh=$!
 wait_for "$torchrun"
 code=$?
+kill "$fresh"
 
 first=$((KVCAT_NODE_RANK * KVCAT_PROCS_PER_NODE))
 result=$(verdict "$first" "$((first + KVCAT_PROCS_PER_NODE - 1))")
