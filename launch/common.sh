@@ -21,7 +21,7 @@ node_name() { printf '%s' "${SLURMD_NODENAME:-${KVCAT_NODE_NAME:-$(uname -n)}}";
 
 # require_number NAME VALUE LEAST: a setting must be a whole number, LEAST or more.
 require_number() {
-  [[ $2 =~ ^[0-9]+$ ]] && ((10#$2 >= $3)) || die "$1=$2: give a whole number of at least $3"
+  if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1=$2: give a whole number of at least $3"; fi
 }
 
 # Names of the complete checkpoints, one a line. NeMo marks one being written by a file NAME-unfinished beside it.
@@ -37,7 +37,7 @@ complete_checkpoints() {
 # Restarts in a row, up to now, that found the checkpoints of the attempt before them.
 stalled_restarts() {
   local now=$1 table=$KVCAT_RUN_DIR/launch/attempts.tsv
-  [[ -f $table ]] || { echo 0; return; }
+  [[ -f $table ]] || table=/dev/null
   awk -F '\t' -v now="$now" '$1 == "submitted" { n = 0; next } { n = ($5 == now) ? n + 1 : 0 } END { print n + 0 }' "$table"
 }
 
@@ -56,7 +56,7 @@ begin_attempt() {
   printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$(date +%FT%T)" "$2" "$3" "$progress" >> "$launch/attempts.tsv"
   open_attempt "$1"
   rm -rf "$KVCAT_ATTEMPT_DIR/exit" "$KVCAT_STOP_FILE" # of an attempt of the same name
-  mkdir -p "$KVCAT_ATTEMPT_DIR/exit" "$KVCAT_ATTEMPT_DIR/health"
+  mkdir -p "$KVCAT_ATTEMPT_DIR"/{exit,health,nccl}
 }
 
 # open_attempt NAME: name the files of an attempt.
@@ -93,7 +93,7 @@ write_record() {
 
 # verdict FIRST LAST: what ranks FIRST…LAST recorded: done, again, or failed (some failed, or left no record).
 verdict() {
-  local rank record code result=done
+  local rank record code result='done'
   for ((rank = $1; rank <= $2; rank++)); do
     record=$KVCAT_ATTEMPT_DIR/exit/rank-$(printf '%04d' "$rank")
     code=missing
@@ -101,7 +101,10 @@ verdict() {
     case $code in
       0) ;;
       "$KVCAT_EXIT_AGAIN") result=again ;;
-      *) echo failed; return ;;
+      *)
+        echo failed
+        return
+        ;;
     esac
   done
   echo "$result"

@@ -181,12 +181,26 @@ def validate(manifest: dict[str, Any]) -> None:
 
     try:
         known = JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ValueError("not a valid JobSet: " + "; ".join(problems)) from error
+    except (ValidationError, AttributeError) as error:
+        raise ValueError(f"not a valid JobSet: {_places(JobsetV1alpha2JobSet, manifest) or error}") from error
     unknown = list(_dropped(manifest, known))
     if unknown:
-        raise ValueError(f"not a valid JobSet: unknown field {', '.join(unknown)} (misspelt, or in the wrong place)")
+        raise ValueError(
+            f"not a valid JobSet: unknown field {', '.join(unknown)} (misspelt, or in the wrong place)"
+        )
+
+
+def _places(model, manifest: dict[str, Any]) -> str:
+    """Where values have the wrong type: pydantic's own reading knows the path, from_dict's does not."""
+    from pydantic import ValidationError
+
+    try:
+        model.model_validate(manifest)
+    except ValidationError as error:
+        # That reading takes a quantity such as "8" for an error, which from_dict does not.
+        found = [e for e in error.errors() if "ResourceQuantity" not in e["msg"]]
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found)
+    return ""
 
 
 def _dropped(given: Any, known: Any, path: str = "") -> Iterator[str]:
@@ -200,4 +214,6 @@ def _dropped(given: Any, known: Any, path: str = "") -> Iterator[str]:
                 yield from _dropped(value, known[key], here)
     elif isinstance(given, list):
         for n, value in enumerate(given):
-            yield from _dropped(value, known[n] if isinstance(known, list) and n < len(known) else None, f"{path}[{n}]")
+            yield from _dropped(
+                value, known[n] if isinstance(known, list) and n < len(known) else None, f"{path}[{n}]"
+            )

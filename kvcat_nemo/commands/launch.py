@@ -37,7 +37,9 @@ _CLUSTER = [
         help="Set for all ranks; NAME alone takes a value that is written nowhere. Repeatable.",
     ),
     click.option("--signal-seconds", default=300, show_default=True, help="Time for a last save."),
-    click.option("--plan/--no-plan", default=None, help="Check the recipe first. [default: unless --dry-run]"),
+    click.option(
+        "--plan/--no-plan", default=None, help="Check the recipe first. [default: unless --dry-run]"
+    ),
 ]
 
 
@@ -59,7 +61,9 @@ def command():
     """
 
 
-def training_command(recipe: str, overrides: tuple[str, ...], run_dir: Path, nodes: int, procs: int) -> list[str]:
+def training_command(
+    recipe: str, overrides: tuple[str, ...], run_dir: Path, nodes: int, procs: int
+) -> list[str]:
     """`nemo llm pretrain …` for a recipe in a run folder, on `nodes` × `procs` ranks.
 
     Raises:
@@ -83,7 +87,9 @@ def training_command(recipe: str, overrides: tuple[str, ...], run_dir: Path, nod
     for override in overrides:
         key = override.partition("=")[0]
         if key in ("trainer.devices", "trainer.num_nodes", "log.log_dir", "log.name"):
-            raise click.ClickException(f"{override}: comes from --nodes, --procs-per-node and --run-dir; leave it out")
+            raise click.ClickException(
+                f"{override}: comes from --nodes, --procs-per-node and --run-dir; leave it out"
+            )
     arguments |= {"dir": str(run_dir.parent), "name": run_dir.name}
     factory = f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
     layout = [f"trainer.num_nodes={nodes}", f"trainer.devices={procs}"]
@@ -111,7 +117,9 @@ def _check_plan(recipe: str, words: list[str]) -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     memory = out["memory_per_gpu_bytes"]["total"] / 1e9
-    click.echo(f"checked: {out['layout']['world_size']} ranks, {memory:.1f} GB each (estimate for bf16)", err=True)
+    click.echo(
+        f"checked: {out['layout']['world_size']} ranks, {memory:.1f} GB each (estimate for bf16)", err=True
+    )
 
 
 def _run(words: list[str], environment: dict[str, str] | None = None) -> None:
@@ -125,7 +133,9 @@ def _run(words: list[str], environment: dict[str, str] | None = None) -> None:
 @_with(_SHARED)
 @click.option("--node-rank", default=0, show_default=True, help="Number of this node, from 0.")
 @click.option("--master-addr", help="Address of node 0; needed with more than one node.")
-@click.option("--attempt", help="A word, the same on all nodes and new at each start; with more than one node.")
+@click.option(
+    "--attempt", help="A word, the same on all nodes and new at each start; with more than one node."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would run, and stop.")
 def local(
     recipe, overrides, run_dir, nodes, procs_per_node, setup, interface, master_port, max_stalled, node_rank,
@@ -159,7 +169,8 @@ def local(
     }
     options = ["--dry-run"] if dry_run else []
     _run(
-        ["bash", str(HERE / "torchrun.sh"), *options, "--", *words], {k: v for k, v in environment.items() if v}
+        ["bash", str(HERE / "torchrun.sh"), *options, "--", *words],
+        {k: v for k, v in environment.items() if v},
     )
 
 
@@ -183,8 +194,12 @@ def local(
     help="A check on every node before the start; '' for none.",
 )
 @click.option("--health-seconds", default=300, show_default=True, help="Time for all checks.")
-@click.option("--min-disk-gb", default=20, show_default=True, help="Free space that the run's folder must have.")
-@click.option("--exit-wait", default=60, show_default=True, help="Seconds other nodes get once one has ended.")
+@click.option(
+    "--min-disk-gb", default=20, show_default=True, help="Free space that the run's folder must have."
+)
+@click.option(
+    "--exit-wait", default=60, show_default=True, help="Seconds other nodes get once one has ended."
+)
 @click.option("--dry-run", is_flag=True, help="Print script and environment, and submit nothing.")
 def slurm(
     recipe, overrides, run_dir, nodes, procs_per_node, setup, interface, master_port, max_stalled, gpus_per_node,

@@ -29,6 +29,8 @@ def slurm() -> run.Config[run.SlurmExecutor]:
         gpus_per_node=8,
         time="04:00:00",
         launcher="torchrun",
-        packager=run.Config(run.Packager),  # the package is installed on the nodes or in the image: nothing to copy
+        packager=run.Config(
+            run.Packager
+        ),  # the package is installed on the nodes or in the image: nothing to copy
         tunnel=run.Config(run.LocalTunnel, job_dir=os.path.join(home, "jobs")),
     )

@@ -19,7 +19,9 @@ def main() -> None:
             found = version(package)
         except PackageNotFoundError:
             if torch.version.cuda:
-                sys.exit(f"{package} is missing, though torch is built for CUDA: take a NeMo image as the base")
+                sys.exit(
+                    f"{package} is missing, though torch is built for CUDA: take a NeMo image as the base"
+                )
             print(f"{package}: SKIPPED, a CPU base has none; training uses Megatron's local layers")
             continue
         try:
@@ -30,12 +32,12 @@ def main() -> None:
                 raise
             print(f"{package} {found}: there, but its import SKIPPED, as the build has no driver ({error})")
 
-    from kvcat_nemo.recipes import RECIPES  # switches Megatron to the CPU where there is no GPU
-
+    # First: it switches Megatron to the CPU where there is no GPU.
+    recipes = importlib.import_module("kvcat_nemo.recipes").RECIPES
     import megatron.core
 
     print(f"megatron-core {megatron.core.__version__}, nemo-toolkit {version('nemo-toolkit')}")
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         recipe()
         print(f"recipe {name}")
 

@@ -61,6 +61,7 @@ container=$(buildah "${store[@]}" from --pull-never localhost/kvcat:cpu)
 inside() { timeout "$budget" buildah "${store[@]}" run --isolation chroot "$container" -- "$@"; }
 
 say "its user is not root, and can change nothing of the project"
+# shellcheck disable=SC2016 # expanded inside
 inside bash -c 'id; test "$(id -u)" = 10001; ! touch /opt/kvcat/x 2> /dev/null'
 say "training"
 time inside bash -c 'cd /tmp && nemo llm pretrain --factory "kvcat_tiny(dir='"'/tmp/runs'"')" -y trainer.max_steps=6 2>&1 | tail -n 15

@@ -38,7 +38,9 @@ def save(step: int) -> None:
 
 saved = [int(p.name.removeprefix("step=")) for p in run.glob("checkpoints/step=*") if p.is_dir()]
 first = max(saved, default=0)
-print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts at step {first}, {' '.join(sys.argv[1:])}", flush=True)
+print(
+    f"rank {rank} of {os.environ['WORLD_SIZE']} starts at step {first}, {' '.join(sys.argv[1:])}", flush=True
+)
 for step in range(first + 1, options.steps + 1):
     time.sleep(0.1)
     print(f"rank {rank} step {step}", flush=True)

@@ -59,7 +59,9 @@ def test_kvcat_commands(words, tmp_path, monkeypatch):
         again = [w for w in words[1:] if w != "--dry-run"]
         at = 2  # after `launch KIND`
         done = subprocess.run(
-            [sys.executable, "-c", code, *again[:at], "--dry-run", *again[at:]], capture_output=True, text=True
+            [sys.executable, "-c", code, *again[:at], "--dry-run", *again[at:]],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         assert "torchrun" in done.stdout
@@ -77,7 +79,8 @@ def test_kvcat_commands(words, tmp_path, monkeypatch):
 def test_commands_on_files(words, tmp_path):
     """Run on a run folder as the launchers leave it."""
     attempt = tmp_path / "runs" / "llama" / "launch" / "attempt-001"
-    attempt.mkdir(parents=True)
+    (attempt / "nccl").mkdir(parents=True)
+    (attempt / "nccl" / "trace-0").touch()
     (attempt.parent / "slurm-1234.out").write_text("kvcat launch: lost node(s): node17; queued again\n")
     (attempt.parent / "attempts.tsv").write_text("001\t2026-01-01T00:00:00\t1234\tnode1 node2\t0-0\n")
     for name in ("kvcat", "checkpoints"):
@@ -88,14 +91,17 @@ def test_commands_on_files(words, tmp_path):
         from torch.distributed.flight_recorder.components.config_manager import JobConfig
 
         parsed = JobConfig().parser.parse_args(words[1:])
-        assert parsed.prefix == "nccl-trace-" and parsed.trace_dir == str(attempt)
+        assert parsed.prefix == "trace-" and parsed.trace_dir == str(attempt / "nccl")
         return
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_traces_are_written_where_the_docs_look():
-    assert "TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$KVCAT_ATTEMPT_DIR/nccl-trace-" in (ROOT / "launch/torchrun.sh").read_text()
+    assert (
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$KVCAT_ATTEMPT_DIR/nccl/trace-"
+        in (ROOT / "launch/torchrun.sh").read_text()
+    )
 
 
 @pytest.mark.parametrize("words", of(*IMAGE), ids=" ".join)
@@ -158,7 +164,9 @@ def test_nemo_commands(words):
 
 
 def layout_rows():
-    return re.findall(r"^\| `(kvcat_\w+)` \| (.*?) \| (.*?) \| ([\d.]+) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    return re.findall(
+        r"^\| `(kvcat_\w+)` \| (.*?) \| (.*?) \| ([\d.]+) \|$", PAGE.read_text(encoding="utf-8"), re.M
+    )
 
 
 @pytest.mark.nemo

@@ -97,13 +97,19 @@ def test_a_sites_additions_are_merged():
         "metadata": {"labels": {"kueue.x-k8s.io/queue-name": "lab"}},
         "spec": {
             "replicatedJobs": [
-                {"name": "node", "template": {"spec": {"template": {"spec": {"nodeSelector": {"gpu": "h100"}}}}}}
+                {
+                    "name": "node",
+                    "template": {"spec": {"template": {"spec": {"nodeSelector": {"gpu": "h100"}}}}},
+                }
             ]
         },
     }
     manifest = merge(jobset(settings()), patch)
     validate(manifest)
-    assert pod(manifest)["nodeSelector"] == {"gpu": "h100"} and pod(manifest)["containers"][0]["image"] == "kvcat:1"
+    assert (
+        pod(manifest)["nodeSelector"] == {"gpu": "h100"}
+        and pod(manifest)["containers"][0]["image"] == "kvcat:1"
+    )
     assert manifest["metadata"] == {"name": "first", "labels": {"kueue.x-k8s.io/queue-name": "lab"}}
 
 

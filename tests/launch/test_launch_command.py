@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from kvcat_nemo.cli import main
 
 
-
 def kvcat(*words, cwd=None):
     code = "from kvcat_nemo.cli import main; main()"
     return subprocess.run(
@@ -21,14 +20,27 @@ def kvcat(*words, cwd=None):
 
 def test_local_prints_what_would_run(tmp_path):
     done = kvcat(
-        "launch", "local", "kvcat_tiny", "--procs-per-node", 2, "--dry-run", "trainer.max_steps=3", cwd=tmp_path
+        "launch",
+        "local",
+        "kvcat_tiny",
+        "--procs-per-node",
+        2,
+        "--dry-run",
+        "trainer.max_steps=3",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("+ KVCAT_RUN_DIR=") and "torchrun.sh" in done.stderr
     command = shlex.split(done.stdout.splitlines()[-1])
     assert command[0] == "torchrun" and command[command.index("--nproc-per-node") + 1] == "2"
     nemo = command[command.index("nemo") :]
-    assert nemo[:5] == ["nemo", "llm", "pretrain", "--factory", f"kvcat_tiny(dir='{tmp_path}/runs', name='kvcat_tiny')"]
+    assert nemo[:5] == [
+        "nemo",
+        "llm",
+        "pretrain",
+        "--factory",
+        f"kvcat_tiny(dir='{tmp_path}/runs', name='kvcat_tiny')",
+    ]
     assert nemo[5:] == ["-y", "trainer.num_nodes=1", "trainer.devices=2", "trainer.max_steps=3"]
     assert f"KVCAT_RUN_DIR={tmp_path}/runs/kvcat_tiny" in done.stdout.splitlines()
     assert not list(tmp_path.iterdir())

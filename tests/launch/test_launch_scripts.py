@@ -142,7 +142,7 @@ def test_containers_get_mounts_and_environment(tmp_path):
     tools.mkdir()
     fake(tools, "sbatch", "echo 7")
     fake(tools, "scontrol", 'echo "n1"; echo "n2"')
-    fake(tools, "srun", f"printf '%s\\n' \"$@\" > {tmp_path}/srun.$(basename \"${{@: -1}}\"); exit 3")
+    fake(tools, "srun", f'printf \'%s\\n\' "$@" > {tmp_path}/srun.$(basename "${{@: -1}}"); exit 3')
     path = f"{tools}:{ENVIRONMENT['PATH']}"
     done = call(
         "bash", LAUNCH / "submit.sh", "--run-dir", run, "--nodes", 2, "--image", "img", "--mount", "/data:/data",
@@ -225,7 +225,9 @@ def test_stop_and_go_on(tmp_path, free_port):
 
 @pytest.mark.multiprocess
 def test_failing_rank_is_named_and_restarts_without_progress_end(tmp_path, free_port):
-    code, output = finish(ranks(tmp_path, 20, "--fail", "1:3:9", KVCAT_MASTER_PORT=free_port, KVCAT_NODE_NAME="rack7"))
+    code, output = finish(
+        ranks(tmp_path, 20, "--fail", "1:3:9", KVCAT_MASTER_PORT=free_port, KVCAT_NODE_NAME="rack7")
+    )
     assert code not in (0, 75)
     assert "node rack7: rank 1 was the first to fail, with exit code 9" in output
     assert "| something broke here" in output

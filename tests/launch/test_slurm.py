@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from slurm_cluster import SlurmCluster, missing
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +52,12 @@ def launch(cluster, run_dir, *words):
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     done = subprocess.run(
-        [str(w) for w in words], cwd=run_dir.parent, env=environment, capture_output=True, text=True, timeout=300
+        [str(w) for w in words],
+        cwd=run_dir.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
@@ -266,4 +270,3 @@ def test_commands_of_the_docs_work_here(cluster):
         )  # fmt: skip
         told = done.stderr.lower()
         assert done.returncode == 0 or "invalid job id" in told, (words, done.stderr)
-
