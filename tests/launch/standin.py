@@ -2,7 +2,7 @@
 
     standin.py STEPS [--fail RANK:STEP:CODE] [--save-every N] [--deaf]
 
-Every rank steps by itself (0.1 s a step); rank 0 saves. A deaf one never looks at the stop file.
+Every rank steps by itself (0.1 s a step); rank 0 saves. A deaf one is not to be stopped.
 """
 
 import argparse
@@ -23,7 +23,9 @@ options = parser.parse_args()
 rank = int(os.environ["RANK"])
 run = Path(os.environ["KVCAT_RUN_DIR"])
 stop = Path(os.environ["KVCAT_STOP_FILE"])
-signal.signal(signal.SIGTERM, signal.SIG_DFL)
+asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: asked.append(number))
 
 
 def save(step: int) -> None:
@@ -49,7 +51,7 @@ for step in range(first + 1, options.steps + 1):
         sys.exit(int(options.fail.split(":")[2]))
     if step % options.save_every == 0:
         save(step)
-    if stop.exists() and not options.deaf:
+    if (asked or stop.exists()) and not options.deaf:
         save(step)
         sys.exit(75)
 if rank == 0:
