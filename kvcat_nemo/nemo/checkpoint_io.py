@@ -39,10 +39,6 @@ class _CommonSave(TorchCommonSaveStrategy):
 class KVCatCheckpointIO(MegatronCheckpointIO):
     """NeMo's Megatron checkpoints; the files' hashes are taken by the ranks that wrote them."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonSave("torch", 1))
-
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None):
         """As NeMo's. With async_save the request also hashes what it has written, in the writer's process."""
         _prepare_results_queue(self.async_save)
@@ -73,6 +69,7 @@ class KVCatAsyncIO(AsyncFinalizableCheckpointIO):
 
 def make_checkpoint_io(**arguments):
     """The CheckpointIO of a run, wrapped for asynchronous saving where that is asked for."""
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonSave("torch", 1))
     plain = KVCatCheckpointIO(**arguments)
     return KVCatAsyncIO(plain) if arguments.get("async_save") else plain
 

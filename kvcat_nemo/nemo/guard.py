@@ -1,7 +1,7 @@
 """What happens when a loss or a gradient is not a number: the step is skipped or the run ends, on all ranks alike."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -33,20 +33,12 @@ class GuardedOptimizer(McoreDistributedOptimizer):
 class KVCatGuard(pl.Callback):
     """Looks at every step's loss parts and gradient norms before the update.
 
-    Args:
-        nonfinite: `stop` ends the run with the step and the ranks it came from; `skip` leaves the update out, counts it
-            and goes on with the next data.
-        max_skipped: skipped steps in a row after which `skip` stops as well (the weights themselves may be bad).
-
+    `optim.nonfinite=stop` ends the run with the step and the ranks it came from; `skip` leaves the update out, counts it
+    and goes on with the next data, but ends after `optim.max_skipped` in a row (the weights themselves may be bad).
     Megatron's own check ends one rank and leaves the others waiting; recipes switch it off (ddp.check_for_nan_in_grad).
     """
 
-    def __init__(self, nonfinite: Literal["stop", "skip"] = "stop", max_skipped: int = 10):
-        if nonfinite not in ("stop", "skip"):
-            raise ValueError(f"nonfinite={nonfinite!r}: choose stop or skip")
-        if max_skipped < 1:
-            raise ValueError(f"max_skipped={max_skipped!r}: give at least 1")
-        self.nonfinite, self.max_skipped = nonfinite, max_skipped
+    def __init__(self):
         self.skipped_steps = 0
         """Over the whole run, resumed parts included."""
         self.in_a_row = 0
@@ -71,12 +63,13 @@ class KVCatGuard(pl.Callback):
         self.skipped_steps += 1
         metrics.skipped = True
         what = f"step {step}: not finite: {', '.join(names)} ({origin or 'from no single rank: the sum over ranks'})"
-        if self.nonfinite == "stop":
+        optim = pl_module.optim
+        if optim.nonfinite == "stop":
             raise NonFiniteStep(
-                f"{what}. The weights are those before this step. To leave such steps out, give the guard nonfinite=skip"
+                f"{what}. The weights are those before this step. To leave such steps out: optim.nonfinite=skip"
             )
-        if self.in_a_row > self.max_skipped:
-            raise NonFiniteStep(f"{what}, after {self.max_skipped} skipped steps in a row (max_skipped)")
+        if self.in_a_row > optim.max_skipped:
+            raise NonFiniteStep(f"{what}, after {optim.max_skipped} skipped steps in a row (optim.max_skipped)")
         trainer.strategy.optimizers[0].skip = True
         logging.warning(
             f"kvcat: {what}: update left out ({self.in_a_row} in a row, {self.skipped_steps} in all)"

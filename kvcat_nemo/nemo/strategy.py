@@ -1,14 +1,17 @@
 """NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
 
+import os
 from pathlib import Path
+from typing import Callable, Literal, Optional
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import logging
 
 from kvcat_nemo.engine import host
@@ -25,16 +28,11 @@ RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
 class KVCatStrategy(nl.MegatronStrategy):
     """MegatronStrategy that also runs on a CPU host, starts from base checkpoints, which hold no routers, and looks at
     a checkpoint's files before it loads them.
-
-    Args:
-        async_save_on_cpu: save asynchronously on a CPU host too (ckpt_async_save alone is for CUDA).
     """
 
-    def __init__(self, *args, async_save_on_cpu: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.async_save_on_cpu = async_save_on_cpu
-        self._candidates: list[Path] = []
-        self._verify_hashes = True
+    # No __init__ of its own: NeMo stores the arguments of this class by its signature.
+    _candidates: tuple[Path, ...] = ()
+    _verify_hashes = True
 
     def connect(self, model) -> None:
         if not host.is_cuda():
@@ -44,7 +42,8 @@ class KVCatStrategy(nl.MegatronStrategy):
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
         self._process_group_backend = host.process_group_backend()
-        self.async_save = self.async_save and self.async_save_on_cpu
+        # Forked writers work here too, but training has no idle core for them: for tests alone.
+        self.async_save = self.async_save and os.environ.get("KVCAT_ASYNC_SAVE_ON_CPU") == "1"
         self.parallel_load = False
         self.pipeline_dtype = torch.float32
         self.ddp_config.overlap_grad_reduce = self.ddp_config.overlap_param_gather = False
@@ -74,7 +73,7 @@ class KVCatStrategy(nl.MegatronStrategy):
 
     def resume_from(self, candidates: list[Path], *, verify_hashes: bool) -> None:
         """Checkpoints to resume from, the first choice first (KVCatResume)."""
-        self._candidates, self._verify_hashes = list(candidates), verify_hashes
+        self._candidates, self._verify_hashes = tuple(candidates), verify_hashes
 
     def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
         """As NeMo's, with every rank's random state."""
@@ -176,7 +175,31 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
 
 
 class KVCatOptimizerModule(MegatronOptimizerModule):
-    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`."""
+    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`.
+
+    Args:
+        nonfinite: what a step leads to whose loss or gradient is NaN or infinite: `stop` ends the run, `skip` leaves the
+            update out (kvcat_nemo.nemo.guard).
+        max_skipped: skipped steps in a row after which `skip` stops as well.
+        others: as NeMo's.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        lr_scheduler: Optional[LRSchedulerModule] = None,
+        no_weight_decay_cond: Optional[Callable] = None,
+        scale_lr_cond: Optional[Callable] = None,
+        lr_mult: float = 1.0,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: int = 10,
+    ):
+        if nonfinite not in ("stop", "skip"):
+            raise ValueError(f"optim.nonfinite={nonfinite!r}: choose stop or skip")
+        if max_skipped < 1:
+            raise ValueError(f"optim.max_skipped={max_skipped!r}: give at least 1")
+        super().__init__(config, lr_scheduler, no_weight_decay_cond, scale_lr_cond, lr_mult)
+        self.nonfinite, self.max_skipped = nonfinite, max_skipped
 
     def optimizers(self, model):
         kvcat = model.module.config.kvcat
