@@ -215,9 +215,10 @@ def _ranks(seconds: float) -> Iterator[Verdict]:
     if place is None:
         yield Verdict("ranks", NOTE, "one process: start this with torchrun, or with WORLD_SIZE and RANK set, to try all ranks")
         return
-    yield Verdict("ranks", GOOD, reach_all(place, seconds=seconds))
     import torch
 
+    backends = ["gloo"]
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
-        yield Verdict("ranks", GOOD, reach_all(place, seconds=seconds, backend="nccl"))
+        backends.append("nccl")
+    yield Verdict("ranks", GOOD, reach_all(place, seconds=seconds, backends=backends))

@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -68,11 +69,11 @@ def place_from_environment() -> Place | None:
     )
 
 
-def reach_all(place: Place, *, seconds: float = 60.0, backend: str = "gloo") -> str:
+def reach_all(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = ("gloo",)) -> str:
     """Sum the ranks' numbers over all ranks.
 
     Args:
-        seconds: limit for everything; backend: gloo, or nccl on CUDA devices (set the device before).
+        seconds: limit for each backend; backends: gloo, and nccl on CUDA devices.
 
     Returns:
         one line on what answered.
@@ -80,19 +81,14 @@ def reach_all(place: Place, *, seconds: float = 60.0, backend: str = "gloo") -> 
     Raises:
         ValueError: when it did not work out in time, naming the ranks and hosts that did not answer, and where they hang.
     """
-    deadline = time.monotonic() + seconds
     here = socket.gethostname()
-
-    def left() -> timedelta:
-        return timedelta(seconds=max(0.1, deadline - time.monotonic()))
-
     try:
         store = torch.distributed.TCPStore(
             place.address,
             place.port,
             is_master=place.rank == 0 and not place.agent_store,
             wait_for_workers=False,
-            timeout=left(),
+            timeout=timedelta(seconds=seconds),
         )
     except (RuntimeError, torch.distributed.DistError) as error:
         if place.rank == 0 and not place.agent_store:
@@ -100,9 +96,14 @@ def reach_all(place: Place, *, seconds: float = 60.0, backend: str = "gloo") -> 
         raise ValueError(
             f"rank 0 does not answer at {place.address}:{place.port} within {seconds:g} s (asked by rank {place.rank}, host {here})"
         ) from None
+    answers = []
     store = torch.distributed.PrefixStore(f"kvcat-doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
-        return _sum_over(store, place, deadline, seconds, backend)
+        for backend in backends:
+            part = torch.distributed.PrefixStore(backend, store)
+            answers.append(_sum_over(part, place, time.monotonic() + seconds, seconds, backend))
+        store.set(f"gone/{place.rank}", "|")
+        return "; ".join(answers)
     except (RuntimeError, torch.distributed.DistError) as error:
         raise ValueError(
             f"the job's store at {place.address}:{place.port} went away: its holder (rank 0, or torchrun's agent) ended ({error})"
@@ -139,7 +140,6 @@ def _sum_over(store, place: Place, deadline: float, seconds: float, backend: str
     hosts = sorted({_read(store, f"here/{r}") for r in range(place.world_size)})
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()
-    store.set(f"gone/{place.rank}", "|")
     listed = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
     return f"{place.world_size} ranks on {len(hosts)} host(s) ({listed}) over {backend}"
 
