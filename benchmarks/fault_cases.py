@@ -316,11 +316,11 @@ def resume_across(server: Server, folder: Path, source: str = "TP2PP2", target: 
 # --- one rank dies ---
 
 
-def one_dies(server: Server, folder: Path, layout: str, reference: list[dict], steps: int, seed: int, freeze: bool = False) -> Record:
+def one_dies(server: Server, folder: Path, layout: str, reference: list[dict], steps: int, seed: int, freeze: bool = False, victims: list[int] | None = None) -> Record:
     """SIGKILL (or SIGSTOP) to one rank: the others end within a bounded time, naming it; then the run goes on."""
     record, rng = Record(), random.Random(seed)
     seconds = []
-    for victim in range(ranks(layout)):
+    for victim in victims if victims is not None else range(ranks(layout)):
         place = folder / f"{layout}-{'frozen' if freeze else 'killed'}-{victim}"
         run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 5.0))
         _until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 90)
@@ -499,10 +499,10 @@ def resume_modes(server: Server, folder: Path) -> Record:
 # --- NaN ---
 
 
-def not_a_number(server: Server, folder: Path, steps: int = 10) -> Record:
+def not_a_number(server: Server, folder: Path, steps: int = 10, layouts=(("TP1", 0), ("DP2", 1), ("PP2", 0), ("TP2", 1))) -> Record:
     """NaN in one rank's loss, or in its gradients alone: left out, or the end, as configured; on every rank alike."""
     record = Record()
-    for layout, rank in (("TP1", 0), ("DP2", 1), ("PP2", 0), ("TP2", 1)):
+    for layout, rank in layouts:
         for where in ("loss", "gradients"):
             place = folder / f"{layout}-{where}-skip"
             run = server.run(
@@ -524,7 +524,7 @@ def not_a_number(server: Server, folder: Path, steps: int = 10) -> Record:
                     "" if "update left out" in run.output() else "not said aloud",
                 ],
             )
-    for layout, rank in (("TP1", 0), ("DP2", 1)):
+    for layout, rank in layouts[:2]:
         place = folder / f"{layout}-stop"
         run = server.run(place, settings(steps, layout), ranks=ranks(layout), faults=[{"kind": "poison", "steps": [6], "rank": rank}])
         codes = run.wait(60)
@@ -614,3 +614,58 @@ def _session(entry: Path) -> int:
 
 def checkpoint_megabytes(folder: Path) -> float:
     return read_seal(complete(checkpoints(folder))[0].path).bytes / 1e6
+
+
+# --- data ---
+
+
+def bad_data(folder: Path) -> Record:
+    """A data module over broken files raises before anything is started, naming the file."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from kvcat_nemo.data.indexed_check import check_indexed
+
+    record = Record()
+    folder.mkdir(parents=True)
+
+    def build(name: str, documents: int = 3) -> Path:
+        builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
+        for i in range(documents):
+            builder.add_item(torch.arange(5 + i))
+            builder.end_document()
+        builder.finalize(str(folder / f"{name}.idx"))
+        return folder / name
+
+    def spoil(name: str, act: Callable[[Path], None], file: str, words: str) -> None:
+        prefix = build(name.replace(" ", "-"))
+        act(prefix)
+        try:
+            check_indexed(prefix)
+        except ValueError as error:
+            good = file in str(error) and words in str(error)
+            record.judge(name, ["" if good else f"the message is {error}"])
+        else:
+            record.judge(name, ["not noticed"])
+
+    def cut(ending: str, by: int) -> Callable[[Path], None]:
+        return lambda prefix: os.truncate(f"{prefix}{ending}", os.path.getsize(f"{prefix}{ending}") - by)
+
+    spoil("bin missing", lambda p: os.remove(f"{p}.bin"), ".bin", "does not exist")
+    spoil("bin empty", lambda p: os.truncate(f"{p}.bin", 0), ".bin", "is empty")
+    spoil("idx empty", lambda p: os.truncate(f"{p}.idx", 0), ".idx", "is empty")
+    spoil("bin truncated", cut(".bin", 4), ".bin", "truncated")
+    spoil("idx truncated", cut(".idx", 8), ".idx", "truncated")
+    spoil("not an index", lambda p: Path(f"{p}.idx").write_bytes(b"x" * 200), ".idx", "no Megatron index")
+    spoil("of another dataset", lambda p: shutil.copy(f"{build('other', 7)}.idx", f"{p}.idx"), ".bin", "its index promises")
+
+    def flip(prefix: Path) -> None:
+        with open(f"{prefix}.idx", "r+b") as file:
+            file.seek(9 + 8 + 1 + 16)
+            file.write(b"\x07")
+
+    spoil("index damaged", flip, ".idx", "damaged")
+    whole = check_indexed(build("whole"))
+    record.judge("whole", ["" if (whole.documents, whole.tokens) == (3, 18) else f"{whole}"])
+    return record
