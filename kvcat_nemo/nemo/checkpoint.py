@@ -27,8 +27,8 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         every_n_train_steps: steps between saves; the last step and a requested stop are saved too.
         keep_last: newest complete checkpoints to keep, at least 1.
         keep_best: 1 keeps the checkpoint with the best `best_metric` besides; 0 does not.
-        best_metric: a validation figure (metrics.jsonl), lower is better; a validation that improves on it is saved.
-            A run without masked pass takes dense_ppl for masked_ppl.
+        best_metric: a validation figure (metrics.jsonl), lower is better, of the validation after the same step: let
+            trainer.val_check_interval divide every_n_train_steps. A run without masked pass takes dense_ppl for masked_ppl.
         on_failed_save: `continue` goes on training without it, and says so; `stop` ends the run.
         max_failed_saves: failed saves in a row after which `continue` stops as well.
     """
@@ -116,12 +116,12 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             raise ValueError(
                 f"log.ckpt.best_metric={self.best_metric!r}: a validation has no such figure; known: {', '.join(validation)}"
             )
-        step, value = trainer.global_step, validation[metric]
-        self._scores[step] = (metric, value)
-        if self._saved_at != step and self.keep_best and agreement.on_first_rank(lambda: self._is_best(metric, value)):
-            self._save(trainer)
-        elif self._saved_at == step:
-            self._try(lambda: agreement.on_first_rank(lambda: self._note_scores(prune=True)), "prune")
+        self._scores[trainer.global_step] = (metric, validation[metric])
+        if self._saved_at == trainer.global_step:
+            try:
+                agreement.on_first_rank(self._tidy)
+            except agreement.Together as error:
+                logging.error(f"kvcat: could not tidy up checkpoints: {error}")
 
     def on_train_end(self, trainer, pl_module) -> None:
         if trainer.fast_dev_run or self._saved_at == trainer.global_step:
@@ -180,7 +180,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
                 write_seal(path, step, files, **facts)
                 path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
                 _point(path.parent / LAST, path)
-                self._note_scores(prune=True)
+                self._tidy()
 
             agreement.on_first_rank(seal)
             self.failed = 0
@@ -208,22 +208,15 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             "ends (log.ckpt.max_failed_saves)."
         )
 
-    def _try(self, act: Callable[[], Any], what: str) -> None:
-        try:
-            act()
-        except agreement.Together as error:
-            logging.error(f"kvcat: could not {what} checkpoints: {error}")
-
     # --- what to keep (rank 0) ---
 
-    def _note_scores(self, prune: bool) -> None:
+    def _tidy(self) -> None:
+        """Write down scores of validations, remove what is neither among the newest nor the best."""
         found = complete(self.dirpath)
         for one in found:
             if one.step in self._scores:
                 metric, value = self._scores.pop(one.step)
                 write_score(one.path, metric, value)
-        if not prune:
-            return
         keep = {one.path for one in found[: self.keep_last]}
         if self.keep_best and (best := self._best(found)) is not None:
             keep.add(best)
@@ -238,10 +231,6 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
     def _score(self, path: Path) -> Optional[float]:
         names = [self.best_metric] + (["dense_ppl"] if self.best_metric == "masked_ppl" else [])
         return next((s for name in names if (s := read_score(path, name)) is not None), None)
-
-    def _is_best(self, metric: str, value: float) -> bool:
-        scores = [s for one in complete(self.dirpath) if (s := read_score(one.path, metric)) is not None]
-        return all(value < s for s in scores)
 
 
 def _validation(trainer) -> dict[str, float]:
