@@ -92,7 +92,7 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 	$(VENV)/bin/python benchmarks/roofline.py
 
 faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
-	$(VENV)/bin/python benchmarks/faults.py
+	$(VENV)/bin/python -m benchmarks.faults
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
 lint: setup  ## check style and the direction of imports

@@ -88,7 +88,9 @@ def _versions() -> Iterator[Verdict]:
             continue
         found.append(f"{name} {version}")
         if version != pin:
-            wrong.append(f"{name} {version} is installed, {pin} is what works (pip install -c constraints.txt …)")
+            wrong.append(
+                f"{name} {version} is installed, {pin} is what works (pip install -c constraints.txt …)"
+            )
     for name in ("kvcat-nemo", "torch", "numpy"):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
@@ -109,7 +111,11 @@ def _devices() -> Iterator[Verdict]:
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         built = torch.version.cuda
-        why = f"torch is built for CUDA {built}, but finds no device (driver?)" if built else "torch is a CPU build"
+        why = (
+            f"torch is built for CUDA {built}, but finds no device (driver?)"
+            if built
+            else "torch is a CPU build"
+        )
         yield Verdict("devices", NOTE, f"no GPU: {why}; runs use {cores} CPU core(s), float32 and gloo")
         return
     for index in range(torch.cuda.device_count()):
@@ -128,7 +134,10 @@ def _space(folder: Path, wanted_gb: float, name: str) -> Iterator[Verdict]:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
-    fix = {"disk": "free some, or give --dir another place", "shared memory": "docker run --shm-size=…, or --ipc=host"}[name]
+    fix = {
+        "disk": "free some, or give --dir another place",
+        "shared memory": "docker run --shm-size=…, or --ipc=host",
+    }[name]
     if free < wanted_gb:
         yield Verdict(name, BROKEN, f"{place}: {free:.1f} GB free, {wanted_gb:g} GB wanted: {fix}")
         return
@@ -150,13 +159,19 @@ def _data(where: str, hashes: bool) -> Iterator[Verdict]:
         return
     parts = sorted(p.with_suffix("") for p in folder.glob("*.idx"))
     if not parts:
-        raise ValueError(f"{folder} holds no dataset (no .idx): kvcat data build SOURCE --tokenizer HF_DIR --out {folder}")
+        raise ValueError(
+            f"{folder} holds no dataset (no .idx): kvcat data build SOURCE --tokenizer HF_DIR --out {folder}"
+        )
     total = sum(check_indexed(part).tokens for part in parts)
     if (folder / MANIFEST).is_file() and hashes:
         for name, entry in read_manifest(folder).files.items():
             if sha256_of(folder / name) != entry["sha256"]:
                 raise ValueError(f"{folder / name}: its contents changed since it was built (sha256 differs)")
-    yield Verdict("data", GOOD, f"{folder}: {', '.join(p.name for p in parts)}; {total:,} tokens{', hashes agree' if hashes else ''}")
+    yield Verdict(
+        "data",
+        GOOD,
+        f"{folder}: {', '.join(p.name for p in parts)}; {total:,} tokens{', hashes agree' if hashes else ''}",
+    )
 
 
 def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
@@ -179,10 +194,18 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
     for one in found:
         wrong = one.why_not or "; ".join(damage(one.path, read_seal(one.path), hashes=hashes))
         # One that is incomplete is what a kill during a save leaves; the run passes over it.
-        yield Verdict(f"checkpoint {one.path.name}", NOTE if one.step < 0 and not one.damaged else BROKEN if wrong else GOOD, wrong or _sealed(one.path, hashes))
+        yield Verdict(
+            f"checkpoint {one.path.name}",
+            NOTE if one.step < 0 and not one.damaged else BROKEN if wrong else GOOD,
+            wrong or _sealed(one.path, hashes),
+        )
         whole += not wrong
     if not whole:
-        yield Verdict("checkpoint", BROKEN, f"{folder}: none is complete: a run would start anew, or fail with resume.mode=must")
+        yield Verdict(
+            "checkpoint",
+            BROKEN,
+            f"{folder}: none is complete: a run would start anew, or fail with resume.mode=must",
+        )
 
 
 def _sealed(folder: Path, hashes: bool) -> str:
@@ -203,7 +226,9 @@ def _ports() -> Iterator[Verdict]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
         except OSError as error:
-            yield Verdict("ports", BROKEN, f"port {port} (MASTER_PORT): {error.strerror}: set MASTER_PORT to a free one")
+            yield Verdict(
+                "ports", BROKEN, f"port {port} (MASTER_PORT): {error.strerror}: set MASTER_PORT to a free one"
+            )
             return
     yield Verdict("ports", GOOD, f"port {port} is free")
 
@@ -213,7 +238,11 @@ def _ranks(seconds: float) -> Iterator[Verdict]:
 
     place = place_from_environment()
     if place is None:
-        yield Verdict("ranks", NOTE, "one process: start this with torchrun, or with WORLD_SIZE and RANK set, to try all ranks")
+        yield Verdict(
+            "ranks",
+            NOTE,
+            "one process: start this with torchrun, or with WORLD_SIZE and RANK set, to try all ranks",
+        )
         return
     import torch
 

@@ -46,7 +46,9 @@ def test_healthy(dataset, tmp_path):
     assert code == 0, found
     assert found["versions"]["status"] == "ok" and "megatron-core 0.15.3" in found["versions"]["text"]
     assert "18 tokens" in found["data"]["text"]
-    assert {"transformer_engine", "apex", "flash_attn", "disk", "shared memory", "ports", "ranks"} <= set(found)
+    assert {"transformer_engine", "apex", "flash_attn", "disk", "shared memory", "ports", "ranks"} <= set(
+        found
+    )
 
 
 def test_fast_form_asks_no_ports_and_ranks(tmp_path):
@@ -61,7 +63,9 @@ def test_wrong_version(monkeypatch, tmp_path):
 
 
 def test_no_room(tmp_path):
-    result = CliRunner().invoke(main, ["train", "doctor", "--fast", "--dir", str(tmp_path), "--disk-gb", "1e9"])
+    result = CliRunner().invoke(
+        main, ["train", "doctor", "--fast", "--dir", str(tmp_path), "--disk-gb", "1e9"]
+    )
     assert result.exit_code == 1 and "BROKEN disk" in result.output and "GB wanted" in result.output
 
 
@@ -115,7 +119,11 @@ def test_ranks_are_tried_in_a_job(monkeypatch, tmp_path):
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     code, found = run("--dir", tmp_path, "--timeout", "1")
-    assert code == 1 and "rank 1 (host" in found["ranks"]["text"] and "did not start within 1 s" in found["ranks"]["text"]
+    assert (
+        code == 1
+        and "rank 1 (host" in found["ranks"]["text"]
+        and "did not start within 1 s" in found["ranks"]["text"]
+    )
 
 
 def test_help_teaches():

@@ -102,7 +102,9 @@ def plan(name, overrides, as_json):
 @click.option("--dir", "folder", default="runs", help="Where a run would write.", show_default=True)
 @click.option("--data", help="A dataset folder of `kvcat data build`, or a prefix (FILE without .bin/.idx).")
 @click.option("--checkpoint", help="A run's folder (its newest is what it resumes from), or one checkpoint.")
-@click.option("--fast", is_flag=True, help="No hashes, ports and other ranks: for a health check, about two seconds.")
+@click.option(
+    "--fast", is_flag=True, help="No hashes, ports and other ranks: for a health check, about two seconds."
+)
 @click.option("--timeout", default=60.0, help="Seconds for the sum over all ranks.", show_default=True)
 @click.option("--disk-gb", default=10.0, help="Free disk expected.", show_default=True)
 @click.option("--shm-gb", default=1.0, help="Free shared memory expected.", show_default=True)

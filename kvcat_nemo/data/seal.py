@@ -118,7 +118,9 @@ def read_seal(folder: str | Path) -> Seal:
         raise Damaged(f"{path}: not a seal ({error})") from None
 
 
-def damage(folder: str | Path, seal: Seal, *, part: int = 0, parts: int = 1, hashes: bool = True) -> list[str]:
+def damage(
+    folder: str | Path, seal: Seal, *, part: int = 0, parts: int = 1, hashes: bool = True
+) -> list[str]:
     """What is wrong with a sealed checkpoint's files, a line each that begins with the file's path.
 
     Args:

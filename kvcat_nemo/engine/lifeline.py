@@ -171,5 +171,3 @@ def is_communication_error(error: BaseException) -> bool:
         return True
     words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "broken pipe", "socket")
     return isinstance(error, RuntimeError | OSError) and any(w in str(error).lower() for w in words)
-
-

@@ -64,9 +64,7 @@ def to_row(packed: Tensor, width: int) -> Tensor:
     """[1, width] uint8: the length, the bytes, zeros; one row of the checkpoint's tensor of all ranks."""
     assert len(packed) + _HEADER <= width, (len(packed), width)
     row = torch.zeros(1, width, dtype=torch.uint8)
-    row[0, :_HEADER] = torch.frombuffer(
-        bytearray(len(packed).to_bytes(_HEADER, "little")), dtype=torch.uint8
-    )
+    row[0, :_HEADER] = torch.frombuffer(bytearray(len(packed).to_bytes(_HEADER, "little")), dtype=torch.uint8)
     row[0, _HEADER : _HEADER + len(packed)] = packed
     return row
 

@@ -43,7 +43,9 @@ def place_from_environment() -> Place | None:
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
     def number(name: str, default: int | None = None) -> int:
-        text = os.environ.get(name) or (os.environ.get(slurm.get(name, ""), "") if "SLURM_PROCID" in os.environ else "")
+        text = os.environ.get(name) or (
+            os.environ.get(slurm.get(name, ""), "") if "SLURM_PROCID" in os.environ else ""
+        )
         if not text:
             if default is None:
                 raise ValueError(f"WORLD_SIZE is set, but {name} is not: set both, or start with torchrun")
@@ -57,7 +59,9 @@ def place_from_environment() -> Place | None:
         return None
     address = os.environ.get("MASTER_ADDR")
     if not address:
-        raise ValueError("WORLD_SIZE is set, but MASTER_ADDR is not: give the host of rank 0, or start with torchrun")
+        raise ValueError(
+            "WORLD_SIZE is set, but MASTER_ADDR is not: give the host of rank 0, or start with torchrun"
+        )
     return Place(
         rank=number("RANK"),
         world_size=world,
@@ -97,7 +101,9 @@ def reach_all(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = 
             f"rank 0 does not answer at {place.address}:{place.port} within {seconds:g} s (asked by rank {place.rank}, host {here})"
         ) from None
     answers = []
-    store = torch.distributed.PrefixStore(f"kvcat-doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = torch.distributed.PrefixStore(
+        f"kvcat-doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
     try:
         for backend in backends:
             part = torch.distributed.PrefixStore(backend, store)
@@ -126,7 +132,9 @@ def _sum_over(store, place: Place, deadline: float, seconds: float, backend: str
         torch.distributed.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=left()
         )
-        number = torch.tensor([place.rank + 1.0], device=f"cuda:{place.local_rank}" if backend == "nccl" else "cpu")
+        number = torch.tensor(
+            [place.rank + 1.0], device=f"cuda:{place.local_rank}" if backend == "nccl" else "cpu"
+        )
         torch.distributed.all_reduce(number, async_op=True).wait(timeout=left())
         if float(number.item()) != place.world_size * (place.world_size + 1) / 2:
             failure = ValueError(f"the sum is {float(number.item())}")

@@ -11,7 +11,7 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import logging
 
-from kvcat_nemo.data.seal import UNFINISHED, complete, read_score, read_seal, write_score, write_seal
+from kvcat_nemo.data.seal import SEAL, UNFINISHED, complete, read_score, read_seal, write_score, write_seal
 from kvcat_nemo.engine import agreement
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
@@ -90,7 +90,6 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
 
     def setup(self, trainer, *args, **kwargs) -> None:
         super().setup(trainer, *args, **kwargs)
-        self._trainer = trainer
         if isinstance(trainer.strategy.checkpoint_io, KVCatAsyncIO):
             trainer.strategy.checkpoint_io.on_failure = lambda error: self._failed(self._writing, error)
 
@@ -99,7 +98,9 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         self._saved_at = trainer.global_step  # where it was resumed from, or nothing to save yet
 
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
-        if trainer.global_step % self._every_n_train_steps == 0 or stop_requested(trainer):
+        # The last one waits for the last validation (on_train_end): a run that is resumed at its end does nothing more.
+        due = trainer.global_step % self._every_n_train_steps == 0 and trainer.global_step < trainer.max_steps
+        if due or stop_requested(trainer):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
@@ -199,7 +200,11 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         text = next(t for t in agreement.gather(_reason(error)) if t)
         agreement.gather(_remove(path) if agreement.rank() == 0 else None)
         kept = complete(path.parent)
-        newest = f"{kept[0].path} (step {kept[0].step}) is the newest complete one" if kept else "there is none yet"
+        newest = (
+            f"{kept[0].path} (step {kept[0].step}) is the newest complete one"
+            if kept
+            else "there is none yet"
+        )
         message = f"kvcat: SAVING {path} FAILED ({self.failed} in a row): {text}. Nothing complete was touched: {newest}."
         if self.on_failed_save == "stop" or self.failed >= self.max_failed_saves:
             raise RuntimeError(f"{message} Training ends: make room, then start the run again.") from None
@@ -248,17 +253,21 @@ def _reason(error: BaseException) -> str:
 
 
 def _dump_context(trainer, folder: Path) -> None:
-    TrainerContext.from_trainer(trainer).io_dump(folder, yaml_attrs=["model"])
+    try:
+        TrainerContext.from_trainer(trainer).io_dump(folder, yaml_attrs=["model"])
+    except OSError:
+        raise
+    except Exception as error:  # NeMo cannot describe every object; weights and resuming do not need it
+        logging.warning(f"kvcat: {folder} is not complete: {error}")
 
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that at no moment half of it looks whole."""
-    marker = path.with_name(path.name + UNFINISHED)
     try:
-        marker.touch()
+        (path / SEAL).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
-            marker.unlink(missing_ok=True)
+            path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
     except OSError as error:
         logging.error(f"kvcat: could not remove {path}: {error}")
 
@@ -268,5 +277,3 @@ def _point(link: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)
-
-

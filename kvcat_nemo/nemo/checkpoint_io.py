@@ -33,7 +33,9 @@ class _CommonSave(TorchCommonSaveStrategy):
     """What is not sharded is written by rank 0: its failure is everybody's, or the others would wait for ever."""
 
     def save_common(self, common_state_dict, checkpoint_dir) -> None:
-        agreement.on_first_rank(lambda: super(_CommonSave, self).save_common(common_state_dict, checkpoint_dir))
+        agreement.on_first_rank(
+            lambda: super(_CommonSave, self).save_common(common_state_dict, checkpoint_dir)
+        )
 
 
 class KVCatCheckpointIO(MegatronCheckpointIO):
@@ -123,7 +125,9 @@ def _prepare_results_queue(asynchronous: bool) -> None:
     """
     global _manager
     if not asynchronous:
-        filesystem_async._results_queue = queue.Queue()  # a new one each time: a failed save may leave a result behind
+        filesystem_async._results_queue = (
+            queue.Queue()
+        )  # a new one each time: a failed save may leave a result behind
         return
     if _manager is None:
         _manager = SyncManager(ctx=multiprocessing.get_context("spawn"))

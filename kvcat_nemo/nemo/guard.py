@@ -69,7 +69,9 @@ class KVCatGuard(pl.Callback):
                 f"{what}. The weights are those before this step. To leave such steps out: optim.nonfinite=skip"
             )
         if self.in_a_row > optim.max_skipped:
-            raise NonFiniteStep(f"{what}, after {optim.max_skipped} skipped steps in a row (optim.max_skipped)")
+            raise NonFiniteStep(
+                f"{what}, after {optim.max_skipped} skipped steps in a row (optim.max_skipped)"
+            )
         trainer.strategy.optimizers[0].skip = True
         logging.warning(
             f"kvcat: {what}: update left out ({self.in_a_row} in a row, {self.skipped_steps} in all)"

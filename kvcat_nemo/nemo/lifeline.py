@@ -19,7 +19,9 @@ class KVCatLifeline(pl.Callback):
 
     def __init__(self, interval: float = 5.0, patience: float = 60.0):
         if not 0 < interval < patience:
-            raise ValueError(f"interval={interval!r}, patience={patience!r}: give 0 < interval < patience seconds")
+            raise ValueError(
+                f"interval={interval!r}, patience={patience!r}: give 0 < interval < patience seconds"
+            )
         self.interval, self.patience = interval, patience
         self._line: Optional[Lifeline] = None
 

@@ -37,7 +37,9 @@ class KVCatStop(pl.Callback):
     def __init__(self, signals: Sequence[str] = ("SIGTERM", "SIGUSR1")):
         unknown = [s for s in signals if not hasattr(signal, s)]
         if unknown:
-            raise ValueError(f"signals={list(signals)!r}: {unknown[0]} is no signal; give names such as SIGTERM")
+            raise ValueError(
+                f"signals={list(signals)!r}: {unknown[0]} is no signal; give names such as SIGTERM"
+            )
         self.signals = tuple(signals)
         self.requested = False
         """Agreed by all ranks."""
@@ -133,5 +135,3 @@ class KVCatTrainer(nl.Trainer):
         super().fit(*args, **kwargs)
         if stop_requested(self) and self.global_step < self.max_steps:
             raise SystemExit(EXIT_REQUEUE)
-
-

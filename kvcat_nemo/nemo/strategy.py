@@ -1,8 +1,9 @@
 """NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel

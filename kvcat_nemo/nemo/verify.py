@@ -28,13 +28,19 @@ def first_whole(candidates: list[Path], *, hashes: bool) -> Path:
             reasons.append(str(error))
             continue
         me, world = agreement.rank(), agreement.world_size()
-        wrong = [line for found in agreement.gather(damage(path, seal, part=me, parts=world, hashes=hashes)) for line in found]
+        wrong = [
+            line
+            for found in agreement.gather(damage(path, seal, part=me, parts=world, hashes=hashes))
+            for line in found
+        ]
         wrong = sorted(set(wrong))
         if not wrong:
             if reasons:
                 logging.warning(f"kvcat: resuming from {path} (step {seal.step}) instead")
             elif hashes:
-                logging.info(f"kvcat: {len(seal.files)} files of {path} are what was saved ({seal.bytes / 1e6:,.1f} MB)")
+                logging.info(
+                    f"kvcat: {len(seal.files)} files of {path} are what was saved ({seal.bytes / 1e6:,.1f} MB)"
+                )
             return path
         reasons += wrong
         logging.error(f"kvcat: damaged checkpoint, set aside as {path.name}{BROKEN}: {'; '.join(wrong)}")

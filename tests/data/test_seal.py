@@ -60,7 +60,11 @@ def test_truncated_and_missing(tmp_path):
 
 
 def test_unsealed_marked_and_unreadable(tmp_path):
-    no_seal, marked, bad = make(tmp_path, "step=1", 1), make(tmp_path, "step=2", 2), make(tmp_path, "step=3", 3)
+    no_seal, marked, bad = (
+        make(tmp_path, "step=1", 1),
+        make(tmp_path, "step=2", 2),
+        make(tmp_path, "step=3", 3),
+    )
     (no_seal / seal.SEAL).unlink()
     marked.with_name("step=2-unfinished").touch()
     (bad / seal.SEAL).write_text('{"step": 3, "fi')
@@ -70,7 +74,11 @@ def test_unsealed_marked_and_unreadable(tmp_path):
     with pytest.raises(seal.Damaged, match="step=3"):
         seal.read_seal(bad)
     assert seal.complete(tmp_path) == []
-    assert [f.damaged for f in sorted(seal.survey(tmp_path), key=lambda f: f.path.name)] == [False, False, True]
+    assert [f.damaged for f in sorted(seal.survey(tmp_path), key=lambda f: f.path.name)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_newest_first_and_links_and_set_aside_ones_left_out(tmp_path):

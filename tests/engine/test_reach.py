@@ -152,7 +152,12 @@ def test_incomplete_environment_is_refused(monkeypatch, variables, words):
 def test_slurm_names_the_place(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "MASTER_ADDR": "n0"}.items():
+    for name, value in {
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "1",
+        "MASTER_ADDR": "n0",
+    }.items():
         monkeypatch.setenv(name, value)
     place = place_from_environment()
     assert (place.rank, place.world_size, place.local_rank) == (3, 4, 1)

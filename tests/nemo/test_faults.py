@@ -7,10 +7,10 @@ import pytest
 
 pytestmark = [pytest.mark.nemo, pytest.mark.slow, pytest.mark.multiprocess]
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import fault_cases as cases  # noqa: E402
-from fault_server import Server  # noqa: E402
+from benchmarks.faults import damage, kills, nan, resume, runs  # noqa: E402
+from benchmarks.faults.server import Server  # noqa: E402
 
 STEPS = 12
 
@@ -29,7 +29,7 @@ def unbroken(server, tmp_path_factory):
     def get(layout="TP1"):
         if layout not in known:
             folder = tmp_path_factory.mktemp("straight")
-            known[layout] = (cases.straight(server, folder, STEPS, layout), folder)
+            known[layout] = (runs.straight(server, folder, STEPS, layout), folder)
         return known[layout]
 
     return get
@@ -40,46 +40,46 @@ def good(record):
 
 
 def test_killed_in_a_step_and_in_a_save(server, unbroken, tmp_path):
-    records = cases.kill_moments(
+    records = kills.kill_moments(
         server, tmp_path, in_step=2, in_save=2, seed=3, unbroken=unbroken()[0], steps=STEPS
     )
     for record in records.values():
         good(record)
-        assert record.checkpoints_lost == 0 and max(record.steps_lost) <= cases.SAVE_EVERY + 1
+        assert record.checkpoints_lost == 0 and max(record.steps_lost) <= runs.SAVE_EVERY + 1
 
 
 @pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
 def test_ten_steps_are_five_and_five(server, tmp_path, layout):
-    good(cases.resume_exact(server, tmp_path, [layout]))
+    good(resume.resume_exact(server, tmp_path, [layout]))
 
 
 def test_five_steps_at_another_layout(server, tmp_path):
-    good(cases.resume_across(server, tmp_path, source="TP2", target="TP1"))
+    good(resume.resume_across(server, tmp_path, source="TP2", target="TP1"))
 
 
 def test_asked_to_stop(server, unbroken, tmp_path):
-    good(cases.stops(server, tmp_path, None, STEPS, {"DP2": unbroken("DP2")[0]}))
+    good(resume.stops(server, tmp_path, None, STEPS, {"DP2": unbroken("DP2")[0]}))
 
 
 def test_one_rank_dies_and_one_freezes(server, unbroken, tmp_path):
     reference = unbroken("DP2")[0]
-    good(cases.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1))
-    good(cases.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[1]))
+    good(kills.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1))
+    good(kills.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[1]))
 
 
 def test_disk_full(server, unbroken, tmp_path):
     reference, folder = unbroken()
-    good(cases.disk_full(server, tmp_path, reference, STEPS, cases.checkpoint_megabytes(folder)))
+    good(damage.disk_full(server, tmp_path, reference, STEPS, runs.checkpoint_megabytes(folder)))
 
 
 def test_damaged_checkpoints(server, unbroken, tmp_path):
-    good(cases.damaged_files(server, tmp_path, unbroken()[0], STEPS))
+    good(damage.damaged_files(server, tmp_path, unbroken()[0], STEPS))
 
 
 def test_not_a_number(server, tmp_path):
-    good(cases.not_a_number(server, tmp_path / "nan", layouts=[("DP2", 1)]))
-    good(cases.skipped_step_changes_nothing(server, tmp_path / "weights"))
+    good(nan.not_a_number(server, tmp_path / "nan", layouts=[("DP2", 1)]))
+    good(nan.skipped_step_changes_nothing(server, tmp_path / "weights"))
 
 
 def test_resume_modes(server, tmp_path):
-    good(cases.resume_modes(server, tmp_path))
+    good(resume.resume_modes(server, tmp_path))

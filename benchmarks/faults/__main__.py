@@ -15,13 +15,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import fault_cases as cases
-from fault_server import Server
-
+from benchmarks.faults import damage, kills, nan, resume, runs
+from benchmarks.faults.server import Server
 from kvcat_nemo.data.files import new_file
 from kvcat_nemo.manifest import manifest
 
-OUT = Path(__file__).parent / "faults.json"
+OUT = Path(__file__).parents[1] / "faults.json"
 STEPS = 24
 
 
@@ -54,9 +53,17 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
                 result = act()
             except Exception as error:  # one fault that cannot be brought about must not hide the others
                 traceback.print_exc()
-                result = {"tried": 1, "survived": 0, "lost": {}, "failures": [f"{type(error).__name__}: {error}"[:4000]]}
+                result = {
+                    "tried": 1,
+                    "survived": 0,
+                    "lost": {},
+                    "failures": [f"{type(error).__name__}: {error}"[:4000]],
+                }
             stored[name] = {"fault": what, **result, "seconds": round(time.monotonic() - start, 1)}
-            print(f"{name}: {result['survived']} of {result['tried']} survived, {stored[name]['seconds']} s", flush=True)
+            print(
+                f"{name}: {result['survived']} of {result['tried']} survived, {stored[name]['seconds']} s",
+                flush=True,
+            )
             for failure in result.get("failures", []):
                 print(f"    {failure}", flush=True)
     minutes = round((time.monotonic() - began) / 60, 1)
@@ -64,12 +71,14 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
         "faults": stored,
         "sigkills": sum(r["tried"] for n, r in stored.items() if n.startswith("sigkill")),
         "minutes": minutes,
-        "manifest": manifest(seed=options.seed, steps=STEPS, save_every=cases.SAVE_EVERY, recipe="kvcat_tiny"),
+        "manifest": manifest(seed=options.seed, steps=STEPS, save_every=runs.SAVE_EVERY, recipe="kvcat_tiny"),
     }
     with new_file(options.out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     bad = [name for name, result in stored.items() if result["survived"] < result["tried"]]
-    print(f"{minutes} min; {options.out}; {'not survived: ' + ', '.join(bad) if bad else 'everything survived'}")
+    print(
+        f"{minutes} min; {options.out}; {'not survived: ' + ', '.join(bad) if bad else 'everything survived'}"
+    )
     return bad
 
 
@@ -79,15 +88,17 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
 
     def unbroken(steps: int = STEPS, layout: str = "TP1") -> list[dict]:
         if (steps, layout) not in references:
-            references[steps, layout] = cases.straight(server, folder / f"straight-{layout}-{steps}", steps, layout)
+            references[steps, layout] = runs.straight(
+                server, folder / f"straight-{layout}-{steps}", steps, layout
+            )
         return references[steps, layout]
 
-    kills: dict[tuple, dict[str, cases.Record]] = {}
+    known: dict[str, dict[str, runs.Record]] = {}
 
     def killed(layout: str, in_step: int, in_save: int, moment: str) -> dict:
-        if layout not in kills:
+        if layout not in known:
             steps = 40 if layout == "TP1" else STEPS
-            kills[layout] = cases.kill_moments(
+            known[layout] = kills.kill_moments(
                 server,
                 folder / f"kills-{layout}",
                 in_step=in_step,
@@ -97,11 +108,11 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
                 unbroken=unbroken(steps, layout),
                 steps=steps,
             )
-        return kills[layout][moment].result()
+        return known[layout][moment].result()
 
     def asynchronous() -> dict:
         """Asynchronous saving, which a CPU host has for this alone: killed while the writer is at work."""
-        out = cases.kill_moments(
+        out = kills.kill_moments(
             server,
             folder / "kills-async",
             in_step=0,
@@ -115,60 +126,75 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
 
     def disk() -> dict:
         unbroken()
-        size = cases.checkpoint_megabytes(folder / f"straight-TP1-{STEPS}")
-        return cases.disk_full(server, folder / "disk", unbroken(), STEPS, size)
+        size = runs.checkpoint_megabytes(folder / f"straight-TP1-{STEPS}")
+        return damage.disk_full(server, folder / "disk", unbroken(), STEPS, size)
 
     return {
         "resume": (
             "10 steps against 5, stop, 5, in float32, bit for bit",
-            lambda: cases.resume_exact(server, folder / "resume", ["TP1", "TP2", "PP2", "DP2"]).result(),
+            lambda: resume.resume_exact(server, folder / "resume", ["TP1", "TP2", "PP2", "DP2"]).result(),
         ),
         "resume_across_layouts": (
             "5 steps at TP2 × PP2, 5 at TP1",
-            lambda: cases.resume_across(server, folder / "across").result(),
+            lambda: resume.resume_across(server, folder / "across").result(),
         ),
-        "resume_modes": ("resume.mode must and never", lambda: cases.resume_modes(server, folder / "modes").result()),
-        "sigkill_in_step": ("SIGKILL at a random moment of a step", lambda: killed("TP1", 16, 14, "in a step")),
+        "resume_modes": (
+            "resume.mode must and never",
+            lambda: resume.resume_modes(server, folder / "modes").result(),
+        ),
+        "sigkill_in_step": (
+            "SIGKILL at a random moment of a step",
+            lambda: killed("TP1", 16, 14, "in a step"),
+        ),
         "sigkill_in_save": ("SIGKILL in the middle of a save", lambda: killed("TP1", 16, 14, "in a save")),
         "sigkill_in_async_save": ("SIGKILL during an asynchronous save", asynchronous),
-        "sigkill_all_of_two": ("SIGKILL to both ranks of DP2 in a step", lambda: killed("DP2", 3, 2, "in a step")),
+        "sigkill_all_of_two": (
+            "SIGKILL to both ranks of DP2 in a step",
+            lambda: killed("DP2", 3, 2, "in a step"),
+        ),
         "sigkill_all_of_two_in_save": ("the same in a save", lambda: killed("DP2", 3, 2, "in a save")),
         "sigkill_full_command": (
             "SIGKILL to nemo llm pretrain",
-            lambda: cases.full_command(folder / "full", unbroken(), STEPS, 2, seed).result(),
+            lambda: kills.full_command(folder / "full", unbroken(), STEPS, 2, seed).result(),
         ),
         "asked_to_stop": (
             "SIGTERM, SIGUSR1 twice, KVCAT_STOP_FILE",
-            lambda: cases.stops(
-                server, folder / "stops", unbroken(), STEPS, {x: unbroken(STEPS, x) for x in ("TP1", "DP2", "PP2")}
+            lambda: resume.stops(
+                server,
+                folder / "stops",
+                unbroken(),
+                STEPS,
+                {x: unbroken(STEPS, x) for x in ("TP1", "DP2", "PP2")},
             ).result(),
         ),
         "one_rank_of_four_dies": (
             "SIGKILL to one rank of TP2 × PP2",
-            lambda: cases.one_dies(server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed).result(),
+            lambda: kills.one_dies(
+                server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed
+            ).result(),
         ),
         "one_rank_freezes": (
             "SIGSTOP to one rank of DP2",
-            lambda: cases.one_dies(
+            lambda: kills.one_dies(
                 server, folder / "frozen", "DP2", unbroken(STEPS, "DP2"), STEPS, seed, freeze=True
             ).result(),
         ),
         "disk_full": ("no space left on the device", disk),
         "damaged_checkpoint": (
             "a truncated shard, a flipped bit, a seal that is gone",
-            lambda: cases.damaged_files(server, folder / "damaged", unbroken(), STEPS).result(),
+            lambda: damage.damaged_files(server, folder / "damaged", unbroken(), STEPS).result(),
         ),
         "not_a_number": (
             "NaN in one rank's loss or gradients",
-            lambda: cases.not_a_number(server, folder / "nan").result(),
+            lambda: nan.not_a_number(server, folder / "nan").result(),
         ),
         "skipped_step": (
             "a skipped step changes no weight",
-            lambda: cases.skipped_step_changes_nothing(server, folder / "skipped").result(),
+            lambda: nan.skipped_step_changes_nothing(server, folder / "skipped").result(),
         ),
         "data_files": (
             "data files that are missing, empty, truncated, of another dataset, or no index",
-            lambda: cases.bad_data(folder / "data").result(),
+            lambda: damage.bad_data(folder / "data").result(),
         ),
     }
 

@@ -63,7 +63,9 @@ class Run:
             if time.monotonic() > deadline:
                 codes = self.codes()
                 self.kill()
-                raise TimeoutError(f"{self.folder}: still running after {seconds:g} s ({codes})\n{self.tail()}")
+                raise TimeoutError(
+                    f"{self.folder}: still running after {seconds:g} s ({codes})\n{self.tail()}"
+                )
             time.sleep(0.02)
         return [code for code in self.codes() if code is not None]
 
@@ -164,7 +166,8 @@ class Server:
             "overrides": [f"{k}={v}" for k, v in (overrides or {}).items()],
             "ranks": ranks,
             "faults": faults or [],
-            "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | (environment or {}),
+            "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            | (environment or {}),
             "lifeline": lifeline,
             "loggers": loggers,
             "logs": list(map(str, logs)),
