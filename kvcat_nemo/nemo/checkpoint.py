@@ -1,5 +1,6 @@
 """When to save, what to keep, and what to do when a save fails."""
 
+import math
 import os
 import shutil
 import time
@@ -11,7 +12,16 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import logging
 
-from kvcat_nemo.data.seal import SEAL, UNFINISHED, complete, read_score, read_seal, write_score, write_seal
+from kvcat_nemo.data.seal import (
+    SEAL,
+    UNFINISHED,
+    Found,
+    complete,
+    read_score,
+    read_seal,
+    write_score,
+    write_seal,
+)
 from kvcat_nemo.engine import agreement
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
@@ -99,8 +109,8 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
 
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
         # The last one waits for the last validation (on_train_end): a run that is resumed at its end does nothing more.
-        due = trainer.global_step % self._every_n_train_steps == 0 and trainer.global_step < trainer.max_steps
-        if due or stop_requested(trainer):
+        due = trainer.global_step % self._every_n_train_steps == 0
+        if (due and trainer.global_step != trainer.max_steps) or stop_requested(trainer):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
@@ -108,7 +118,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
 
     def on_validation_end(self, trainer, pl_module) -> None:
         validation = _validation(trainer)
-        if trainer.sanity_checking or not validation or trainer.global_step == 0:
+        if trainer.sanity_checking or not validation:
             return
         metric = self.best_metric
         if metric == "masked_ppl" and metric not in validation:
@@ -117,12 +127,10 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             raise ValueError(
                 f"log.ckpt.best_metric={self.best_metric!r}: a validation has no such figure; known: {', '.join(validation)}"
             )
-        self._scores[trainer.global_step] = (metric, validation[metric])
-        if self._saved_at == trainer.global_step:
-            try:
-                agreement.on_first_rank(self._tidy)
-            except agreement.Together as error:
-                logging.error(f"kvcat: could not tidy up checkpoints: {error}")
+        if math.isfinite(validation[metric]):
+            self._scores[trainer.global_step] = (metric, validation[metric])
+        if self._saved_at == trainer.global_step > 0:
+            agreement.on_first_rank(self._tidy)
 
     def on_train_end(self, trainer, pl_module) -> None:
         if trainer.fast_dev_run or self._saved_at == trainer.global_step:
@@ -180,8 +188,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             def seal() -> None:
                 write_seal(path, step, files, **facts)
                 path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
-                _point(path.parent / LAST, path)
-                self._tidy()
+                self._tidy()  # it is complete: whatever fails from here on is no failed save
 
             agreement.on_first_rank(seal)
             self.failed = 0
@@ -216,8 +223,15 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
     # --- what to keep (rank 0) ---
 
     def _tidy(self) -> None:
-        """Write down scores of validations, remove what is neither among the newest nor the best."""
-        found = complete(self.dirpath)
+        """Point at the newest, write down scores of validations, remove what is neither among the newest nor the best."""
+        try:
+            self._keep(complete(self.dirpath))
+        except OSError as error:
+            logging.error(f"kvcat: could not tidy up {self.dirpath}: {error}")
+
+    def _keep(self, found: list[Found]) -> None:
+        if found:
+            _point(Path(self.dirpath) / LAST, found[0].path)
         for one in found:
             if one.step in self._scores:
                 metric, value = self._scores.pop(one.step)
@@ -229,7 +243,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             if one.path not in keep:
                 _remove(one.path)
 
-    def _best(self, found) -> Optional[Path]:
+    def _best(self, found: list[Found]) -> Optional[Path]:
         scored = [(s, one) for one in found if (s := self._score(one.path)) is not None]
         return min(scored, key=lambda pair: (pair[0], -pair[1].step))[1].path if scored else None
 
