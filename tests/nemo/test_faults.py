@@ -83,3 +83,31 @@ def test_not_a_number(server, tmp_path):
 
 def test_resume_modes(server, tmp_path):
     good(resume.resume_modes(server, tmp_path))
+
+
+def test_keeps_the_newest_and_the_best(server, unbroken, tmp_path):
+    _, folder = unbroken()
+    validations = {x["step"]: x for x in runs.lines(folder) if x["kind"] == "validation" and x["step"]}
+    # A figure that is lowest early: what is best is then not what is newest.
+    early = [
+        n
+        for n, v in validations[8].items()
+        if n.endswith(("agreement", "ppl", "rate")) and v < validations[12][n]
+    ]
+    assert early, validations
+    more = {"log.ckpt.best_metric": early[0], "log.ckpt.keep_last": 1, "trainer.val_check_interval": 4}
+    run = server.run(tmp_path, runs.settings(STEPS, **more))
+    assert run.wait(120) == [0], run.tail()
+    steps = {x["step"]: x[early[0]] for x in runs.lines(tmp_path) if x["kind"] == "validation" and x["step"]}
+    best = min(steps, key=steps.get)
+    assert best != STEPS
+    kept = {f.step for f in runs.complete(runs.checkpoints(tmp_path))}
+    assert kept == {best, STEPS}
+    assert (runs.checkpoints(tmp_path) / "last").resolve().name == f"step={STEPS}"
+
+
+def test_an_unknown_metric_is_refused_before_training(server, tmp_path):
+    run = server.run(tmp_path, runs.settings(STEPS) | {"log.ckpt.best_metric": "perplexity"})
+    assert run.wait(60) == [1]
+    assert "log.ckpt.best_metric='perplexity'" in run.output() and "masked_ppl" in run.output()
+    assert runs.last_step(tmp_path) == 0
