@@ -26,10 +26,10 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench image-test help setup test quickstart lint clean
+.PHONY: bench faults image-test help setup test quickstart lint clean
 
 help:  ## list what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
 
 setup: $(STAMP) $(STAMP_TE) $(COMPRESS_STAMP)  ## make the environments that training and tests need (quick when nothing changed)
 	@echo "setup: $(VENV) and $(COMPRESS) are ready"
@@ -94,6 +94,9 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 # Root, Debian's buildah and debootstrap, some 12 GB and 20 minutes; what it did is in docs/LOG.md.
 image-test:  ## build the image on a CPU base made from nothing, and train in it
 	bash tests/launch/image_test.sh
+
+faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
+	$(VENV)/bin/python -m benchmarks.faults
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/, conversion/ and launch/ inside.
 lint: setup  ## check style, shell scripts, the Dockerfile and the direction of imports

@@ -10,6 +10,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 from kvcat_nemo.engine.collectives import set_router_loss_scale
+from kvcat_nemo.engine.samples import SampleHash
 from kvcat_nemo.engine.step import microbatch_loss
 from kvcat_nemo.method.config import KVCatConfig
 
@@ -43,6 +44,9 @@ class KVCatModel(llm.GPTModel):
         """Next micro-batch on this rank's device. Every pipeline stage gets the tokens: random masks depend on them."""
         item = next(dataloader_iter)
         batch = item[0] if isinstance(item, tuple) else item
+        if "sample_id" in batch:
+            self.samples.add(batch["sample_id"], batch["tokens"])
+            self._check_tokens(batch)
         names = ("tokens", "position_ids", "labels", "loss_mask")
         return {name: batch[name].cuda(non_blocking=True) for name in names}
 
@@ -56,6 +60,25 @@ class KVCatModel(llm.GPTModel):
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
         )
+
+    def _check_tokens(self, batch: dict[str, Tensor]) -> None:
+        # A token beyond the vocabulary would be looked up in another rank's part of the table, and as a label it
+        # would cost nothing: both go unnoticed.
+        vocabulary = self.config.true_vocab_size or self.config.vocab_size
+        low, high = batch["tokens"].aminmax()
+        if vocabulary and not 0 <= int(low) <= int(high) < vocabulary:
+            raise ValueError(
+                f"window {batch['sample_id'].tolist()} of the data holds token {int(high if high >= vocabulary else low)}, the model's "
+                f"vocabulary has {vocabulary}: the data files are damaged, or were made with another tokenizer. "
+                "Check them: kvcat train doctor --data DIR"
+            )
+
+    @property
+    def samples(self) -> SampleHash:
+        """Windows read since the last step; the metrics callback takes it."""
+        if not hasattr(self, "_samples"):
+            self._samples = SampleHash()
+        return self._samples
 
     @property
     def training_loss_reduction(self) -> KVCatLossReduction:
