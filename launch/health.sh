@@ -41,6 +41,9 @@ if ((${KVCAT_GPUS_PER_NODE:-0} > 0)); then
 fi
 
 if [[ -n ${KVCAT_HEALTH_COMMAND:-} ]]; then
+  # A check may talk to the other nodes (kvcat train doctor does): where node 0 is, on a port that training does not use.
+  export MASTER_ADDR=$KVCAT_MASTER_ADDR MASTER_PORT=$((${KVCAT_MASTER_PORT:-29500} + 1))
+  [[ -z ${KVCAT_INTERFACE:-} ]] || export NCCL_SOCKET_IFNAME=$KVCAT_INTERFACE GLOO_SOCKET_IFNAME=$KVCAT_INTERFACE
   output=$(bash -c "$KVCAT_HEALTH_COMMAND" 2>&1) || wrong "check failed ($KVCAT_HEALTH_COMMAND), saying: $(tail -n 15 <<< "$output")"
 fi
 

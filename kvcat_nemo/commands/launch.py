@@ -189,7 +189,7 @@ def local(
 @click.option("--restart-on-failure", is_flag=True, help="Queue again after a failure, too.")
 @click.option(
     "--health-command",
-    default="kvcat train doctor",
+    default='kvcat train doctor --dir "$KVCAT_RUN_DIR"',
     show_default=True,
     help="A check on every node before the start; '' for none.",
 )
@@ -238,7 +238,7 @@ def slurm(
     for key, value in values.items():
         if value is True:
             words.append(f"--{key}")
-        elif value not in (None, "", False):
+        elif value is not None and value is not False and value != "":  # 0 is a value
             words += [f"--{key}", str(value)]
     for key, entries in (("mount", mounts), ("env", env)):
         words += [word for entry in entries for word in (f"--{key}", entry)]

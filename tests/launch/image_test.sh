@@ -16,20 +16,41 @@ done
 work=${1:-}
 if [[ -z $work ]]; then
   work=$(mktemp -d)
-  trap 'rm -rf "$work"' EXIT
+  trap 'umount -R "$work/storage/overlay" 2> /dev/null || true; rm -rf "$work"' EXIT
 fi
 mkdir -p "$work"
 budget=${IMAGE_BUDGET:-1800}
-store=(--root "$work/storage" --runroot "$work/run" --storage-driver vfs)
+# Without overlayfs every layer is a copy of all before it: slow, and some 50 GB.
+driver=vfs
+mkdir -p "$work"/probe/{l,u,w,m}
+if mount -t overlay overlay -o "lowerdir=$work/probe/l,upperdir=$work/probe/u,workdir=$work/probe/w" "$work/probe/m" 2> /dev/null; then
+  umount "$work/probe/m"
+  driver=overlay
+fi
+rm -rf "$work/probe"
+store=(--root "$work/storage" --runroot "$work/run" --storage-driver "$driver")
 say() { printf '\n== image test: %s (%s)\n' "$*" "$(date +%T)"; }
 
-# pip as it is set up here: its files, and where certificates come from.
-mounts=()
-for file in /etc/pip.conf /etc/xdg/pip/pip.conf "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
-  [[ -f $file ]] && mounts+=(--volume "$file:/etc/pip.conf:ro") && break
-done
+# pip as it is set up here, in one file, with the local folders that it names, and where certificates come from.
 certificates=${PIP_CERT:-${SSL_CERT_FILE:-${REQUESTS_CA_BUNDLE:-/etc/ssl/certs/ca-certificates.crt}}}
-mounts+=(--volume "$certificates:/etc/ssl/certs/ca-certificates.crt:ro")
+mounts=(--volume "$certificates:/etc/ssl/certs/ca-certificates.crt:ro" --volume "$work/pip.conf:/etc/pip.conf:ro")
+python3 -m pip config list | python3 -c '
+import ast, sys
+
+print("[global]", "cert = /etc/ssl/certs/ca-certificates.crt", sep="\n")
+options = {}
+for line in sys.stdin:
+    key, _, value = line.strip().partition("=")
+    name = key.rpartition(".")[2]
+    if name.endswith(("index-url", "find-links", "timeout", "trusted-host")):
+        options[name] = ast.literal_eval(value)
+for name, value in options.items():
+    print(name, "=", "\n    ".join(["", *value.split()]) if " " in value else value)
+' > "$work/pip.conf"
+while read -r folder; do
+  mounts+=(--volume "$folder:$folder:ro")
+done < <(grep -oE '(file://|[ =])/[^ ]+' "$work/pip.conf" | sed -E 's#^(file://|[ =])##; s#/simple/?$##' | sort -u \
+  | while read -r path; do if [[ -d $path ]]; then echo "$path"; fi; done)
 
 say "base: Debian with Python in a virtual environment, as NGC's images have it"
 if [[ ! -d $work/base/opt/venv ]]; then

@@ -114,7 +114,7 @@ def test_image_commands(words):
                 name, _, default = value.partition("=")
                 assert f"ARG {name}={default}\n" in dockerfile, value
     elif words[0] == "docker":
-        assert words[-3:] == ["kvcat", "train", "doctor"] and '["kvcat", "train", "doctor"]' in dockerfile
+        assert words[-3:] == ["kvcat", "train", "doctor"] and '["kvcat", "train", "doctor", "--fast"]' in dockerfile
     else:
         assert words[:3] == ["enroot", "import", "-o"] and words[3].endswith(".sqsh")
 

@@ -58,12 +58,18 @@ def test_slurm_hands_every_option_on(tmp_path):
         "#SBATCH --nodes=8", "#SBATCH --time=30", "#SBATCH --partition=p", "#SBATCH --exclude=n3", "export A=1",
         "export KVCAT_IMAGE=i", "export KVCAT_STOP_SECONDS=100 KVCAT_EXIT_WAIT=60",
         "export KVCAT_MAX_STALLED=3 KVCAT_RESTART_ON_FAILURE=1",
-        r"export KVCAT_HEALTH_COMMAND=kvcat\ train\ doctor",
+        r"export KVCAT_HEALTH_COMMAND=kvcat\ train\ doctor\ --dir\ \"\$KVCAT_RUN_DIR\"",
     ):  # fmt: skip
         assert line in script.splitlines(), line
     (command,) = [line for line in script.splitlines() if line.startswith("KVCAT_COMMAND=(")]
     words = shlex.split(command.removeprefix("KVCAT_COMMAND=(").rstrip(" )"))
     assert words[-3:] == ["trainer.num_nodes=8", "trainer.devices=8", "optim.config.lr=0.1"]
+
+
+def test_zero_is_a_value(tmp_path):
+    done = kvcat("launch", "slurm", "kvcat_tiny", "--gpus-per-node", 0, "--max-stalled", 0, "--dry-run", cwd=tmp_path)
+    assert "--gpus-per-node" not in done.stdout and "KVCAT_GPUS_PER_NODE=0 KVCAT_PROCS_PER_NODE=1" in done.stdout
+    assert "export KVCAT_MAX_STALLED=0 " in done.stdout
 
 
 @pytest.mark.parametrize(
