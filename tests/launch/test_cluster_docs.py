@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,15 +135,6 @@ def test_cluster_script(words):
     assert words[2] in (ROOT / words[1]).read_text().split('"""')[1]
 
 
-@pytest.mark.parametrize("words", of("srun"), ids=" ".join)
-def test_srun_options_exist(words):
-    if shutil.which("srun") is None:
-        pytest.skip("srun is not installed: its options are not checked")
-    known = subprocess.run(["srun", "--help"], capture_output=True, text=True).stdout
-    options = [w for w in words if w.startswith("--")]
-    assert options and all(re.search(rf"{o}\b", known) for o in options)
-
-
 @pytest.mark.nemo
 @pytest.mark.parametrize("words", of("nemo"), ids=lambda w: w[5])
 def test_nemo_commands(words):
@@ -191,3 +181,11 @@ def test_layouts_are_what_the_plan_says():
         if row != (layout, memory):
             wrong.append(f"| `{name}` | {overrides} | {row[0]} | {row[1]} |")
     assert not wrong, "docs/cluster.md must say:\n" + "\n".join(wrong)
+
+
+def test_links_lead_somewhere():
+    text = PAGE.read_text(encoding="utf-8")
+    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        page, _, anchor = target.partition("#")
+        assert (PAGE.parent / page).exists() and (not anchor or page or anchor in headings), target

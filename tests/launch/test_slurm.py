@@ -261,12 +261,16 @@ def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
 
 def test_commands_of_the_docs_work_here(cluster):
     """The Slurm commands that docs/cluster.md tells to type are valid on a real cluster."""
-    from test_cluster_docs import slurm_commands
+    from test_cluster_docs import of, slurm_commands
 
+    assert len(slurm_commands()) >= 8
     for words in slurm_commands():
-        words = [cluster.nodes[0] if word == "node17" else word for word in words]
-        done = subprocess.run(
-            words, env=cluster.environment | {"USER": os.environ.get("USER", "root")}, capture_output=True, text=True, timeout=30
-        )  # fmt: skip
-        told = done.stderr.lower()
-        assert done.returncode == 0 or "invalid job id" in told, (words, done.stderr)
+        words = [word.replace("node17", cluster.nodes[0]) for word in words]
+        done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True, timeout=30)
+        # There is no job 1234 here.
+        assert done.returncode == 0 or "invalid job id" in done.stderr.lower(), (words, done.stderr)
+    known = cluster.run("srun", "--help")
+    for words in of("srun"):  # what they run is not here: their options are
+        options = [word for word in words if word.startswith("--")]
+        assert options and all(re.search(rf"{option}\b", known) for option in options), words
+    cluster.wait_idle(*cluster.nodes)
