@@ -53,7 +53,7 @@ def disk_full(server: Server, folder: Path, unbroken: list[dict], steps: int, ch
             [
                 "" if codes != [0] else "it ended as if all were well",
                 ""
-                if "FAILED" in out and "No space left" in out
+                if "FAILED" in out and "no space left on the device" in out
                 else f"the message does not say so: {out[-1500:]}",
                 "" if not complete(checkpoints(disk)) else "a checkpoint counts as complete",
                 left_behind(run),
@@ -66,7 +66,7 @@ def disk_full(server: Server, folder: Path, unbroken: list[dict], steps: int, ch
         filler = disk / "filler"
         _fill(filler, leave_mb=0.3 * checkpoint_mb, disk=disk)
         was = newest(disk)
-        until(lambda: not run.running or last_step(disk) >= was + 2 * SAVE_EVERY + 1, 60)
+        until(lambda: not run.running or last_step(disk) >= was + SAVE_EVERY + 1, 60)
         kept = newest(disk)
         said = "FAILED" in run.output() and "Training goes on" in run.output()
         filler.unlink()

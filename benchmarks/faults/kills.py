@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.runs import (
+    REQUEUE,
     SAVE_EVERY,
     Record,
     checkpoints,
@@ -161,75 +162,62 @@ def one_dies(
 
 
 def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, seed: int) -> Record:
-    """`nemo llm pretrain` itself, from its first import: killed, started again, finished."""
+    """`nemo llm pretrain` itself, from its first import: killed, started again, asked to stop, finished."""
     record, rng = Record(), random.Random(seed)
-    binary = Path(sys.executable).parent / "nemo"
     place = folder / "command"
     place.mkdir(parents=True)
-    arguments = [
-        str(binary),
-        "llm",
-        "pretrain",
-        "--factory",
-        f"kvcat_tiny(dir='{place / 'runs'}', name='tiny')",
-        "-y",
-    ]
+    for life, fate in enumerate([signal.SIGKILL] * kills + [signal.SIGTERM, None]):
+        log = place / f"log-{life}.txt"
+        process = _command(place, steps, log)
+        if fate is None:
+            code = process.wait(300)
+            problems = ["" if code == 0 else f"exit code {code}: {log.read_text()[-1500:]}"]
+            record.judge("finished", [*problems, difference(trajectory(place), unbroken)])
+            break
+        wanted = newest(place) + (SAVE_EVERY + 1 if fate == signal.SIGKILL else 1)
+        until(lambda p=process, wanted=wanted: p.poll() is not None or last_step(place) >= wanted, 240)
+        time.sleep(rng.random() * 0.1)
+        was = newest(place)
+        process.send_signal(fate)
+        code, reached = process.wait(60), last_step(place)
+        record.steps_lost.append(reached - newest(place))
+        expected = -signal.SIGKILL if fate == signal.SIGKILL else REQUEUE
+        until(lambda p=process: not _alive(p.pid), 5)
+        record.judge(
+            f"{fate.name}, life {life + 1}",
+            [
+                "" if code == expected else f"exit code {code}: {log.read_text()[-1500:]}",
+                "" if newest(place) >= was else "a completed checkpoint is gone",
+                "" if fate == signal.SIGKILL or newest(place) == reached else "it did not save when it stopped",
+                "" if not _alive(process.pid) else f"left behind: {_alive(process.pid)}",
+            ],
+        )
+    return record
+
+
+def _command(place: Path, steps: int, log: Path) -> subprocess.Popen:
+    binary = Path(sys.executable).parent / "nemo"
+    arguments = ["--factory", f"kvcat_tiny(dir='{place / 'runs'}', name='tiny')", "-y"]
     arguments += [f"{k}={v}" for k, v in settings(steps).items()]
     environment = os.environ | {
         "NEMORUN_HOME": str(place / ".nemo_run"),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{binary.parent}{os.pathsep}{os.environ['PATH']}",
     }
-    for life in range(kills + 1):
-        log = place / f"log-{life}.txt"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                arguments,
-                cwd=place,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        if life == kills:
-            code = process.wait(300)
-            record.judge(
-                "finished",
-                [
-                    "" if code == 0 else f"exit code {code}: {log.read_text()[-1500:]}",
-                    difference(trajectory(place), unbroken),
-                ],
-            )
-            break
-        at = newest(place)
-        until(
-            lambda at=at, process=process: (
-                process.poll() is not None or last_step(place) >= at + SAVE_EVERY + 1
-            ),
-            240,
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [str(binary), "llm", "pretrain", *arguments],
+            cwd=place,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        time.sleep(rng.random() * 0.2)
-        was, reached = newest(place), last_step(place)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        record.steps_lost.append(reached - newest(place))
 
-        def alive(leader: int = process.pid) -> list[str]:
-            return [p.name for p in Path("/proc").glob("[0-9]*") if _session(p) == leader]
 
-        until(lambda alive=alive: not alive(), 5)
-        record.judge(
-            f"SIGKILL {life + 1}",
-            [
-                ""
-                if process.returncode == -signal.SIGKILL
-                else f"it had ended with {process.returncode}: {log.read_text()[-1500:]}",
-                "" if newest(place) >= was else "a completed checkpoint is gone",
-                "" if not alive() else f"left behind: {alive()}",
-            ],
-        )
-    return record
+def _alive(leader: int) -> list[str]:
+    return [p.name for p in Path("/proc").glob("[0-9]*") if _session(p) == leader]
 
 
 def _session(entry: Path) -> int:

@@ -71,6 +71,8 @@ class Lifeline:
         with contextlib.suppress(Exception):
             self._announce(text)
         self._stopped.set()
+        if self.rank == 0:  # the store may end with this process: the others need the time to read it
+            time.sleep(2.5 * self.interval)
 
     def wait_for_verdict(self, seconds: float) -> str | None:
         """After a collective failed: what is known, or becomes known in time, about who died."""

@@ -82,11 +82,8 @@ def test_rank_0_was_never_started():
 
 
 def test_one_hangs_in_the_sum(tmp_path):
-    processes = start(["reach", 8], range(3), 3)
-    # It starts, makes itself known, and freezes: what a host with a broken network card looks like from outside.
-    hangs = start(["reach", 8], [], 3)
-    assert hangs == []
-    time.sleep(0.01)
+    processes = start(["reach", 5], range(3), 3)
+    # It starts and freezes: what a host with a broken network card looks like from outside.
     victim = processes[2]
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not _sleeps_in_python(victim.pid):
@@ -110,8 +107,10 @@ def _sleeps_in_python(pid):
         return False
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("act", ["killed", "frozen", "failed"])
+# Rank 0 holds the store.
+@pytest.mark.parametrize(
+    ("act", "victim"), [("killed", 0), ("killed", 2), ("frozen", 0), ("failed", 0), ("failed", 2)]
+)
 def test_who_died_is_named(act, victim):
     processes = start([act], range(3), 3, VICTIM=victim)
     others = [p for r, p in enumerate(processes) if r != victim]

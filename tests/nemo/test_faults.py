@@ -63,8 +63,8 @@ def test_asked_to_stop(server, unbroken, tmp_path):
 
 def test_one_rank_dies_and_one_freezes(server, unbroken, tmp_path):
     reference = unbroken("DP2")[0]
-    good(kills.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1))
-    good(kills.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[1]))
+    good(kills.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1, victims=[1]))
+    good(kills.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[0]))
 
 
 def test_disk_full(server, unbroken, tmp_path):
