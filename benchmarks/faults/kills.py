@@ -188,7 +188,9 @@ def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, see
             [
                 "" if code == expected else f"exit code {code}: {log.read_text()[-1500:]}",
                 "" if newest(place) >= was else "a completed checkpoint is gone",
-                "" if fate == signal.SIGKILL or newest(place) == reached else "it did not save when it stopped",
+                ""
+                if fate == signal.SIGKILL or newest(place) == reached
+                else "it did not save when it stopped",
                 "" if not _alive(process.pid) else f"left behind: {_alive(process.pid)}",
             ],
         )
