@@ -134,6 +134,10 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
             "10 steps against 5, stop, 5, in float32, bit for bit",
             lambda: resume.resume_exact(server, folder / "resume", ["TP1", "TP2", "PP2", "DP2"]).result(),
         ),
+        "resume_with_files": (
+            "the same on an indexed dataset with a loader's worker, killed in between",
+            lambda: resume.resume_with_files(server, folder / "files", ["TP1", "DP2"]).result(),
+        ),
         "resume_across_layouts": (
             "5 steps at TP2 × PP2, 5 at TP1",
             lambda: resume.resume_across(server, folder / "across").result(),

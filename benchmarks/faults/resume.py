@@ -100,6 +100,39 @@ def resume_exact(server: Server, folder: Path, layouts: list[str]) -> Record:
     return record
 
 
+def resume_with_files(server: Server, folder: Path, layouts: list[str]) -> Record:
+    """The same on an indexed dataset, with a loader's worker process, killed while it trains."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    folder.mkdir(parents=True)
+    rng = torch.Generator().manual_seed(0)
+    builder = IndexedDatasetBuilder(str(folder / "numbers.bin"), dtype=np.uint16)
+    for _ in range(60):
+        builder.add_item(
+            torch.randint(1, 128, (int(torch.randint(50, 200, (), generator=rng)),), generator=rng)
+        )
+        builder.end_document()
+    builder.finalize(str(folder / "numbers.idx"))
+    record = Record()
+    for layout in layouts:
+        more = {"data": folder / "numbers", "ranks": ranks(layout)}
+        places = folder / f"{layout}-10", folder / f"{layout}-5"
+        codes = server.run(places[0], settings(10, layout), **more).wait(120)
+        run = server.run(places[1], settings(10, layout), **more)
+        until(lambda run=run, place=places[1]: not run.running or last_step(place) >= SAVE_EVERY + 2, 90)
+        run.kill()
+        problems = [left_behind(run)]
+        codes += server.run(places[1], settings(10, layout) | {"resume.mode": "must"}, **more).wait(120)
+        mine, other = trajectory(places[1]), trajectory(places[0])
+        problems += ["" if not any(codes) else f"exit codes {codes}", difference(mine, other)]
+        windows = [x["samples"] for x in other if x["kind"] == "train"]
+        problems += ["" if len(set(windows)) == len(windows) == 10 else f"windows repeat: {windows}"]
+        record.judge(layout, problems)
+    return record
+
+
 def resume_across(
     server: Server, folder: Path, source: str = "TP2PP2", target: str = "TP1", relative: float = 2e-4
 ) -> Record:

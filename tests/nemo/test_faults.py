@@ -53,6 +53,10 @@ def test_ten_steps_are_five_and_five(server, tmp_path, layout):
     good(resume.resume_exact(server, tmp_path, [layout]))
 
 
+def test_the_same_on_an_indexed_dataset(server, tmp_path):
+    good(resume.resume_with_files(server, tmp_path / "files", ["DP2"]))
+
+
 def test_five_steps_at_another_layout(server, tmp_path):
     good(resume.resume_across(server, tmp_path, source="TP2", target="TP1"))
 
