@@ -7,6 +7,7 @@ leaves a counter in the job's store, watches its neighbour's, and tells all othe
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -47,7 +48,7 @@ class Lifeline:
         self._stopped = threading.Event()
         self._last_answer = time.monotonic()
         self._verdict: str | None = None
-        self._known: dict[int, str] = {}
+        self._known: dict[int, dict] = {}
         self._threads = [
             threading.Thread(target=self._beat, name="kvcat-lifeline", daemon=True),
             threading.Thread(target=self._watch_store, name="kvcat-lifeline-store", daemon=True),
@@ -55,7 +56,7 @@ class Lifeline:
 
     def start(self) -> None:
         """Make this rank known and begin. Call it on every rank."""
-        self.store.set(f"who/{self.rank}", f"host {socket.gethostname()}, process {os.getpid()}")
+        self.store.set(f"who/{self.rank}", json.dumps(_who()))
         for thread in self._threads:
             thread.start()
 
@@ -79,6 +80,8 @@ class Lifeline:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._verdict is None:
             with contextlib.suppress(Exception):
+                if (dead := self._dead_here()) is not None:
+                    self._announce(f"{self._name(dead)} died")
                 if self.store.check(["dead"]):
                     self._verdict = _text(self.store.get("dead"))
             time.sleep(min(0.2, self.interval))
@@ -100,6 +103,11 @@ class Lifeline:
                     return
                 now = self.store.get(f"beat/{neighbour}") if self.store.check([f"beat/{neighbour}"]) else b""
                 self._last_answer = time.monotonic()
+                if (dead := self._dead_here()) is not None:
+                    text = f"{self._name(dead)} died"
+                    self._announce(text)
+                    self._judge(text)
+                    return
             except Exception:  # the store's side is judged by the other thread
                 continue
             if now != seen or now == b"done":
@@ -130,18 +138,56 @@ class Lifeline:
         """The first announcement stands."""
         self.store.compare_set("dead", "", text)
 
+    def _dead_here(self) -> int | None:
+        """A rank of this machine whose process is gone: seen at once, where another machine's takes `patience`."""
+        me = _who()
+        for rank in self._neighbours():
+            who = self._known.get(rank)
+            if who is None or (who["host"], who["pids"]) != (me["host"], me["pids"]) or _lives(who["pid"]):
+                continue
+            key = f"beat/{rank}"
+            if not (self.store.check([key]) and self.store.get(key) == b"done"):
+                return rank
+        return None
+
+    def _neighbours(self) -> range:
+        """The ranks that a launcher has put on this machine."""
+        count, place = (
+            int(os.environ.get(n, d)) for n, d in (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        first = max(0, self.rank - place)
+        return range(first, min(first + count, self.world_size))
+
     def _name(self, rank: int) -> str:
         with contextlib.suppress(Exception):
             if rank not in self._known and self.store.check([f"who/{rank}"]):
-                self._known[rank] = _text(self.store.get(f"who/{rank}"))
-        return f"rank {rank} ({self._known.get(rank, 'host unknown')})"
+                self._known[rank] = json.loads(self.store.get(f"who/{rank}"))
+        who = self._known.get(rank)
+        return f"rank {rank} ({'host {host}, process {pid}'.format(**who) if who else 'host unknown'})"
 
     def learn_names(self) -> None:
-        """Ask for all ranks' hosts while the store answers."""
-        for rank in {0, (self.rank + 1) % self.world_size}:
+        """Ask who the others are while the store answers: those that this rank may have to name."""
+        for rank in sorted({0, (self.rank + 1) % self.world_size, *self._neighbours()}):
             with contextlib.suppress(Exception):
                 self.store.wait([f"who/{rank}"], timedelta(seconds=self.patience))
             self._name(rank)
+
+
+def _who() -> dict:
+    """Host, process id, and the name space in which it is one (containers of a host may share its name)."""
+    try:
+        pids = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        pids = f"unknown to {os.getpid()}"
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pids": pids}
+
+
+def _lives(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _text(value: bytes | str) -> str:
