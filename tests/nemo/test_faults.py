@@ -26,11 +26,11 @@ def unbroken(server, tmp_path_factory):
     """layout → trajectory of a run that nothing interrupts, and its folder."""
     known = {}
 
-    def get(layout="TP1"):
-        if layout not in known:
+    def get(layout="TP1", steps=STEPS):
+        if (layout, steps) not in known:
             folder = tmp_path_factory.mktemp("straight")
-            known[layout] = (runs.straight(server, folder, STEPS, layout), folder)
-        return known[layout]
+            known[layout, steps] = (runs.straight(server, folder, steps, layout), folder)
+        return known[layout, steps]
 
     return get
 
@@ -41,7 +41,12 @@ def good(record):
 
 def test_killed_in_a_step_and_in_a_save(server, unbroken, tmp_path):
     records = kills.kill_moments(
-        server, tmp_path, in_step=2, in_save=2, seed=3, unbroken=unbroken()[0], steps=STEPS
+        server,
+        tmp_path,
+        {"in a step": 2, "in a save": 2, "while starting": 1},
+        seed=3,
+        unbroken=unbroken(steps=20)[0],
+        steps=20,
     )
     for record in records.values():
         good(record)
