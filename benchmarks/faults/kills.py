@@ -19,9 +19,9 @@ from benchmarks.faults.runs import (
     finish,
     last_step,
     left_behind,
-    lines,
     newest,
     ranks,
+    reached_since,
     settings,
     trajectory,
     until,
@@ -105,7 +105,7 @@ def _strike(
     born, at = time.time(), newest(place)
 
     def reached() -> int:
-        return max((x["step"] for x in lines(place) if x["kind"] == "train" and x["time"] > born), default=at)
+        return reached_since(place, born, at)
 
     def saving(step: int) -> bool:
         mark = checkpoints(place) / f"step={step}-unfinished"
@@ -185,6 +185,7 @@ def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, see
     place.mkdir(parents=True)
     for life, fate in enumerate([signal.SIGKILL] * kills + [signal.SIGTERM, None]):
         log = place / f"log-{life}.txt"
+        born = time.time()
         process = _command(place, steps, log)
         if fate is None:
             code = process.wait(300)
@@ -192,7 +193,12 @@ def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, see
             record.judge("finished", [*problems, difference(trajectory(place), unbroken)])
             break
         wanted = newest(place) + (SAVE_EVERY + 1 if fate == signal.SIGKILL else 1)
-        until(lambda p=process, wanted=wanted: p.poll() is not None or last_step(place) >= wanted, 240)
+        until(
+            lambda p=process, wanted=wanted, born=born: (
+                p.poll() is not None or reached_since(place, born, 0) >= wanted
+            ),
+            240,
+        )
         time.sleep(rng.random() * 0.1)
         was = newest(place)
         process.send_signal(fate)

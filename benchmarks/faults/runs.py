@@ -79,6 +79,12 @@ def last_step(folder: Path) -> int:
     return max((line["step"] for line in lines(folder) if line["kind"] == "train"), default=0)
 
 
+def reached_since(folder: Path, born: float, default: int) -> int:
+    """The last step that was logged after a moment (time.time()): lines before it are a former life's."""
+    after = (x["step"] for x in lines(folder) if x["kind"] == "train" and x["time"] > born)
+    return max(after, default=default)
+
+
 def newest(folder: Path) -> int:
     found = complete(checkpoints(folder))
     return found[0].step if found else 0
