@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.runs import (
-    REQUEUE,
     SAVE_EVERY,
     Record,
     checkpoints,
@@ -28,6 +27,7 @@ from benchmarks.faults.runs import (
 )
 from benchmarks.faults.server import Run, Server
 from kvcat_nemo.data.seal import survey
+from kvcat_nemo.exit_codes import REQUEUE
 
 MOMENTS = ("in a step", "in a save", "while starting")
 _STEP, _SAVE, _START = 0.15, 0.4, 1.5  # seconds that they take here, for drawing a moment in them

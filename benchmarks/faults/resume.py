@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.runs import (
-    REQUEUE,
     SAVE_EVERY,
     Record,
     difference,
@@ -24,6 +23,7 @@ from benchmarks.faults.runs import (
     until,
 )
 from benchmarks.faults.server import Server
+from kvcat_nemo.exit_codes import REQUEUE
 
 
 def stops(

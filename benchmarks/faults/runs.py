@@ -14,9 +14,6 @@ from kvcat_nemo.data.seal import complete, read_seal
 SAVE_EVERY = 4
 
 
-REQUEUE = 75
-
-
 TIMED = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
 
 

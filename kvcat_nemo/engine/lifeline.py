@@ -18,8 +18,7 @@ from datetime import timedelta
 
 import torch
 
-EXIT_PEER_DIED = 69
-"""EX_UNAVAILABLE: another rank died or failed; the message names it."""
+from kvcat_nemo.exit_codes import PEER_DIED as EXIT_PEER_DIED
 
 
 class Lifeline:
