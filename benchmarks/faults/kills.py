@@ -148,19 +148,19 @@ def one_dies(
     seconds = []
     for victim in victims if victims is not None else range(ranks(layout)):
         place = folder / f"{layout}-{'frozen' if freeze else 'killed'}-{victim}"
-        run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 5.0))
+        run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 6.0))
         until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 90)
         time.sleep(rng.random() * 0.3)
         died = time.monotonic()
         run.signal(signal.SIGSTOP if freeze else signal.SIGKILL, rank=victim)
         others = [r for r in range(ranks(layout)) if r != victim]
-        ended = until(lambda run=run, others=others: all(run.codes()[r] is not None for r in others), 30)
-        took = max((run.ended_at(r) for r in others), default=0) - died if ended else 30.0
+        ended = until(lambda run=run, others=others: all(run.codes()[r] is not None for r in others), 60)
+        took = max((run.ended_at(r) for r in others), default=0) - died if ended else 60.0
         seconds.append(took)
         codes = run.codes()
         said = [f"rank {victim} (host" in run.output(r) for r in others]
         problems = [
-            "" if ended else f"others still run after 30 s: {codes}",
+            "" if ended else f"others still run after 60 s: {codes}",
             ""
             if not ended or all(codes[r] not in (0, None) for r in others)
             else f"others ended with {codes}",

@@ -148,7 +148,7 @@ class Server:
         ranks: int = 1,
         faults: list[dict] | None = None,
         environment: dict[str, str] | None = None,
-        lifeline: tuple[float, float] = (0.5, 8.0),
+        lifeline: tuple[float, float] = (0.5, 30.0),
         loggers: bool = False,
         data: Path | None = None,
     ) -> Run:

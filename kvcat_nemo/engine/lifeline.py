@@ -45,7 +45,10 @@ class Lifeline:
         self.interval, self.patience = interval, patience
         self._end = end or _end_process
         self._stopped = threading.Event()
-        self._last_answer = time.monotonic()
+        # Time is counted in this process' own rounds: one that was itself held up (a busy or suspended machine) has
+        # no right to call others late.
+        self._rounds = max(2, round(patience / interval))
+        self._unanswered = 0
         self._verdict: str | None = None
         self._known: dict[int, dict] = {}
         self._threads = [
@@ -56,6 +59,7 @@ class Lifeline:
     def start(self) -> None:
         """Make this rank known and begin. Call it on every rank."""
         self.store.set(f"who/{self.rank}", json.dumps(_who()))
+        self._learn_names()
         for thread in self._threads:
             thread.start()
 
@@ -90,7 +94,7 @@ class Lifeline:
 
     def _beat(self) -> None:
         neighbour = (self.rank + 1) % self.world_size
-        count, seen, changed = 0, b"", time.monotonic()
+        count, seen, silent = 0, b"", 0
         while not self._stopped.wait(self.interval):
             count += 1
             try:
@@ -101,7 +105,7 @@ class Lifeline:
                     self._judge(_text(self.store.get("dead")))
                     return
                 now = self.store.get(f"beat/{neighbour}") if self.store.check([f"beat/{neighbour}"]) else b""
-                self._last_answer = time.monotonic()
+                self._unanswered = 0
                 if (dead := self._dead_here()) is not None:
                     text = f"{self._name(dead)} died"
                     self._announce(text)
@@ -109,9 +113,10 @@ class Lifeline:
                     return
             except Exception:  # the store's side is judged by the other thread
                 continue
+            silent += 1
             if now != seen or now == b"done":
-                seen, changed = now, time.monotonic()
-            elif time.monotonic() - changed > self.patience:
+                seen, silent = now, 0
+            elif silent > self._rounds:
                 text = f"{self._name(neighbour)} died or hangs: no sign of life for {self.patience:g} s"
                 with contextlib.suppress(Exception):
                     self._announce(text)
@@ -121,7 +126,8 @@ class Lifeline:
     def _watch_store(self) -> None:
         # A store whose host is stopped does not answer at all: the other thread is then stuck in a call.
         while not self._stopped.wait(self.interval):
-            if time.monotonic() - self._last_answer > self.patience + 2 * self.interval:
+            self._unanswered += 1
+            if self._unanswered > self._rounds + 2:
                 self._judge(
                     f"the job's store has not answered for {self.patience:g} s: {self._name(0)}, which holds it unless "
                     "torchrun does, died or cannot be reached"
@@ -164,12 +170,14 @@ class Lifeline:
         who = self._known.get(rank)
         return f"rank {rank} ({'host {host}, process {pid}'.format(**who) if who else 'host unknown'})"
 
-    def learn_names(self) -> None:
+    def _learn_names(self) -> None:
         """Ask who the others are while the store answers: those that this rank may have to name."""
-        for rank in sorted({0, (self.rank + 1) % self.world_size, *self._neighbours()}):
-            with contextlib.suppress(Exception):
-                self.store.wait([f"who/{rank}"], timedelta(seconds=self.patience))
-            self._name(rank)
+        wanted = {0, (self.rank + 1) % self.world_size, *self._neighbours()}
+        deadline = time.monotonic() + self.patience
+        while time.monotonic() < deadline and (wanted := {r for r in wanted if r not in self._known}):
+            for rank in wanted:
+                self._name(rank)
+            time.sleep(0.05)
 
 
 def _who() -> dict:
