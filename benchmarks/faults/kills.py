@@ -120,12 +120,12 @@ def _strike(
         hit = reached() == at
     elif moment == "in a step":
         target = at + rng.randint(1, SAVE_EVERY + 2)
-        until(lambda: not run.running or reached() >= target, 60)
+        until(lambda: not run.running or reached() >= target, 240)
         time.sleep(rng.random() * _STEP)
         hit = reached() >= target
     else:
         target = at + SAVE_EVERY * rng.randint(1, 2)
-        until(lambda: not run.running or saving(target), 60)
+        until(lambda: not run.running or saving(target), 240)
         time.sleep(rng.random() * _SAVE)
         hit = saving(target)
     hit = hit and run.running
@@ -149,7 +149,7 @@ def one_dies(
     for victim in victims if victims is not None else range(ranks(layout)):
         place = folder / f"{layout}-{'frozen' if freeze else 'killed'}-{victim}"
         run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 6.0))
-        until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 90)
+        until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 240)
         time.sleep(rng.random() * 0.3)
         died = time.monotonic()
         run.signal(signal.SIGSTOP if freeze else signal.SIGKILL, rank=victim)
@@ -202,7 +202,7 @@ def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, see
         time.sleep(rng.random() * 0.1)
         was = newest(place)
         process.send_signal(fate)
-        code, reached = process.wait(60), last_step(place)
+        code, reached = process.wait(240), last_step(place)
         record.steps_lost.append(reached - newest(place))
         expected = -signal.SIGKILL if fate == signal.SIGKILL else REQUEUE
         until(lambda p=process: not _alive(p.pid), 5)

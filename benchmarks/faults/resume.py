@@ -41,7 +41,7 @@ def stops(
                 ranks=ranks(layout),
                 environment={"KVCAT_STOP_FILE": str(flag)},
             )
-            until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 90)
+            until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 240)
             asked = last_step(place)
             if how == "KVCAT_STOP_FILE":
                 flag.touch()
@@ -49,13 +49,13 @@ def stops(
                 run.signal(getattr(signal, how), rank=ranks(layout) - 1)
                 time.sleep(0.01)
                 run.signal(getattr(signal, how))
-            codes = run.wait(60)
+            codes = run.wait(240)
             reached, saved = last_step(place), newest(place)
             record.steps_lost.append(reached - saved)
             problems = [
                 "" if codes == [REQUEUE] * len(codes) else f"exit codes {codes}: {run.tail(800)}",
                 "" if reached == saved else f"stopped after step {reached}, saved step {saved}",
-                "" if reached <= asked + 3 else f"asked at step {asked}, stopped after {reached}",
+                "" if reached <= asked + 6 else f"asked at step {asked}, stopped after {reached}",
                 left_behind(run),
             ]
             told = home(place) / "kvcat" / "stopped.json"
@@ -79,11 +79,11 @@ def resume_exact(server: Server, folder: Path, layouts: list[str]) -> Record:
         run = server.run(
             place, settings(10, layout, **{"log.ckpt.every_n_train_steps": 5}), ranks=ranks(layout)
         )
-        until(lambda run=run, place=place: not run.running or newest(place) >= 5, 90)
+        until(lambda run=run, place=place: not run.running or newest(place) >= 5, 240)
         run.kill()
         problems = ["" if newest(place) == 5 else f"newest checkpoint is of step {newest(place)}"]
         resumed = server.run(place, settings(10, layout) | {"resume.mode": "must"}, ranks=ranks(layout))
-        codes = resumed.wait(120)
+        codes = resumed.wait(300)
         problems += [f"exit codes {codes}: {resumed.tail(800)}" if any(codes) else ""]
         problems += [
             ""
@@ -119,12 +119,12 @@ def resume_with_files(server: Server, folder: Path, layouts: list[str]) -> Recor
     for layout in layouts:
         more = {"data": folder / "numbers", "ranks": ranks(layout)}
         places = folder / f"{layout}-10", folder / f"{layout}-5"
-        codes = server.run(places[0], settings(10, layout), **more).wait(120)
+        codes = server.run(places[0], settings(10, layout), **more).wait(300)
         run = server.run(places[1], settings(10, layout), **more)
-        until(lambda run=run, place=places[1]: not run.running or last_step(place) >= SAVE_EVERY + 2, 90)
+        until(lambda run=run, place=places[1]: not run.running or last_step(place) >= SAVE_EVERY + 2, 240)
         run.kill()
         problems = [left_behind(run)]
-        codes += server.run(places[1], settings(10, layout) | {"resume.mode": "must"}, **more).wait(120)
+        codes += server.run(places[1], settings(10, layout) | {"resume.mode": "must"}, **more).wait(300)
         mine, other = trajectory(places[1]), trajectory(places[0])
         problems += ["" if not any(codes) else f"exit codes {codes}", difference(mine, other)]
         windows = [x["samples"] for x in other if x["kind"] == "train"]
@@ -141,9 +141,9 @@ def resume_across(
     whole = straight(server, folder / "10", 10, source)
     place = folder / "5"
     run = server.run(place, settings(5, source), ranks=ranks(source))
-    assert not any(run.wait(120)), run.tail()
+    assert not any(run.wait(300)), run.tail()
     resumed = server.run(place, settings(10, target) | {"resume.mode": "must"}, ranks=ranks(target))
-    codes = resumed.wait(120)
+    codes = resumed.wait(300)
     layout_bound = {"rng", "weighted/budget"}
     mine, other = (
         [
@@ -171,13 +171,13 @@ def resume_modes(server: Server, folder: Path) -> Record:
     """must without a checkpoint fails; never with one fails; both before any training."""
     record = Record()
     run = server.run(folder / "must", settings(4) | {"resume.mode": "must"})
-    codes = run.wait(60)
+    codes = run.wait(240)
     record.judge(
         "must", ["" if codes == [1] and "resume.mode='must'" in run.output() else f"{codes}: {run.tail(800)}"]
     )
-    assert not any(server.run(folder / "never", settings(4)).wait(60))
+    assert not any(server.run(folder / "never", settings(4)).wait(240))
     run = server.run(folder / "never", settings(8) | {"resume.mode": "never"})
-    codes = run.wait(60)
+    codes = run.wait(240)
     record.judge(
         "never",
         [
