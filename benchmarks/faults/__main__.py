@@ -95,34 +95,26 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
 
     known: dict[str, dict[str, runs.Record]] = {}
 
-    def killed(layout: str, in_step: int, in_save: int, moment: str) -> dict:
-        if layout not in known:
-            steps = 40 if layout == "TP1" else STEPS
-            known[layout] = kills.kill_moments(
+    def killed(layout: str, moment: str, counts: dict[str, int], **more) -> dict:
+        """All moments of one layout happen to one run; each has its own count."""
+        key = f"{layout}{more}"
+        if key not in known:
+            steps = 60 if layout == "TP1" and not more else STEPS
+            known[key] = kills.kill_moments(
                 server,
-                folder / f"kills-{layout}",
-                in_step=in_step,
-                in_save=in_save,
+                folder / f"kills-{layout}{'-async' if more else ''}",
+                counts,
                 seed=seed,
                 layout=layout,
                 unbroken=unbroken(steps, layout),
                 steps=steps,
+                **more,
             )
-        return known[layout][moment].result()
+        return known[key][moment].result()
 
-    def asynchronous() -> dict:
-        """Asynchronous saving, which a CPU host has for this alone: killed while the writer is at work."""
-        out = kills.kill_moments(
-            server,
-            folder / "kills-async",
-            in_step=0,
-            in_save=4,
-            seed=seed,
-            unbroken=unbroken(),
-            steps=STEPS,
-            environment={"KVCAT_ASYNC_SAVE_ON_CPU": "1"},
-        )
-        return out["in a save"].result()
+    one = {"in a step": 16, "in a save": 16, "while starting": 4}
+    two = {"in a step": 4, "in a save": 4}
+    asynchronous = {"environment": {"KVCAT_ASYNC_SAVE_ON_CPU": "1"}}
 
     def disk() -> dict:
         unbroken()
@@ -134,6 +126,10 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
             "10 steps against 5, stop, 5, in float32, bit for bit",
             lambda: resume.resume_exact(server, folder / "resume", ["TP1", "TP2", "PP2", "DP2"]).result(),
         ),
+        "resume_with_files": (
+            "the same on an indexed dataset with a loader's worker, killed in between",
+            lambda: resume.resume_with_files(server, folder / "files", ["TP1", "DP2"]).result(),
+        ),
         "resume_across_layouts": (
             "5 steps at TP2 × PP2, 5 at TP1",
             lambda: resume.resume_across(server, folder / "across").result(),
@@ -142,17 +138,21 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
             "resume.mode must and never",
             lambda: resume.resume_modes(server, folder / "modes").result(),
         ),
-        "sigkill_in_step": (
-            "SIGKILL at a random moment of a step",
-            lambda: killed("TP1", 16, 14, "in a step"),
+        "sigkill_in_step": ("SIGKILL at a random moment of a step", lambda: killed("TP1", "in a step", one)),
+        "sigkill_in_save": ("SIGKILL in the middle of a save", lambda: killed("TP1", "in a save", one)),
+        "sigkill_while_starting": (
+            "SIGKILL while it starts from a checkpoint",
+            lambda: killed("TP1", "while starting", one),
         ),
-        "sigkill_in_save": ("SIGKILL in the middle of a save", lambda: killed("TP1", 16, 14, "in a save")),
-        "sigkill_in_async_save": ("SIGKILL during an asynchronous save", asynchronous),
-        "sigkill_all_of_two": (
+        "sigkill_in_async_save": (
+            "SIGKILL during an asynchronous save, which a CPU host makes in this suite alone",
+            lambda: killed("TP1", "in a save", {"in a save": 5, "in a step": 2}, **asynchronous),
+        ),
+        "sigkill_two_ranks_in_step": (
             "SIGKILL to both ranks of DP2 in a step",
-            lambda: killed("DP2", 3, 2, "in a step"),
+            lambda: killed("DP2", "in a step", two),
         ),
-        "sigkill_all_of_two_in_save": ("the same in a save", lambda: killed("DP2", 3, 2, "in a save")),
+        "sigkill_two_ranks_in_save": ("the same in a save", lambda: killed("DP2", "in a save", two)),
         "sigkill_full_command": (
             "SIGKILL to nemo llm pretrain",
             lambda: kills.full_command(folder / "full", unbroken(), STEPS, 2, seed).result(),

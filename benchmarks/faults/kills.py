@@ -20,99 +20,117 @@ from benchmarks.faults.runs import (
     left_behind,
     newest,
     ranks,
+    reached_since,
     settings,
     trajectory,
     until,
 )
-from benchmarks.faults.server import Server
-from kvcat_nemo.data.seal import complete, survey
+from benchmarks.faults.server import Run, Server
+from kvcat_nemo.data.seal import survey
+from kvcat_nemo.exit_codes import REQUEUE
+
+MOMENTS = ("in a step", "in a save", "while starting")
+_STEP, _SAVE, _START = 0.15, 0.4, 1.5  # seconds that they take here, for drawing a moment in them
 
 
 def kill_moments(
     server: Server,
     folder: Path,
+    counts: dict[str, int],
     *,
-    in_step: int,
-    in_save: int,
     seed: int,
-    layout: str = "TP1",
     unbroken: list[dict],
     steps: int,
-    environment=None,
+    layout: str = "TP1",
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Record]:
-    """SIGKILL to every rank, at random moments of a step and in the middle of a save; each time the run is started again
-    and must go on as the unbroken one."""
-    rng, out = random.Random(seed), {"in a step": Record(), "in a save": Record()}
-    left = ["in a step"] * in_step + ["in a save"] * in_save
+    """SIGKILL to every rank, at random moments of a step, of a save, and of the start from a checkpoint.
+
+    Each time the run is started again, and must go on as the unbroken one.
+
+    Args:
+        counts: how often, by moment (MOMENTS).
+    """
+    rng, out = random.Random(seed), {moment: Record() for moment in counts}
+    left = [moment for moment, count in counts.items() for _ in range(count)]
     rng.shuffle(left)
-    part, seconds_per_step, seconds_per_save = 0, 0.1, 0.3
-    place = folder / f"{layout}-{part}"
+    part, place = 0, folder / f"{layout}-0"
     while left:
-        moment = left[-1]
-        before = {found.path.name for found in complete(checkpoints(place))}
         at = newest(place)
-        if at + SAVE_EVERY + 2 > steps:  # its end is near: a new run
-            out["in a step"].judge(f"end of {place.name}", [finish(server, place, steps, layout, unbroken)])
-            out["in a step"].tried -= 1
-            out["in a step"].survived -= not out["in a step"].failures
-            part += 1
-            place = folder / f"{layout}-{part}"
+        if at + 3 * SAVE_EVERY > steps:  # its end is near: it may reach it, and another begins
+            _judge_end(out[left[-1]], server, place, steps, layout, unbroken)
+            part, place = part + 1, folder / f"{layout}-{part + 1}"
             continue
-        run = server.run(place, settings(steps, layout), ranks=ranks(layout), environment=environment)
-        if moment == "in a step":
-            target = at + rng.randint(1, SAVE_EVERY + 2)
-            hit = until(
-                lambda run=run, target=target, place=place: (
-                    not run.running or last_step(place) >= target - 1 + (target == 1)
-                ),
-                60,
-            )
-            if target > 1:
-                time.sleep(rng.random() * seconds_per_step)
-        else:
-            marks = lambda place=place: [p for p in checkpoints(place).glob("*-unfinished")]  # noqa: E731
-            hit = until(
-                lambda run=run, marks=marks, place=place, at=at: (
-                    not run.running or (last_step(place) > at and bool(marks()))
-                ),
-                60,
-            )
-            time.sleep(rng.random() * seconds_per_save)
-            hit = hit and bool(marks())
-        if not hit or not run.running:
-            run.kill()
+        struck = _strike(server, place, left[-1], rng, settings(steps, layout), ranks(layout), environment)
+        if struck is None:
             continue  # not the moment that was meant: again
-        reached = last_step(place)
-        run.kill()
-        left.pop()
-        record = out[moment]
-        after = survey(checkpoints(place))
-        whole = {found.path.name for found in after if not found.why_not}
-        # Old ones are removed once newer ones are complete: what counts is that the newest is never older than before.
-        lost = sum(1 for name in before if name not in whole) if newest(place) < at else 0
-        record.checkpoints_lost += lost
-        record.steps_lost.append(max(0, reached - newest(place)))
+        moment, (run, reached) = left.pop(), struck
+        record, now = out[moment], newest(place)
+        record.steps_lost.append(max(0, reached - now))
+        record.checkpoints_lost += now < at
+        mine = trajectory(place, now)
         record.judge(
-            f"kill {record.tried + 1} ({place.name}, step {reached})",
+            f"kill {record.tried + 1} {moment} ({place.name}, step {reached})",
             [
-                ""
-                if newest(place) >= at
-                else f"newest complete checkpoint fell from step {at} to {newest(place)}",
-                difference(
-                    trajectory(place, newest(place)),
-                    [x for x in unbroken if x["step"] <= newest(place)][
-                        : len(trajectory(place, newest(place)))
-                    ],
-                ),
+                "" if now >= at else f"newest complete checkpoint fell from step {at} to {now}",
+                # Its figures so far; the validation after the last of them may not have been reached.
+                difference(mine, [x for x in unbroken if x["step"] <= now][: len(mine)]),
                 left_behind(run),
-                *(f"damaged: {f.why_not}" for f in after if f.damaged),
+                *(f"damaged: {f.why_not}" for f in survey(checkpoints(place)) if f.damaged),
             ],
         )
-    record = out["in a step"]
-    if problem := finish(server, place, steps, layout, unbroken):
-        record.failures.append(f"last run to its end: {problem}")
-        record.survived -= 1
+    _judge_end(out[moment], server, place, steps, layout, unbroken)
     return out
+
+
+def _judge_end(
+    record: Record, server: Server, place: Path, steps: int, layout: str, unbroken: list[dict]
+) -> None:
+    """Let a run that was killed often come to its end; a difference is a failure of the last kill."""
+    if problem := finish(server, place, steps, layout, unbroken):
+        record.failures.append(f"{place.name}, its end: {problem}")
+        record.survived -= 1
+
+
+def _strike(
+    server: Server,
+    place: Path,
+    moment: str,
+    rng: random.Random,
+    overrides: dict,
+    count: int,
+    environment: dict[str, str] | None,
+) -> tuple[Run, int] | None:
+    """Start a run and kill it at such a moment; None when it got past it. With the run, the last step it had logged."""
+    born, at = time.time(), newest(place)
+
+    def reached() -> int:
+        return reached_since(place, born, at)
+
+    def saving(step: int) -> bool:
+        mark = checkpoints(place) / f"step={step}-unfinished"
+        try:
+            return mark.stat().st_mtime > born  # an older one is a former life's
+        except OSError:
+            return False
+
+    run = server.run(place, overrides, ranks=count, environment=environment)
+    if moment == "while starting":
+        time.sleep(rng.random() * _START)
+        hit = reached() == at
+    elif moment == "in a step":
+        target = at + rng.randint(1, SAVE_EVERY + 2)
+        until(lambda: not run.running or reached() >= target, 240)
+        time.sleep(rng.random() * _STEP)
+        hit = reached() >= target
+    else:
+        target = at + SAVE_EVERY * rng.randint(1, 2)
+        until(lambda: not run.running or saving(target), 240)
+        time.sleep(rng.random() * _SAVE)
+        hit = saving(target)
+    hit = hit and run.running
+    run.kill()
+    return (run, reached()) if hit else None
 
 
 def one_dies(
@@ -130,19 +148,19 @@ def one_dies(
     seconds = []
     for victim in victims if victims is not None else range(ranks(layout)):
         place = folder / f"{layout}-{'frozen' if freeze else 'killed'}-{victim}"
-        run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 5.0))
-        until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 90)
+        run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 6.0))
+        until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 240)
         time.sleep(rng.random() * 0.3)
         died = time.monotonic()
         run.signal(signal.SIGSTOP if freeze else signal.SIGKILL, rank=victim)
         others = [r for r in range(ranks(layout)) if r != victim]
-        ended = until(lambda run=run, others=others: all(run.codes()[r] is not None for r in others), 30)
-        took = max((run.ended_at(r) for r in others), default=0) - died if ended else 30.0
+        ended = until(lambda run=run, others=others: all(run.codes()[r] is not None for r in others), 60)
+        took = max((run.ended_at(r) for r in others), default=0) - died if ended else 60.0
         seconds.append(took)
         codes = run.codes()
         said = [f"rank {victim} (host" in run.output(r) for r in others]
         problems = [
-            "" if ended else f"others still run after 30 s: {codes}",
+            "" if ended else f"others still run after 60 s: {codes}",
             ""
             if not ended or all(codes[r] not in (0, None) for r in others)
             else f"others ended with {codes}",
@@ -161,75 +179,70 @@ def one_dies(
 
 
 def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, seed: int) -> Record:
-    """`nemo llm pretrain` itself, from its first import: killed, started again, finished."""
+    """`nemo llm pretrain` itself, from its first import: killed, started again, asked to stop, finished."""
     record, rng = Record(), random.Random(seed)
-    binary = Path(sys.executable).parent / "nemo"
     place = folder / "command"
     place.mkdir(parents=True)
-    arguments = [
-        str(binary),
-        "llm",
-        "pretrain",
-        "--factory",
-        f"kvcat_tiny(dir='{place / 'runs'}', name='tiny')",
-        "-y",
-    ]
+    for life, fate in enumerate([signal.SIGKILL] * kills + [signal.SIGTERM, None]):
+        log = place / f"log-{life}.txt"
+        born = time.time()
+        process = _command(place, steps, log)
+        if fate is None:
+            code = process.wait(300)
+            problems = ["" if code == 0 else f"exit code {code}: {log.read_text()[-1500:]}"]
+            record.judge("finished", [*problems, difference(trajectory(place), unbroken)])
+            break
+        wanted = newest(place) + (SAVE_EVERY + 1 if fate == signal.SIGKILL else 1)
+        until(
+            lambda p=process, wanted=wanted, born=born: (
+                p.poll() is not None or reached_since(place, born, 0) >= wanted
+            ),
+            240,
+        )
+        time.sleep(rng.random() * 0.1)
+        was = newest(place)
+        process.send_signal(fate)
+        code, reached = process.wait(240), last_step(place)
+        record.steps_lost.append(reached - newest(place))
+        expected = -signal.SIGKILL if fate == signal.SIGKILL else REQUEUE
+        until(lambda p=process: not _alive(p.pid), 5)
+        record.judge(
+            f"{fate.name}, life {life + 1}",
+            [
+                "" if code == expected else f"exit code {code}: {log.read_text()[-1500:]}",
+                "" if newest(place) >= was else "a completed checkpoint is gone",
+                ""
+                if fate == signal.SIGKILL or newest(place) == reached
+                else "it did not save when it stopped",
+                "" if not _alive(process.pid) else f"left behind: {_alive(process.pid)}",
+            ],
+        )
+    return record
+
+
+def _command(place: Path, steps: int, log: Path) -> subprocess.Popen:
+    binary = Path(sys.executable).parent / "nemo"
+    arguments = ["--factory", f"kvcat_tiny(dir='{place / 'runs'}', name='tiny')", "-y"]
     arguments += [f"{k}={v}" for k, v in settings(steps).items()]
     environment = os.environ | {
         "NEMORUN_HOME": str(place / ".nemo_run"),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{binary.parent}{os.pathsep}{os.environ['PATH']}",
     }
-    for life in range(kills + 1):
-        log = place / f"log-{life}.txt"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                arguments,
-                cwd=place,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        if life == kills:
-            code = process.wait(300)
-            record.judge(
-                "finished",
-                [
-                    "" if code == 0 else f"exit code {code}: {log.read_text()[-1500:]}",
-                    difference(trajectory(place), unbroken),
-                ],
-            )
-            break
-        at = newest(place)
-        until(
-            lambda at=at, process=process: (
-                process.poll() is not None or last_step(place) >= at + SAVE_EVERY + 1
-            ),
-            240,
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [str(binary), "llm", "pretrain", *arguments],
+            cwd=place,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        time.sleep(rng.random() * 0.2)
-        was, reached = newest(place), last_step(place)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        record.steps_lost.append(reached - newest(place))
 
-        def alive(leader: int = process.pid) -> list[str]:
-            return [p.name for p in Path("/proc").glob("[0-9]*") if _session(p) == leader]
 
-        until(lambda alive=alive: not alive(), 5)
-        record.judge(
-            f"SIGKILL {life + 1}",
-            [
-                ""
-                if process.returncode == -signal.SIGKILL
-                else f"it had ended with {process.returncode}: {log.read_text()[-1500:]}",
-                "" if newest(place) >= was else "a completed checkpoint is gone",
-                "" if not alive() else f"left behind: {alive()}",
-            ],
-        )
-    return record
+def _alive(leader: int) -> list[str]:
+    return [p.name for p in Path("/proc").glob("[0-9]*") if _session(p) == leader]
 
 
 def _session(entry: Path) -> int:

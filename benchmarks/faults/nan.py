@@ -22,7 +22,7 @@ def not_a_number(
                 ranks=ranks(layout),
                 faults=[{"kind": "poison", "steps": [3, 6], "rank": rank, "where": where}],
             )
-            codes = run.wait(120)
+            codes = run.wait(300)
             train = [x for x in lines(place) if x["kind"] == "train"]
             skipped = [x["step"] for x in train if x.get("skipped")]
             finite = all(isinstance(x.get("loss/total"), float) for x in train if not x.get("skipped"))
@@ -43,7 +43,7 @@ def not_a_number(
             ranks=ranks(layout),
             faults=[{"kind": "poison", "steps": [6], "rank": rank}],
         )
-        codes = run.wait(60)
+        codes = run.wait(240)
         text = run.tail(100000)
         record.judge(
             f"stop at {layout}",
@@ -60,7 +60,7 @@ def not_a_number(
         settings(steps) | {"optim.nonfinite": "skip", "optim.max_skipped": 2},
         faults=[{"kind": "poison", "steps": [3, 4, 5]}],
     )
-    codes = run.wait(60)
+    codes = run.wait(240)
     record.judge(
         "limit of skipped steps in a row",
         [
@@ -77,13 +77,13 @@ def skipped_step_changes_nothing(server: Server, folder: Path) -> Record:
     record = Record()
     plain, poisoned = folder / "plain", folder / "poisoned"
     every_step = {"trainer.val_check_interval": 1}
-    assert not any(server.run(plain, settings(4) | every_step).wait(60))
+    assert not any(server.run(plain, settings(4) | every_step).wait(240))
     run = server.run(
         poisoned,
         settings(4) | every_step | {"optim.nonfinite": "skip"},
         faults=[{"kind": "poison", "steps": [4]}],
     )
-    assert not any(run.wait(60)), run.tail()
+    assert not any(run.wait(240)), run.tail()
 
     def figures(place: Path, step: int) -> dict:
         return next(

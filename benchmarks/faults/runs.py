@@ -14,9 +14,6 @@ from kvcat_nemo.data.seal import complete, read_seal
 SAVE_EVERY = 4
 
 
-REQUEUE = 75
-
-
 TIMED = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
 
 
@@ -77,6 +74,12 @@ def lines(folder: Path) -> list[dict]:
 
 def last_step(folder: Path) -> int:
     return max((line["step"] for line in lines(folder) if line["kind"] == "train"), default=0)
+
+
+def reached_since(folder: Path, born: float, default: int) -> int:
+    """The last step that was logged after a moment (time.time()): lines before it are a former life's."""
+    after = (x["step"] for x in lines(folder) if x["kind"] == "train" and x["time"] > born)
+    return max(after, default=default)
 
 
 def newest(folder: Path) -> int:

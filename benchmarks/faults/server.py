@@ -148,14 +148,16 @@ class Server:
         ranks: int = 1,
         faults: list[dict] | None = None,
         environment: dict[str, str] | None = None,
-        lifeline: tuple[float, float] = (0.5, 8.0),
+        lifeline: tuple[float, float] = (0.5, 30.0),
         loggers: bool = False,
+        data: Path | None = None,
     ) -> Run:
         """Start a run of kvcat_tiny in `folder`/runs/tiny.
 
         Args:
             overrides: as on the command line of `nemo llm pretrain`; faults: see `FAULTS`.
-            lifeline: interval and patience of the ranks' signs of life, seconds; loggers: keep MLflow.
+            lifeline: interval and patience of the ranks' signs of life, seconds; loggers: keep MLflow;
+            data: prefix of an indexed dataset to train on instead of windows that are made up.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._count += 1
@@ -170,6 +172,7 @@ class Server:
             | (environment or {}),
             "lifeline": lifeline,
             "loggers": loggers,
+            "data": str(data or ""),
             "logs": list(map(str, logs)),
         }
         os.write(self._asks, (json.dumps(job) + "\n").encode())
@@ -263,11 +266,16 @@ def train(job: dict) -> None:
     import nemo_run as run
     from nemo_run.cli.cli_parser import parse_cli_args
 
+    from kvcat_nemo.nemo.data import KVCatDataModule
     from kvcat_nemo.nemo.lifeline import KVCatLifeline
     from kvcat_nemo.recipes import RECIPES
 
     recipe = RECIPES["kvcat_tiny"](dir=str(Path(job["folder"]) / "runs"), name="tiny")
     recipe.trainer.devices = job["ranks"]
+    if job["data"]:
+        recipe.data = run.Config(
+            KVCatDataModule, paths=job["data"], tokenizer=run.Config(Numbers), seq_length=64, num_workers=1
+        )
     recipe = parse_cli_args(recipe, job["overrides"])
     callbacks = recipe.trainer.callbacks
     line = next(c for c in callbacks if fdl.get_callable(c) is KVCatLifeline)
@@ -276,6 +284,14 @@ def train(job: dict) -> None:
     if not job["loggers"]:
         recipe.log.extra_loggers = []
     fdl.build(recipe)()
+
+
+class Numbers:
+    """A tokenizer for data that are numbers to begin with."""
+
+    vocab_size = 128
+    eod = eos_id = eos = pad = pad_id = 0
+    unique_identifiers = {"class": "numbers"}
 
 
 # --- faults from within a rank ---

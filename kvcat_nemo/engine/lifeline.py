@@ -7,6 +7,7 @@ leaves a counter in the job's store, watches its neighbour's, and tells all othe
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -17,8 +18,7 @@ from datetime import timedelta
 
 import torch
 
-EXIT_PEER_DIED = 69
-"""EX_UNAVAILABLE: another rank died or failed; the message names it."""
+from kvcat_nemo.exit_codes import PEER_DIED as EXIT_PEER_DIED
 
 
 class Lifeline:
@@ -45,9 +45,12 @@ class Lifeline:
         self.interval, self.patience = interval, patience
         self._end = end or _end_process
         self._stopped = threading.Event()
-        self._last_answer = time.monotonic()
+        # Time is counted in this process' own rounds: one that was itself held up (a busy or suspended machine) has
+        # no right to call others late.
+        self._rounds = max(2, round(patience / interval))
+        self._unanswered = 0
         self._verdict: str | None = None
-        self._known: dict[int, str] = {}
+        self._known: dict[int, dict] = {}
         self._threads = [
             threading.Thread(target=self._beat, name="kvcat-lifeline", daemon=True),
             threading.Thread(target=self._watch_store, name="kvcat-lifeline-store", daemon=True),
@@ -55,7 +58,8 @@ class Lifeline:
 
     def start(self) -> None:
         """Make this rank known and begin. Call it on every rank."""
-        self.store.set(f"who/{self.rank}", f"host {socket.gethostname()}, process {os.getpid()}")
+        self.store.set(f"who/{self.rank}", json.dumps(_who()))
+        self._learn_names()
         for thread in self._threads:
             thread.start()
 
@@ -71,12 +75,16 @@ class Lifeline:
         with contextlib.suppress(Exception):
             self._announce(text)
         self._stopped.set()
+        if self.rank == 0:  # the store may end with this process: the others need the time to read it
+            time.sleep(2.5 * self.interval)
 
     def wait_for_verdict(self, seconds: float) -> str | None:
         """After a collective failed: what is known, or becomes known in time, about who died."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._verdict is None:
             with contextlib.suppress(Exception):
+                if (dead := self._dead_here()) is not None:
+                    self._announce(f"{self._name(dead)} died")
                 if self.store.check(["dead"]):
                     self._verdict = _text(self.store.get("dead"))
             time.sleep(min(0.2, self.interval))
@@ -86,7 +94,7 @@ class Lifeline:
 
     def _beat(self) -> None:
         neighbour = (self.rank + 1) % self.world_size
-        count, seen, changed = 0, b"", time.monotonic()
+        count, seen, silent = 0, b"", 0
         while not self._stopped.wait(self.interval):
             count += 1
             try:
@@ -97,12 +105,18 @@ class Lifeline:
                     self._judge(_text(self.store.get("dead")))
                     return
                 now = self.store.get(f"beat/{neighbour}") if self.store.check([f"beat/{neighbour}"]) else b""
-                self._last_answer = time.monotonic()
+                self._unanswered = 0
+                if (dead := self._dead_here()) is not None:
+                    text = f"{self._name(dead)} died"
+                    self._announce(text)
+                    self._judge(text)
+                    return
             except Exception:  # the store's side is judged by the other thread
                 continue
+            silent += 1
             if now != seen or now == b"done":
-                seen, changed = now, time.monotonic()
-            elif time.monotonic() - changed > self.patience:
+                seen, silent = now, 0
+            elif silent > self._rounds:
                 text = f"{self._name(neighbour)} died or hangs: no sign of life for {self.patience:g} s"
                 with contextlib.suppress(Exception):
                     self._announce(text)
@@ -112,7 +126,8 @@ class Lifeline:
     def _watch_store(self) -> None:
         # A store whose host is stopped does not answer at all: the other thread is then stuck in a call.
         while not self._stopped.wait(self.interval):
-            if time.monotonic() - self._last_answer > self.patience + 2 * self.interval:
+            self._unanswered += 1
+            if self._unanswered > self._rounds + 2:
                 self._judge(
                     f"the job's store has not answered for {self.patience:g} s: {self._name(0)}, which holds it unless "
                     "torchrun does, died or cannot be reached"
@@ -128,18 +143,58 @@ class Lifeline:
         """The first announcement stands."""
         self.store.compare_set("dead", "", text)
 
+    def _dead_here(self) -> int | None:
+        """A rank of this machine whose process is gone: seen at once, where another machine's takes `patience`."""
+        me = _who()
+        for rank in self._neighbours():
+            who = self._known.get(rank)
+            if who is None or (who["host"], who["pids"]) != (me["host"], me["pids"]) or _lives(who["pid"]):
+                continue
+            key = f"beat/{rank}"
+            if not (self.store.check([key]) and self.store.get(key) == b"done"):
+                return rank
+        return None
+
+    def _neighbours(self) -> range:
+        """The ranks that a launcher has put on this machine."""
+        count, place = (
+            int(os.environ.get(n, d)) for n, d in (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        first = max(0, self.rank - place)
+        return range(first, min(first + count, self.world_size))
+
     def _name(self, rank: int) -> str:
         with contextlib.suppress(Exception):
             if rank not in self._known and self.store.check([f"who/{rank}"]):
-                self._known[rank] = _text(self.store.get(f"who/{rank}"))
-        return f"rank {rank} ({self._known.get(rank, 'host unknown')})"
+                self._known[rank] = json.loads(self.store.get(f"who/{rank}"))
+        who = self._known.get(rank)
+        return f"rank {rank} ({'host {host}, process {pid}'.format(**who) if who else 'host unknown'})"
 
-    def learn_names(self) -> None:
-        """Ask for all ranks' hosts while the store answers."""
-        for rank in {0, (self.rank + 1) % self.world_size}:
-            with contextlib.suppress(Exception):
-                self.store.wait([f"who/{rank}"], timedelta(seconds=self.patience))
-            self._name(rank)
+    def _learn_names(self) -> None:
+        """Ask who the others are while the store answers: those that this rank may have to name."""
+        wanted = {0, (self.rank + 1) % self.world_size, *self._neighbours()}
+        deadline = time.monotonic() + self.patience
+        while time.monotonic() < deadline and (wanted := {r for r in wanted if r not in self._known}):
+            for rank in wanted:
+                self._name(rank)
+            time.sleep(0.05)
+
+
+def _who() -> dict:
+    """Host, process id, and the name space in which it is one (containers of a host may share its name)."""
+    try:
+        pids = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        pids = f"unknown to {os.getpid()}"
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pids": pids}
+
+
+def _lives(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _text(value: bytes | str) -> str:

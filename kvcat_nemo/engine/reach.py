@@ -29,10 +29,6 @@ class Place:
     agent_store: bool
     """torchrun's agent holds the store; otherwise rank 0 does."""
 
-    @property
-    def node(self) -> int:
-        return self.rank // self.local_world_size
-
 
 def place_from_environment() -> Place | None:
     """This process' place, from torchrun's variables or from Slurm's; None outside of a job of several processes.
@@ -108,7 +104,7 @@ def reach_all(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = 
         for backend in backends:
             part = torch.distributed.PrefixStore(backend, store)
             answers.append(_sum_over(part, place, time.monotonic() + seconds, seconds, backend))
-        store.set(f"gone/{place.rank}", "|")
+        store.add("gone", 1)
         return "; ".join(answers)
     except (RuntimeError, torch.distributed.DistError) as error:
         raise ValueError(
@@ -125,7 +121,7 @@ def _sum_over(store, place: Place, deadline: float, seconds: float, backend: str
     def left() -> timedelta:
         return timedelta(seconds=max(0.1, deadline - time.monotonic()))
 
-    store.set(f"here/{place.rank}", f"{here}|{place.node}")
+    _sign(store, "here", place, here)
     _await(store, "here", "did not start", place, deadline, seconds)
     failure: Exception | None = None
     try:
@@ -141,7 +137,7 @@ def _sum_over(store, place: Place, deadline: float, seconds: float, backend: str
     except (RuntimeError, torch.distributed.DistError) as error:
         failure = error
     # One that returned, with an error or without, answers; one that hangs does not.
-    store.set(f"back/{place.rank}", f"{here}|{place.node}")
+    _sign(store, "back", place, here)
     _await(store, "back", f"did not come back from the {backend} all-reduce", place, deadline + 5, seconds)
     if failure is not None:
         raise ValueError(f"{backend} all-reduce failed on rank {place.rank} (host {here}): {failure}")
@@ -152,19 +148,25 @@ def _sum_over(store, place: Place, deadline: float, seconds: float, backend: str
     return f"{place.world_size} ranks on {len(hosts)} host(s) ({listed}) over {backend}"
 
 
+def _sign(store, what: str, place: Place, host: str) -> None:
+    store.set(f"{what}/{place.rank}", host)
+    store.add(what, 1)  # a thousand ranks that wait ask for one number, not for a thousand keys
+
+
 def _read(store, key: str) -> str:
     value = store.get(key)
-    return (value.decode() if isinstance(value, bytes) else value).split("|")[0]
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _await(store, what: str, verb: str, place: Place, deadline: float, seconds: float) -> None:
     """Wait until every rank has set its key, or raise with the names of those that have not."""
-    while missing := [r for r in range(place.world_size) if not store.check([f"{what}/{r}"])]:
+    while store.add(what, 0) < place.world_size:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
     else:
         return
+    missing = [r for r in range(place.world_size) if not store.check([f"{what}/{r}"])]
     hosts = {r: _read(store, f"here/{r}") for r in range(place.world_size) if store.check([f"here/{r}"])}
     nodes = {r // place.local_world_size: name for r, name in hosts.items()}
 
@@ -181,6 +183,6 @@ def _outlast_the_others(store, place: Place) -> None:
     until = time.monotonic() + 5
     with contextlib.suppress(Exception):
         while time.monotonic() < until:
-            if all(store.check([f"gone/{r}"]) for r in range(place.world_size) if r != place.rank):
+            if store.add("gone", 0) >= place.world_size:
                 return
             time.sleep(0.05)

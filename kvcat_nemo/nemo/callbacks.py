@@ -132,7 +132,9 @@ class KVCatMetrics(pl.Callback):
             done = trainer.fit_loop.epoch_loop.batch_progress.current
             done.ready = done.started = done.processed = done.completed = trainer.global_step
         if trainer.is_global_zero:
-            self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=trainer.global_step)
+            # A run that begins anew after a life without a save keeps nothing, the validation before its first step neither.
+            resumed_at = trainer.global_step or -1
+            self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=resumed_at)
         if (self.validate_at_ends and trainer.global_step == 0) or self._validation_was_lost(trainer):
             self._validate(trainer)
 

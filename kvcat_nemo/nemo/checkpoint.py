@@ -204,7 +204,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         """What a failed save leads to; called on every rank."""
         self.failed += 1
         self._saved_at = -1
-        text = next(t for t in agreement.gather(_reason(error)) if t)
+        text = next(t for t in agreement.gather(_reason(error)) if t) + _room(path.parent)
         agreement.gather(_remove(path) if agreement.rank() == 0 else None)
         kept = complete(path.parent)
         newest = (
@@ -264,6 +264,16 @@ def _reason(error: BaseException) -> str:
         return str(error)
     # torch's own text carries whole tracebacks; ranks other than the coordinator have no failures at all.
     return "; ".join(f"rank {r}: {pair[0]}" for r, pair in failures.items())
+
+
+def _room(folder: Path) -> str:
+    # torch's writers meet a full disk with an error about positions in a file that does not say what is wrong.
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return f" ({folder}: {error})"
+    full = usage.free < max(0.01 * usage.total, 10e6)
+    return f" ({usage.free / 1e6:,.1f} MB left there{': no space left on the device' if full else ''})"
 
 
 def _dump_context(trainer, folder: Path) -> None:

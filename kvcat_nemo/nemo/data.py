@@ -29,7 +29,9 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
     Raises:
         ValueError: when a file is missing, naming it and how to make it.
     """
-    if isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
+    # Megatron keeps its indices in a folder named as the prefix: after the first run both are there.
+    is_prefix = isinstance(paths, str | os.PathLike) and Path(f"{paths}.idx").is_file()
+    if isinstance(paths, str | os.PathLike) and Path(paths).is_dir() and not is_prefix:
         folder = Path(paths)
         train, held = str(folder / "train"), str(folder / "heldout")
         out: dict[str, list[str]] | list[str] = {"train": [train], "validation": [held], "test": [held]}

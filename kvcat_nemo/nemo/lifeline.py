@@ -36,7 +36,6 @@ class KVCatLifeline(pl.Callback):
             patience=self.patience,
         )
         self._line.start()
-        self._line.learn_names()
 
     def teardown(self, trainer, pl_module, stage) -> None:
         if self._line is not None:

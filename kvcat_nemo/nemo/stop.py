@@ -16,10 +16,9 @@ from nemo import lightning as nl
 from nemo.utils import logging
 
 from kvcat_nemo.engine import agreement
+from kvcat_nemo.exit_codes import REQUEUE as EXIT_REQUEUE
 from kvcat_nemo.nemo.tracking import run_folder, write_atomically
 
-EXIT_REQUEUE = 75
-"""EX_TEMPFAIL: stopped as asked, saved; run the same command again."""
 STOP_FILE = "KVCAT_STOP_FILE"
 """Environment variable: path of a file that asks every rank to stop once it exists. (A signal to torchrun ends torchrun.)"""
 STOPPED = "stopped.json"

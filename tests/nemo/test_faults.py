@@ -26,11 +26,11 @@ def unbroken(server, tmp_path_factory):
     """layout → trajectory of a run that nothing interrupts, and its folder."""
     known = {}
 
-    def get(layout="TP1"):
-        if layout not in known:
+    def get(layout="TP1", steps=STEPS):
+        if (layout, steps) not in known:
             folder = tmp_path_factory.mktemp("straight")
-            known[layout] = (runs.straight(server, folder, STEPS, layout), folder)
-        return known[layout]
+            known[layout, steps] = (runs.straight(server, folder, steps, layout), folder)
+        return known[layout, steps]
 
     return get
 
@@ -41,7 +41,12 @@ def good(record):
 
 def test_killed_in_a_step_and_in_a_save(server, unbroken, tmp_path):
     records = kills.kill_moments(
-        server, tmp_path, in_step=2, in_save=2, seed=3, unbroken=unbroken()[0], steps=STEPS
+        server,
+        tmp_path,
+        {"in a step": 2, "in a save": 2, "while starting": 1},
+        seed=3,
+        unbroken=unbroken(steps=20)[0],
+        steps=20,
     )
     for record in records.values():
         good(record)
@@ -51,6 +56,10 @@ def test_killed_in_a_step_and_in_a_save(server, unbroken, tmp_path):
 @pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
 def test_ten_steps_are_five_and_five(server, tmp_path, layout):
     good(resume.resume_exact(server, tmp_path, [layout]))
+
+
+def test_the_same_on_an_indexed_dataset(server, tmp_path):
+    good(resume.resume_with_files(server, tmp_path / "files", ["DP2"]))
 
 
 def test_five_steps_at_another_layout(server, tmp_path):
@@ -63,8 +72,8 @@ def test_asked_to_stop(server, unbroken, tmp_path):
 
 def test_one_rank_dies_and_one_freezes(server, unbroken, tmp_path):
     reference = unbroken("DP2")[0]
-    good(kills.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1))
-    good(kills.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[1]))
+    good(kills.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1, victims=[1]))
+    good(kills.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[0]))
 
 
 def test_disk_full(server, unbroken, tmp_path):
