@@ -8,6 +8,8 @@
 
 # A process that was asked to stop, saved and wants to be started again (EX_TEMPFAIL of sysexits.h).
 readonly KVCAT_EXIT_AGAIN=75
+# One that ended because another did (EX_UNAVAILABLE); kvcat_nemo/exit_codes.py has both.
+readonly KVCAT_EXIT_PEER_DIED=69
 
 say() { printf 'kvcat launch: %s\n' "$*"; }
 
@@ -115,7 +117,8 @@ explain_failure() {
   local first code node log rank
   first=$(for f in "$KVCAT_ATTEMPT_DIR"/exit/rank-????; do
     [[ -f $f ]] && printf '%s\t%s\n' "${f##*/rank-}" "$(< "$f")"
-  done | awk -F '\t' -v again="$KVCAT_EXIT_AGAIN" '$2 != 0 && $2 != again' | sort -t $'\t' -k 4,4n | head -n 1)
+  done | awk -F '\t' -v again="$KVCAT_EXIT_AGAIN" -v peer="$KVCAT_EXIT_PEER_DIED" \
+    '$2 != 0 && $2 != again { print ($2 == peer) "\t" $0 }' | sort -t $'\t' -k 1,1n -k 5,5n | cut -f 2- | head -n 1)
   if [[ -z $first ]]; then
     say "no rank recorded a failure: a process was killed before it could, or never started"
     return
@@ -128,6 +131,7 @@ explain_failure() {
 
 exit_hint() {
   case $1 in
+    "$KVCAT_EXIT_PEER_DIED") printf ' (another rank died; its log says which)' ;;
     137) printf ' (killed: often out of memory)' ;;
     13[0-9] | 14[0-9] | 15[0-9]) printf ' (signal %d)' "$(($1 - 128))" ;;
   esac

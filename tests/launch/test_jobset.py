@@ -134,8 +134,11 @@ def test_refusals(changes, message):
 
 def test_preempted_ranks_restart_uncounted():
     """Exit 75 is what the scripts use, and it reaches JobSet's uncounted rule through the job's failure reason."""
-    (line,) = [x for x in (HERE / "common.sh").read_text().splitlines() if "KVCAT_EXIT_AGAIN=" in x]
-    assert line.endswith(f"={EXIT_AGAIN}")
+    from kvcat_nemo import exit_codes
+
+    lines = (HERE / "common.sh").read_text().splitlines()
+    assert f"readonly KVCAT_EXIT_AGAIN={exit_codes.REQUEUE}" in lines and EXIT_AGAIN == exit_codes.REQUEUE
+    assert f"readonly KVCAT_EXIT_PEER_DIED={exit_codes.PEER_DIED}" in lines
     manifest = jobset(settings())
     rules = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     assert rules[0] == {
