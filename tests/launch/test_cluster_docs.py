@@ -113,7 +113,10 @@ def test_image_commands(words):
                 name, _, default = value.partition("=")
                 assert f"ARG {name}={default}\n" in dockerfile, value
     elif words[0] == "docker":
-        assert words[-3:] == ["kvcat", "train", "doctor"] and '["kvcat", "train", "doctor", "--fast"]' in dockerfile
+        assert (
+            words[-3:] == ["kvcat", "train", "doctor"]
+            and '["kvcat", "train", "doctor", "--fast"]' in dockerfile
+        )
     else:
         assert words[:3] == ["enroot", "import", "-o"] and words[3].endswith(".sqsh")
 
@@ -185,7 +188,9 @@ def test_layouts_are_what_the_plan_says():
 
 def test_links_lead_somewhere():
     text = PAGE.read_text(encoding="utf-8")
-    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)
+    }
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         page, _, anchor = target.partition("#")
         assert (PAGE.parent / page).exists() and (not anchor or page or anchor in headings), target

@@ -67,8 +67,12 @@ def test_slurm_hands_every_option_on(tmp_path):
 
 
 def test_zero_is_a_value(tmp_path):
-    done = kvcat("launch", "slurm", "kvcat_tiny", "--gpus-per-node", 0, "--max-stalled", 0, "--dry-run", cwd=tmp_path)
-    assert "--gpus-per-node" not in done.stdout and "KVCAT_GPUS_PER_NODE=0 KVCAT_PROCS_PER_NODE=1" in done.stdout
+    done = kvcat(
+        "launch", "slurm", "kvcat_tiny", "--gpus-per-node", 0, "--max-stalled", 0, "--dry-run", cwd=tmp_path
+    )
+    assert (
+        "--gpus-per-node" not in done.stdout and "KVCAT_GPUS_PER_NODE=0 KVCAT_PROCS_PER_NODE=1" in done.stdout
+    )
     assert "export KVCAT_MAX_STALLED=0 " in done.stdout
 
 
