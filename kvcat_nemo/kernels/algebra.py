@@ -28,7 +28,12 @@ the range of the numbers. It is 0, unless a slot's weights turn out to exceed e^
 c_j its largest logit above L, which takes a pass over the scores, block by block.
 In 16-bit types β_j and δ_i are each given as the sum of two columns.
 
+**Split windows** (context parallelism): q, do, o and the own slots are this rank's; keys, values and gates are gathered
+to the whole window before both passes, by which the above holds with the kernel of kernels/split_kernel.py. What backward
+sums over rows (dk, dv, the gates' sums, Σ_i P_ij) is summed over ranks too before a gate's gradient is made of it.
+
 Shapes: B batch, T tokens, H query heads, G KV heads, N query heads per KV head, D head dim; primed tensors are padded.
+Of a split window q, o and their like have this rank's tokens, of which there are T/ranks.
 """
 
 from __future__ import annotations
@@ -41,6 +46,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcat_nemo.kernels.protocol import FusedKernel
+from kvcat_nemo.kernels.split_kernel import SplitKernel
+from kvcat_nemo.kernels.window_split import WindowSplit
 from kvcat_nemo.method.attention import document_positions
 
 HEADROOM = 60.0
@@ -61,43 +68,77 @@ class GatedAttention(torch.autograd.Function):
     """See the module's docstring. Inputs as kernels.gated_attention's, gates [B, T, G] in at least float32."""
 
     @staticmethod
-    def forward(ctx, q, k, v, gate, kernel: FusedKernel, scale, window, gradient_cap, cu_seqlens):
-        earlier = _Earlier(kernel, scale, window, cu_seqlens, q, v)
+    def forward(
+        ctx, q, k, v, gate, kernel: FusedKernel, scale, window, gradient_cap, cu_seqlens, sinks=0, split=None
+    ):
+        kernel = kernel if split is None else SplitKernel(kernel, split)
+        slots = _Slots(k, v, gate, sinks, cu_seqlens, split)
+        earlier = _Earlier(kernel, scale, window, cu_seqlens, q, slots, split)
         near = (_OwnSlot if window == 1 else _Window)(kernel, scale, window, cu_seqlens)
-        lse_near = near.forward(q, k, v)
-        o, lse, saved = earlier.forward(q, k, v, gate)
+        k_near, v_near = (k, v) if window == 1 else (slots.k, slots.v)
+        lse_near = near.forward(q, k_near, v_near)
+        o, lse, saved = earlier.forward(q, slots)
         level = torch.logaddexp(lse, lse_near)
         o = near.add_output(o * (lse - level).exp()[..., None], (lse_near - level).exp(), v).to(q.dtype)
         ctx.save_for_backward(q, k, v, gate, o, level, lse_near)
         ctx.earlier, ctx.near, ctx.saved, ctx.gradient_cap = earlier, near, saved, gradient_cap
+        ctx.sinks, ctx.cu_seqlens, ctx.split = sinks, cu_seqlens, split
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, gate, o, level, lse_near = ctx.saved_tensors
         earlier: _Earlier = ctx.earlier
+        split: WindowSplit | None = ctx.split
+        slots = _Slots(k, v, gate, ctx.sinks, ctx.cu_seqlens, split)
         delta = _dot(do, o)
-        far = earlier.backward(do, delta, q, k, v, gate, 0.0, level, ctx.saved)
+        far = earlier.backward(do, delta, q, slots, 0.0, level, ctx.saved)
+        heavy = (~(earlier.weights(far) <= math.exp(HEADROOM)).all()).float()
         # On a GPU this waits for the device, once per call.
-        if not bool((earlier.weights(far) <= math.exp(HEADROOM)).all()):
-            shift = earlier.largest_gaps(q, k, level).clamp(min=0)
-            far = earlier.backward(do, delta, q, k, v, gate, shift, level, ctx.saved)
-        dgate = earlier.gate_gradient(far, q, v, gate, ctx.gradient_cap)
-        near = ctx.near.backward(do, delta, q, k, v, o, level, lse_near)
-        return *earlier.add(near, far, gate), dgate, None, None, None, None, None
+        if bool(heavy if split is None else split.maximum(heavy)):
+            shift = earlier.largest_gaps(q, slots.k, level).clamp(min=0)
+            shift = shift if split is None else split.maximum(shift)
+            far = earlier.backward(do, delta, q, slots, shift, level, ctx.saved)
+        dgate = earlier.gate_gradient(far, q, slots, ctx.gradient_cap)
+        own = split is None or isinstance(ctx.near, _OwnSlot)
+        k_near, v_near = (k, v) if own else (slots.k, slots.v)
+        near = ctx.near.backward(do, delta, q, k_near, v_near, o, level, lse_near)
+        if split is None:
+            dq, dk, dv = earlier.add(near, far, slots.gate)
+        else:
+            dq, *grads = near
+            grads = [split.place(x) for x in grads] if own else grads
+            grads = [x.to(y.dtype) for x, y in zip(grads, far[1:3], strict=True)]
+            dq, *grads = earlier.add((dq, *grads), far, slots.gate)
+            dk, dv = (split.sum_to_owner(x.to(k.dtype)) for x in grads)
+        return dq, dk, dv, dgate, *[None] * 7
+
+
+class _Slots:
+    """Keys, values and gates of the whole window, wherever its tokens lie; the gates of sinks are open."""
+
+    def __init__(self, k, v, gate, sinks: int, cu_seqlens: Tensor | None, split: WindowSplit | None):
+        self.k, self.v, self.gate = (k, v, gate) if split is None else map(split.whole, (k, v, gate))
+        self.position, _ = document_positions(self.k.shape[1], cu_seqlens, k.device)
+        self.sink = self.position < sinks
+        if sinks:
+            self.gate = torch.where(self.sink[:, None], 1.0, self.gate)
 
 
 class _Earlier:
     """The gated call: slots at least `window` tokens ago, with columns for gates and their gradients."""
 
-    def __init__(self, kernel: FusedKernel, scale: float, window: int, cu_seqlens: Tensor | None, q, v):
-        self.kernel, self.scale, self.cu_seqlens = kernel, scale, cu_seqlens
-        self.D, self.E = q.shape[-1], v.shape[-1]
-        self.split, more = extra_columns(q.dtype)
-        self.widths = kernel.widths(self.D + self.split, self.E + more)
-        self.window = min(window, q.shape[1])
-        position, _ = document_positions(q.shape[1], cu_seqlens, q.device)
-        self.empty = position < window  # places of moved slots where no slot of the document lies
+    def __init__(
+        self, kernel, scale: float, window: int, cu_seqlens: Tensor | None, q, slots: _Slots, split: WindowSplit | None
+    ):
+        self.kernel, self.scale, self.cu_seqlens, self.split = kernel, scale, cu_seqlens, split
+        self.D, self.E = q.shape[-1], slots.v.shape[-1]
+        self.twice, more = extra_columns(q.dtype)
+        self.widths = kernel.widths(self.D + self.twice, self.E + more)
+        self.window = min(window, slots.k.shape[1])
+        self.position = slots.position
+        self.empty = slots.position < window  # places of moved slots where no slot of the document lies
+        self.runs = [(0, 0, q.shape[1])] if split is None else split.runs(q.shape[1])
 
     def _columns(self, x: Tensor, width: int, moved: bool = False) -> Tensor:
         """x with room for columns up to `width`; moved: `window` tokens later, zeros at first."""
@@ -110,7 +151,7 @@ class _Earlier:
 
     def _put(self, out: Tensor, column: int, x: Tensor) -> None:
         out[..., column] = x
-        if self.split == 2:
+        if self.twice == 2:
             out[..., column + 1] = x - out[..., column]
 
     def _moved(self, x_BTG: Tensor, empty: float) -> Tensor:
@@ -121,39 +162,40 @@ class _Earlier:
     def _beta(self, gate: Tensor, shift) -> Tensor:
         return torch.where(gate > 0, gate.clamp(min=torch.finfo(gate.dtype).tiny).log(), -shift)
 
-    def _inputs(self, q, k, v, gate, shift) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _inputs(self, q, slots: _Slots, shift) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q', k', v' and each slot's β_j as the columns hold it."""
         D, E = self.D, self.E
+        k, v, gate = slots.k, slots.v, slots.gate
         keep, beta = gate > 0, self._beta(gate, shift)
         wide_q = self._columns(q, self.widths[0])
-        wide_q[..., D : D + self.split] = 1
+        wide_q[..., D : D + self.twice] = 1
         wide_k = self._columns(k, self.widths[0], moved=True)
         self._put(wide_k, D, self._moved(beta, -HIDDEN) / self.scale)
         wide_v = self._columns(v, self.widths[1], moved=True)
         visible = self._moved(keep.to(v.dtype), 0)[..., None]
         wide_v[..., :E] *= visible
-        wide_v[..., E : E + self.split] = visible
-        held = wide_k[:, self.window :, :, D : D + self.split].double().sum(-1) * self.scale
+        wide_v[..., E : E + self.twice] = visible
+        held = wide_k[:, self.window :, :, D : D + self.twice].double().sum(-1) * self.scale
         return wide_q, wide_k, wide_v, held
 
-    def forward(self, q, k, v, gate) -> tuple[Tensor, Tensor, Any]:
+    def forward(self, q, slots: _Slots) -> tuple[Tensor, Tensor, Any]:
         """Output [B, T, H, D] and log-sum-exp [B, T, H] over the visible slots, and the kernel's own."""
         settings = {"scale": self.scale, "cu_seqlens": self.cu_seqlens}
         if self.kernel.takes_key_bias and self.D == self.E:
-            bias = self._moved(self._beta(gate, HIDDEN), -HIDDEN)
-            k, v = (self._columns(x, self.D, moved=True) for x in (k, v))
+            bias = self._moved(self._beta(slots.gate, HIDDEN), -HIDDEN)
+            k, v = (self._columns(x, self.D, moved=True) for x in (slots.k, slots.v))
             out, lse, saved = self.kernel.forward(q, k, v, key_bias_BTG=bias, **settings)
         else:
-            *inputs, _ = self._inputs(q, k, v, gate, HIDDEN)
+            *inputs, _ = self._inputs(q, slots, HIDDEN)
             out, lse, saved = self.kernel.forward(*inputs, **settings)
         return out[..., : self.E], lse.transpose(1, 2), saved
 
-    def backward(self, do, delta, q, k, v, gate, shift, level, saved) -> tuple[Tensor, ...]:
+    def backward(self, do, delta, q, slots: _Slots, shift, level, saved) -> tuple[Tensor, ...]:
         """dq', dk', dv' of the call, and the slots' β_j."""
-        *inputs, beta = self._inputs(q, k, v, gate, shift)
+        *inputs, beta = self._inputs(q, slots, shift)
         wide_do = self._columns(do, self.widths[1])
         self._put(wide_do, self.E, -delta)
-        wide_do[..., self.E + self.split] = 1
+        wide_do[..., self.E + self.twice] = 1
         zeros = do.new_zeros(self.widths[1]).expand_as(wide_do)
         grads = self.kernel.backward(
             wide_do,
@@ -168,23 +210,30 @@ class _Earlier:
 
     def weights(self, far) -> Tensor:
         """Each slot's P_ij, summed over the rows that see it through its gate: [B, T − window, G]."""
-        return far[2][:, self.window :, :, self.E + self.split]
+        return far[2][:, self.window :, :, self.E + self.twice]
 
-    def gate_gradient(self, far, q, v, gate, cap: float) -> Tensor:
-        """[B, T, G]; see the module's docstring."""
+    def gate_gradient(self, far, q, slots: _Slots, cap: float) -> Tensor:
+        """[B, T, G] of this rank's slots; see the module's docstring."""
         _, dk, dv, beta = far
-        w, T, D, E = self.window, q.shape[1], self.D, self.E
+        gate, w, D, E = slots.gate, self.window, self.D, self.E
+        T = gate.shape[1]
         dk, dv, keep = dk[:, w:], dv[:, w:], gate[:, : T - w] > 0
         # β_j's own gradient: the kernel sums dS_ij before it rounds, so kept slots' terms cancel in full precision.
         kept = dk[..., D].to(gate.dtype) / self.scale
-        dropped = _dot(dv[..., :E], v[:, : T - w]) + dv[..., E : E + self.split].to(gate.dtype).sum(-1)
-        weight = self.weights(far).double().clamp(min=torch.finfo(torch.float64).tiny)
+        dropped = _dot(dv[..., :E], slots.v[:, : T - w]) + dv[..., E : E + self.twice].to(gate.dtype).sum(-1)
+        sums = torch.stack([torch.where(keep, kept, dropped), self.weights(far).to(gate.dtype)], -1)
+        sums = torch.cat([sums, sums.new_zeros(*sums.shape[:1], w, *sums.shape[2:])], 1)
+        beta = torch.cat([beta, beta.new_zeros(*beta.shape[:1], w, *beta.shape[2:])], 1)
+        keep, sink = gate > 0, slots.sink.expand(len(gate), T)
+        if self.split is not None:
+            sums = self.split.sum_to_owner(sums)
+            beta, keep, sink = (self.split.own(x) for x in (beta, keep, sink))
+        weight = sums[..., 1].double().clamp(min=torch.finfo(torch.float64).tiny)
         unlowered = (-beta).clamp(max=700).exp()
         most = math.exp(cap) * (q.shape[2] // gate.shape[2]) / weight
         factor = torch.where(keep, unlowered, unlowered.minimum(most))
-        dgate = torch.zeros_like(gate)
-        dgate[:, : T - w] = torch.where(keep, kept, dropped) * factor
-        return dgate
+        dgate = (sums[..., 0] * factor).to(gate.dtype)
+        return dgate.masked_fill(sink[..., None], 0.0)
 
     def add(self, near, far, gate) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the two parts together, in near's memory."""
@@ -197,21 +246,26 @@ class _Earlier:
 
     def largest_gaps(self, q, k, level) -> Tensor:
         """[B, T, G]: the largest s_ij − L_i among the rows i that see slot j through its gate; −inf if none does."""
-        B, T, H, D = q.shape
-        G, w = k.shape[2], self.window
+        B, T, G, _ = k.shape
+        w = self.window
         out = level.new_full((B, G, T), float("-inf"))
-        position, _ = document_positions(T, self.cu_seqlens, q.device)
         t = torch.arange(T, device=q.device)
         k = k.permute(0, 2, 3, 1)[:, :, None].to(level.dtype)
-        for first in range(w, T, BLOCK):
-            last = min(first + BLOCK, T)
-            block = slice(first, last)
-            rows = q[:, block].to(level.dtype).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
-            gap = rows @ k[..., : last - w] * self.scale
-            gap -= level[:, block].unflatten(2, (G, -1)).permute(0, 2, 3, 1)[..., None]
-            i, j = t[block, None], t[None, : last - w]
-            gap.masked_fill_((j > i - w) | (j < i - position[block, None]), float("-inf"))
-            out[..., : last - w] = out[..., : last - w].maximum(gap.amax((2, 3)))
+        blocks = [
+            (own + first, at + first, min(BLOCK, n - first))
+            for own, at, n in self.runs
+            for first in range(0, n, BLOCK)
+        ]
+        for own, at, n in blocks:
+            seen = at + n - w  # slots before it are gated for some query of the block
+            if seen <= 0:
+                continue
+            rows = q[:, own : own + n].to(level.dtype).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
+            gap = rows @ k[..., :seen] * self.scale
+            gap -= level[:, own : own + n].unflatten(2, (G, -1)).permute(0, 2, 3, 1)[..., None]
+            i, j = t[at : at + n, None], t[None, :seen]
+            gap.masked_fill_((j > i - w) | (j < i - self.position[at : at + n, None]), float("-inf"))
+            out[..., :seen] = out[..., :seen].maximum(gap.amax((2, 3)))
         return out.transpose(1, 2)
 
 
