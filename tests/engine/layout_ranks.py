@@ -131,7 +131,6 @@ def build_chunks(recipe, layout, options):
     from kvcat_nemo.engine.config import validate_model_config
 
     half = {"bf16": True} if recipe.get("dtype") == "bf16" else {}
-    p2p = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if options.get("overlap_p2p") else {}
     config = transformer_config(
         recipe["model"],
         kvcat=recipe.get("kvcat"),
@@ -141,7 +140,7 @@ def build_chunks(recipe, layout, options):
         virtual_pipeline_model_parallel_size=layout.get("vp"),
         context_parallel_size=layout.get("cp", 1),
         sequence_parallel=layout.get("sp", False),
-        **half | p2p | recipe.get("fields", {}) | options.get("recompute", {}),
+        **half | recipe.get("fields", {}) | options.get("recompute", {}) | options.get("config", {}),
     )
     validate_model_config(config)
     factor = options.get("loss_scale", 1)

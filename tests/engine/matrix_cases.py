@@ -9,8 +9,8 @@ nothing. `case` tells them apart by name:
 |         | `micro` (micro-batches a step, over all data-parallel ranks), `updates` (optimizer steps before the one compared), |
 |         | `all_tokens` (no loss mask) |
 | layout  | `tp`, `pp`, `vp`, `cp`, `sp`, `dp`; processes = tp·pp·cp·dp |
-| options | `dist_opt`, `overlap_grad`, `overlap_param`, `align` (collectives started by the schedule), `overlap_p2p`, `recompute`, |
-|         | `loss_scale` |
+| options | `dist_opt`, `overlap_grad`, `overlap_param`, `align` (collectives started by the schedule), `recompute`, `loss_scale`, |
+|         | `config` (other fields of Megatron's that must change nothing) |
 
 Tolerance: largest difference of any figure (relative where it exceeds 1) and of any gradient (relative to the parameter's
 largest), with the reason why it is no smaller. Masks must be equal, always.
@@ -22,7 +22,7 @@ import json
 from dataclasses import dataclass, field
 
 LAYOUT = ("tp", "pp", "vp", "cp", "sp", "dp")
-OPTIONS = ("dist_opt", "overlap_grad", "overlap_param", "align", "overlap_p2p", "recompute", "loss_scale")
+OPTIONS = ("dist_opt", "overlap_grad", "overlap_param", "align", "recompute", "loss_scale", "config")
 RECIPE = ("model", "kvcat", "fields", "dtype", "tokens", "windows", "micro", "updates", "all_tokens")
 
 ROUTED, ROUTED_UNTIED = "router, tied, q/k norms", "router, untied, qkv bias"
@@ -88,6 +88,10 @@ SHARDED = {"dist_opt": True}
 OVERLAPPED = {"dist_opt": True, "overlap_grad": True, "overlap_param": True}
 ALIGNED = OVERLAPPED | {"align": True}
 
+OVERLAPPED_P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+FREED = {"deallocate_pipeline_outputs": True}  # NeMo's default
+SEPARATE_P2P = {"batch_p2p_comm": False}
+
 TRAINED = {"updates": 20, "tolerance": 1e-8, "reason": FLOAT64_UPDATES}
 SINGLE = {"dtype": "float32", "tolerance": 1e-4, "reason": FLOAT32}
 SINGLE_TRAINED = {"dtype": "float32", "updates": 20, "tolerance": 1e-2, "reason": FLOAT32_UPDATES}
@@ -129,23 +133,28 @@ CASES = [
     case("PP4", pp=4, **FOUR, short=True),
     case("PP4, random masks, groups across stages", pp=4, model=RANDOM, short=True),
     case("PP2, one micro-batch", pp=2, micro=1),
-    case("PP2, overlapped exchange", pp=2, overlap_p2p=True),
+    case("PP2, overlapped exchange", pp=2, config=OVERLAPPED_P2P),
+    case("PP2, outputs freed once sent", pp=2, config=FREED, short=True),
+    case("PP2, shapes exchanged", pp=2, config={"variable_seq_lengths": True}),
     case("PP2, bf16", pp=2, **HALF, short=True),
     case("PP2, trained", pp=2, **TRAINED),
     case("PP2, bf16, trained", pp=2, **HALF_TRAINED),
     # Interleaved pipelines.
-    case("PP2 VP2", pp=2, vp=2, overlap_p2p=True, **FOUR, short=True),
-    case("PP2 VP2, two layers a chunk", pp=2, vp=2, overlap_p2p=True, **EIGHT_LAYERS, short=True),
-    case("PP2 VP2, untied", pp=2, vp=2, overlap_p2p=True, model=ROUTED_UNTIED, **FOUR),
-    case("PP2 VP2, random masks, groups across chunks", pp=2, vp=2, overlap_p2p=True, model=RANDOM),
-    case("PP2 VP2, attention masks", pp=2, vp=2, overlap_p2p=True, model=ATTENTION),
-    case("PP2 VP4", pp=2, vp=4, overlap_p2p=True, **EIGHT_GROUPS),
+    case("PP2 VP2", pp=2, vp=2, config=OVERLAPPED_P2P, **FOUR, short=True),
+    case("PP2 VP2, two layers a chunk", pp=2, vp=2, config=OVERLAPPED_P2P, **EIGHT_LAYERS, short=True),
+    case("PP2 VP2, separate exchange", pp=2, vp=2, config=SEPARATE_P2P, **FOUR),
+    case("PP2 VP2, outputs freed once sent", pp=2, vp=2, config=OVERLAPPED_P2P | FREED, **FOUR, short=True),
+    case("PP2 VP2, untied", pp=2, vp=2, config=OVERLAPPED_P2P, model=ROUTED_UNTIED, **FOUR),
+    case("PP2 VP2, random masks, groups across chunks", pp=2, vp=2, config=OVERLAPPED_P2P, model=RANDOM),
+    case("PP2 VP2, attention masks", pp=2, vp=2, config=OVERLAPPED_P2P, model=ATTENTION),
+    case("PP2 VP4", pp=2, vp=4, config=OVERLAPPED_P2P, **EIGHT_GROUPS),
     case("PP4 VP2", pp=4, vp=2, **EIGHT_GROUPS, short=True),
-    case("PP4 VP2, overlapped exchange", pp=4, vp=2, overlap_p2p=True, **EIGHT_GROUPS),
-    case("PP2 VP2, recomputed", pp=2, vp=2, overlap_p2p=True, recompute=FULL, **FOUR),
-    case("TP2 PP2 VP2 SP", tp=2, pp=2, vp=2, sp=True, overlap_p2p=True, **FOUR, short=True),
-    case("PP2 VP2 DP2, all overlapped", pp=2, vp=2, dp=2, overlap_p2p=True, **ALIGNED, **FOUR),
-    case("PP2 VP2, trained", pp=2, vp=2, overlap_p2p=True, **FOUR, **TRAINED),
+    case("PP4 VP2, groups of five micro-batches", pp=4, vp=2, micro=10, config={"microbatch_group_size_per_vp_stage": 5}, **EIGHT_GROUPS),
+    case("PP4 VP2, overlapped exchange", pp=4, vp=2, config=OVERLAPPED_P2P, **EIGHT_GROUPS),
+    case("PP2 VP2, recomputed", pp=2, vp=2, config=OVERLAPPED_P2P, recompute=FULL, **FOUR),
+    case("TP2 PP2 VP2 SP", tp=2, pp=2, vp=2, sp=True, config=OVERLAPPED_P2P, **FOUR, short=True),
+    case("PP2 VP2 DP2, all overlapped", pp=2, vp=2, dp=2, config=OVERLAPPED_P2P, **ALIGNED, **FOUR),
+    case("PP2 VP2, trained", pp=2, vp=2, config=OVERLAPPED_P2P, **FOUR, **TRAINED),
     # Data parallelism, gradient accumulation and micro-batch sizes.
     case("DP2", dp=2, short=True),
     case("DP4, no accumulation", dp=4, short=True),
