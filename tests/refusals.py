@@ -132,6 +132,12 @@ LAYOUT = [
         ("groups of 4", "5 do not", "use 32"),
         {"layout.global_batch_size": 32},
     ),
+    Refusal(
+        "interleaved pipeline with smaller groups of micro-batches than stages",
+        {"microbatch_group_size_per_vp_stage": 2, "layout.pipeline": 4, PP: 4, VP: 2, "kvcat.num_groups": 8},
+        ("fewer than the 4 stages",),
+        {"microbatch_group_size_per_vp_stage": None},
+    ),
 ]
 
 # Of the recipe kvcat_qwen25_0p5b.

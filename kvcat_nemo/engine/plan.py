@@ -66,8 +66,11 @@ class Layout:
             return
         # The schedule runs micro-batches of a chunk in groups, by default as many as there are stages.
         group = getattr(config, "microbatch_group_size_per_vp_stage", None) or self.pipeline
-        rest = self.num_microbatches % group
-        if not self.pipeline <= group <= self.num_microbatches or 0 < rest < self.pipeline:
+        if group < self.pipeline:
+            raise ValueError(
+                f"model.config.microbatch_group_size_per_vp_stage={group}: fewer than the {self.pipeline} stages; set it to None"
+            )
+        if group > self.num_microbatches or 0 < self.num_microbatches % group < self.pipeline:
             unit = self.data * self.micro_batch_size * group
             raise ValueError(
                 f"data.global_batch_size={self.global_batch_size}: interleaved stages take micro-batches in groups of {group}, and "

@@ -78,7 +78,7 @@ def _refuse_straddling_groups(config, stages: int, chunks: int) -> None:
     boundary = next(first for first in firsts if first not in starts)
     group = kvcat.group_of_layer(boundary, layers)
     last = [*starts, layers][group + 1] - 1
-    others = [p for p in range(1, layers + 1) if _fits(layers, groups, p * chunks, kvcat)]
+    others = [p for p in range(1 if chunks == 1 else 2, layers + 1) if _fits(layers, groups, p * chunks, kvcat)]
     fixes = [f"pipeline_model_parallel_size={_nearest(others, stages)}"] if others else []
     if chunks > 1:
         fewer = [v for v in range(2, layers + 1) if _fits(layers, groups, stages * v, kvcat)]

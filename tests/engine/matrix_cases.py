@@ -193,3 +193,28 @@ CASES = [
     case("TP2 DP2, float32, distributed optimizer, overlapped, trained", tp=2, dp=2, **OVERLAPPED, **SINGLE_TRAINED),
     case("PP2 DP2, float32, distributed optimizer, aligned, trained", pp=2, dp=2, **ALIGNED, **SINGLE_TRAINED),
 ]  # fmt: skip
+
+FORMS = {
+    # Form → whether a case shows it (a case shows every form it uses).
+    "tensor parallelism (TP)": lambda c: c.layout.get("tp", 1) > 1,
+    "sequence parallelism (SP)": lambda c: c.layout.get("sp", False),
+    "pipeline (PP)": lambda c: c.layout.get("pp", 1) > 1 and not c.layout.get("vp"),
+    "interleaved pipeline (PP, VP)": lambda c: bool(c.layout.get("vp")),
+    "context parallelism (CP)": lambda c: c.layout.get("cp", 1) > 1,
+    "data parallelism (DP)": lambda c: c.layout.get("dp", 1) > 1,
+    "distributed optimizer": lambda c: c.options.get("dist_opt", False),
+    "overlapped gradient reduction": lambda c: c.options.get("overlap_grad", False),
+    "overlapped parameter gathering": lambda c: c.options.get("overlap_param", False),
+    "gradient accumulation": lambda c: c.recipe.get("micro", 4) > c.layout.get("dp", 1),
+    "other micro-batch sizes": lambda c: "windows" in c.recipe,
+    "recomputation": lambda c: "recompute" in c.options,
+    "tied embeddings in a pipeline": lambda c: c.layout.get("pp", 1) > 1 and c.recipe["model"] in (ROUTED, RANDOM),
+    "grouped KV heads, split over ranks": lambda c: c.layout.get("tp", 1) > 1,
+    "vocabulary that TP does not divide": lambda c: c.layout.get("tp", 1) > 1,
+    "random masks": lambda c: c.recipe["model"] == RANDOM,
+    "attention masks": lambda c: c.recipe["model"] == ATTENTION,
+    "dense pass alone": lambda c: c.recipe["model"] == NONE,
+    "float32": lambda c: c.recipe.get("dtype") == "float32",
+    "bf16": lambda c: c.recipe.get("dtype") == "bf16",
+    "20 optimizer steps": lambda c: c.recipe.get("updates", 0) >= 20,
+}
