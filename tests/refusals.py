@@ -92,6 +92,7 @@ MODEL = [
         ("set it to False",),
         {"sequence_parallel": False},
     ),
+    Refusal("context parallelism", {"context_parallel_size": 2}, ("set it to 1",), {"context_parallel_size": 1}),
     Refusal(
         "expert parallelism",
         {"expert_model_parallel_size": 2},

@@ -200,7 +200,6 @@ FORMS = {
     "sequence parallelism (SP)": lambda c: c.layout.get("sp", False),
     "pipeline (PP)": lambda c: c.layout.get("pp", 1) > 1 and not c.layout.get("vp"),
     "interleaved pipeline (PP, VP)": lambda c: bool(c.layout.get("vp")),
-    "context parallelism (CP)": lambda c: c.layout.get("cp", 1) > 1,
     "data parallelism (DP)": lambda c: c.layout.get("dp", 1) > 1,
     "distributed optimizer": lambda c: c.options.get("dist_opt", False),
     "overlapped gradient reduction": lambda c: c.options.get("overlap_grad", False),

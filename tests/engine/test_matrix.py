@@ -7,6 +7,7 @@ import pytest
 import torch
 from matrix_cases import ATTENTION, CASES, NONE, RANDOM, ROUTED, ROUTED_UNTIED
 from matrix_run import difference, run_cases, run_ranks
+from small_models import build, enliven, microbatches, train_step, transformer_config
 
 pytestmark = pytest.mark.multiprocess
 
@@ -101,3 +102,25 @@ def test_the_trap_of_strided_gradients(tmp_path):
         assert torch.equal(rank["megatron"], (torch.arange(6.0).view(3, 2) + 10 * number).t()), (
             "mended upstream?"
         )
+
+
+def test_micro_batch_sizes_agree_where_the_losses_are_means_of_equal_parts(one_process):
+    """Without the budget term and with all tokens counted, however a step's windows are cut into micro-batches."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    text, _, mask = zip(*microbatches(windows=8, count=1), strict=True)
+    tokens, labels = text[0], text[0].roll(-1, 1)
+    found = []
+    for windows in (1, 2, 4, 8):
+        config = transformer_config(kvcat={"budget_weight": 0.0})
+        model = build(config)
+        enliven(model)
+        chunk = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        cut = [x.split(windows) for x in (tokens, labels, torch.ones_like(mask[0]))]
+        figures = train_step([chunk], config, batch=list(zip(*cut, strict=True)))
+        found.append((figures, {name: p.main_grad.clone() for name, p in model.named_parameters()}))
+    for figures, gradients in found[1:]:
+        for name in ("loss/anchor", "loss/distill", "keep_rate", "ce_masked", "loss/total"):
+            assert figures[name] == pytest.approx(found[0][0][name], rel=1e-12), name
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-10, atol=1e-13, msg=name)
