@@ -50,6 +50,33 @@ class Layout:
     def num_microbatches(self) -> int:
         return self.global_batch_size // (self.data * self.micro_batch_size)
 
+    def check(self, config) -> None:
+        """Refuse what does not fit a model configuration (engine.config.validate_model_config sees no batch).
+
+        Raises:
+            ValueError: naming the field, the value and the fix.
+        """
+        _ = self.data
+        if self.sequence_parallel and self.seq_length % self.tensor:
+            raise ValueError(
+                f"data.seq_length={self.seq_length}: not a multiple of tensor_model_parallel_size={self.tensor}, over which "
+                f"sequence parallelism splits it; use {-(-self.seq_length // self.tensor) * self.tensor}"
+            )
+        if not config.virtual_pipeline_model_parallel_size:
+            return
+        # The schedule runs micro-batches of a chunk in groups, by default as many as there are stages.
+        group = getattr(config, "microbatch_group_size_per_vp_stage", None) or self.pipeline
+        if group < self.pipeline:
+            raise ValueError(
+                f"model.config.microbatch_group_size_per_vp_stage={group}: fewer than the {self.pipeline} stages; set it to None"
+            )
+        if group > self.num_microbatches or 0 < self.num_microbatches % group < self.pipeline:
+            unit = self.data * self.micro_batch_size * group
+            raise ValueError(
+                f"data.global_batch_size={self.global_batch_size}: interleaved stages take micro-batches in groups of {group}, and "
+                f"{self.num_microbatches} do not divide into them; use {-(-self.global_batch_size // unit) * unit}"
+            )
+
 
 def parameters(config) -> dict[str, int]:
     """Parameters by part: `embedding`, `output` (0 when tied), `layers`, `routers`, `norm`, and their `total`.

@@ -1,8 +1,10 @@
 """Recipes: all there, derived from NeMo's, refused when a setting does not fit, and planned without starting anything."""
 
 import json
+import re
 
 import pytest
+from refusals import RUN
 
 pytestmark = pytest.mark.nemo
 
@@ -138,6 +140,22 @@ def test_plan_refuses_what_does_not_fit(recipes, changes, message):
         set_field(recipe, name, value)
     with pytest.raises(ValueError, match=message):
         plan(recipe)
+
+
+@pytest.mark.parametrize("refusal", RUN, ids=lambda r: r.form)
+def test_refused_runs_are_accepted_as_proposed(recipes, refusal):
+    from kvcat_nemo.nemo.plan import plan
+
+    recipe = recipes["kvcat_qwen25_0p5b"]()
+    for name, value in refusal.given.items():
+        set_field(recipe, name, value)
+    name, value = next(iter(refusal.given.items()))
+    with pytest.raises(ValueError, match=f"{re.escape(name)}={value!r}: ") as error:
+        plan(recipe)
+    assert all(text in str(error.value) for text in refusal.says)
+    for name, value in refusal.fix.items():
+        set_field(recipe, name, value)
+    plan(recipe)
 
 
 def test_base_of_another_architecture_is_refused(recipes, tmp_path):
