@@ -105,7 +105,7 @@ def _calls(
     chosen: FusedKernel, head_dim: int, dtype: torch.dtype, gated: bool, recent_window: int, split: bool
 ):
     """(widths, window, causal) of the kernel calls that one attention makes."""
-    from kvcat_nemo.kernels.algebra import extra_columns
+    from kvcat_nemo.kernels.earlier import extra_columns
 
     plain = wide = chosen.widths(head_dim, head_dim)
     if gated:

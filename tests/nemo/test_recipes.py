@@ -122,7 +122,7 @@ def set_field(recipe, dotted, value):
     ("changes", "message"),
     [
         ({"trainer.strategy.tensor_model_parallel_size": 2}, "num_attention_heads=9"),
-        ({"trainer.strategy.context_parallel_size": 2}, "context_parallel_size=2"),
+        ({"trainer.strategy.context_parallel_size": 2}, "replicas of 2 .*context 2"),
         ({"trainer.strategy.pipeline_model_parallel_size": 3, "trainer.devices": 3}, "straddles"),
         ({"model.config.kvcat.num_groups": 31}, "num_groups=31"),
         ({"model.config.attention_dropout": 0.1}, "attention_dropout=0.1"),
