@@ -108,7 +108,9 @@ def _check_context_parallelism(config, refuse) -> None:
         return
     ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
     if any(way not in (None, "all_gather") for way in ways):
-        refuse("cp_comm_type", "keys, values and gates are gathered over ranks; set it to None or 'all_gather'")
+        refuse(
+            "cp_comm_type", "keys, values and gates are gathered over ranks; set it to None or 'all_gather'"
+        )
     if getattr(config, "hierarchical_context_parallel_sizes", None):
         refuse("hierarchical_context_parallel_sizes", "ranks exchange in one group; set it to None")
 

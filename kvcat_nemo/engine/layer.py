@@ -106,9 +106,7 @@ class KVCatTransformerLayer(TransformerLayer):
             hidden_states = RouterLoss.apply(hidden_states, weighted)
         if not self._replaying:
             flipped = self._flipped_by_last_update(h_BTM, routing.hard_BT, segments, position_BT)
-            self.stats.append(
-                GroupStats(self.group, kept, probability.detach(), budget.detach(), flipped)
-            )
+            self.stats.append(GroupStats(self.group, kept, probability.detach(), budget.detach(), flipped))
         # Attention needs the gates of all of this rank's keys, for its own heads.
         whole = gather_sequence if self._sequence_parallel else copy_to_tensor_parallel
         return hidden_states, whole(routing.gate_BT, self._tp_group)
@@ -172,7 +170,9 @@ class KVCatTransformerLayer(TransformerLayer):
             positions, _ = document_positions(gate_BT.numel(), documents)
             return attention_gate(torch.zeros_like(gate_BT), keep, positions.view_as(gate_BT)).mean()
         T = gate_BT.shape[1] * (1 if split is None else split.ranks)
-        return gate_BT.new_tensor(math.ceil(keep * T) / T)  # the mask is made inside attention, with a fixed count
+        return gate_BT.new_tensor(
+            math.ceil(keep * T) / T
+        )  # the mask is made inside attention, with a fixed count
 
     @torch.no_grad()
     def _flipped_by_last_update(

@@ -71,8 +71,12 @@ class Layout:
         unit = slices if self.context == 1 else math.lcm(2 * self.context, slices * self.context)
         if self.seq_length % unit:
             why = [
-                f"context parallelism cuts windows into 2 · {self.context} chunks" if self.context > 1 else "",
-                f"sequence parallelism splits them over tensor_model_parallel_size={slices}" if slices > 1 else "",
+                f"context parallelism cuts windows into 2 · {self.context} chunks"
+                if self.context > 1
+                else "",
+                f"sequence parallelism splits them over tensor_model_parallel_size={slices}"
+                if slices > 1
+                else "",
             ]
             raise ValueError(
                 f"data.seq_length={self.seq_length}: {' and '.join(filter(None, why))}, for which it must be a multiple of "

@@ -33,7 +33,13 @@ class TokenSegments:
 
     @classmethod
     def of_hidden_states(
-        cls, tokens: int, tp_group, cp_group, both_group, sequence_parallel: bool, position_BT: Tensor | None = None
+        cls,
+        tokens: int,
+        tp_group,
+        cp_group,
+        both_group,
+        sequence_parallel: bool,
+        position_BT: Tensor | None = None,
     ) -> TokenSegments | None:
         """Segments of hidden states of `tokens` tokens; None when they are whole windows.
 

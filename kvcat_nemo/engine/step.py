@@ -79,7 +79,9 @@ def step_metrics(
                         group_sums[stats.group, i] += torch.stack([value, torch.ones_like(value)]).to(sums)
     torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     # Context-parallel ranks each have some of the tokens, and all of a group's figures, which are means in the end.
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    torch.distributed.all_reduce(
+        sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
     return _name(sums, token_names, group_sums, kvcat)
 
 

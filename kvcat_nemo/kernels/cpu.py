@@ -31,7 +31,9 @@ class CpuKernel:
     name = "cpu"
     takes_key_bias = True
 
-    def check(self, *, head_dim_qk, head_dim_v, dtype, device, window=None, packed=False, causal=True) -> None:
+    def check(
+        self, *, head_dim_qk, head_dim_v, dtype, device, window=None, packed=False, causal=True
+    ) -> None:
         if torch.device(device).type != "cpu":
             raise ValueError(f"attention_backend=cpu: tensors are on {device}; use auto, te or flash there")
         if dtype not in DTYPES:

@@ -41,7 +41,14 @@ class Earlier:
     """The gated call: slots at least `window` tokens ago, with columns for gates and their gradients."""
 
     def __init__(
-        self, kernel, scale: float, window: int, cu_seqlens: Tensor | None, q, slots: Slots, split: WindowSplit | None
+        self,
+        kernel,
+        scale: float,
+        window: int,
+        cu_seqlens: Tensor | None,
+        q,
+        slots: Slots,
+        split: WindowSplit | None,
     ):
         self.kernel, self.scale, self.cu_seqlens, self.split = kernel, scale, cu_seqlens, split
         self.D, self.E = q.shape[-1], slots.v.shape[-1]

@@ -86,9 +86,7 @@ def causal_attention(
     Arguments and errors as gated_attention's.
     """
     B, T, _ = _check_shapes(q_BTHD, k_BTGD, v_BTGD, cu_seqlens)
-    backend = _select(
-        backend, q_BTHD, gated=False, packed=cu_seqlens is not None, split=split is not None
-    )
+    backend = _select(backend, q_BTHD, gated=False, packed=cu_seqlens is not None, split=split is not None)
     if backend == "oracle":
         gate = q_BTHD.new_ones(B, T, 1)
         return _oracle(q_BTHD, k_BTGD, v_BTGD, gate, split, scale=scale, cu_seqlens=cu_seqlens)

@@ -179,7 +179,10 @@ class RecallDataset(Dataset):
             "labels": tokens[1:],
             "loss_mask": torch.ones(self.seq_length),
             "position_ids": torch.cat(
-                [torch.arange(len(part)) for part in torch.arange(self.seq_length).tensor_split(self.documents)]
+                [
+                    torch.arange(len(part))
+                    for part in torch.arange(self.seq_length).tensor_split(self.documents)
+                ]
             ),
         }
 

@@ -39,7 +39,9 @@ def gradients(model, metrics, weight):
     """Of the weighted losses to every parameter; the budget term, a mean over windows, is off."""
     loss = (metrics[:2] * weight).sum()
     parameters = dict(model.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True), strict=True))
+    return dict(
+        zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True), strict=True)
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "oracle"])
@@ -53,7 +55,9 @@ def test_a_document_trains_as_if_alone(name, kvcat, backend):
     RouterLoss.scale = 1.0
     model = model_of(name, attention_backend=backend, **kvcat)
     tokens = text()
-    weight = torch.rand(2, *tokens[:, 1:].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.rand(
+        2, *tokens[:, 1:].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     weight = weight[: 1 + model.config.kvcat.paired]
     boundaries = document_boundaries(positions())
     assert boundaries.tolist() == [0, 7, 8, 20, 24, 37, 48] and boundaries.dtype == torch.int32

@@ -13,7 +13,9 @@ from kvcat_nemo.engine.segments import TokenSegments, pieces_of_ranks
 from kvcat_nemo.kernels.window_split import WindowSplit
 
 
-@pytest.mark.parametrize("tp,cp,tokens", [(1, 2, 6), (2, 2, 3), (2, 2, 4), (3, 2, 4), (4, 1, 2), (3, 1, 5), (2, 3, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "tp,cp,tokens", [(1, 2, 6), (2, 2, 3), (2, 2, 4), (3, 2, 4), (4, 1, 2), (3, 1, 5), (2, 3, 2), (1, 4, 2)]
+)
 def test_every_token_is_held_once_and_where_megatron_puts_it(tp, cp, tokens):
     """Context-parallel chunks r and 2·cp − 1 − r, of which sequence parallelism gives each tensor-parallel rank a slice."""
     T = tokens * tp * cp

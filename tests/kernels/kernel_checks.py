@@ -93,9 +93,7 @@ def check_split(kernel, shape, *, dtype=torch.float64, window=None, chunk=5, bou
         for rank in range(ranks):
             split = WindowSplit(None, ranks, rank)
             own = split.positions(2 * chunk)
-            assert own.tolist() == [
-                c * chunk + i for c in (rank, 2 * ranks - 1 - rank) for i in range(chunk)
-            ]
+            assert own.tolist() == [c * chunk + i for c in (rank, 2 * ranks - 1 - rank) for i in range(chunk)]
             both = SplitKernel(kernel, split)
             o, lse, saved = both.forward(q[:, own], k, v, **settings)
             assert o.dtype == dtype

@@ -67,7 +67,9 @@ def main(folder, rank, world_size):
 
     def compare(name, ours, expected, split):
         errors[name] = [
-            float((a.double() - split.own(b)).norm() / b.norm().clamp(min=1.0)) if a.isfinite().all() else 1e300
+            float((a.double() - split.own(b)).norm() / b.norm().clamp(min=1.0))
+            if a.isfinite().all()
+            else 1e300
             for a, b in zip(ours, expected, strict=True)
         ]
 

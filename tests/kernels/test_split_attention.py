@@ -62,10 +62,14 @@ def test_output_and_gradients_on_every_rank(errors, dtype, bound):
 
 
 def test_packed_documents_in_a_split_window_are_refused():
-    with pytest.raises(ValueError, match="packed documents .* data.packed_documents=False, or context_parallel_size=1"):
+    with pytest.raises(
+        ValueError, match="packed documents .* data.packed_documents=False, or context_parallel_size=1"
+    ):
         select_backend("cpu", device="cpu", dtype=torch.float32, head_dim=8, packed=True, split=True)
 
 
 def test_windows_that_are_no_two_chunks_a_rank_are_refused():
-    with pytest.raises(ValueError, match="5 tokens on each of 2 context-parallel ranks .* a multiple of 4 tokens"):
+    with pytest.raises(
+        ValueError, match="5 tokens on each of 2 context-parallel ranks .* a multiple of 4 tokens"
+    ):
         WindowSplit(None, 2, 0).runs(5)

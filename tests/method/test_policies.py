@@ -134,7 +134,8 @@ def test_accumulated_attention_of_documents_and_of_some_queries(block):
     whole = accumulated_attention(q, k, scale=0.5)
     places = torch.randperm(T, generator=rng)
     some = [
-        accumulated_attention(q[:, part], k, scale=0.5, block=block, places_T=part) for part in places.split(20)
+        accumulated_attention(q[:, part], k, scale=0.5, block=block, places_T=part)
+        for part in places.split(20)
     ]
     torch.testing.assert_close(sum(some), whole, rtol=0, atol=1e-12)
     packed = accumulated_attention(q, k, scale=0.5, block=block, position_BT=POSITIONS)

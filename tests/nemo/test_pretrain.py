@@ -216,9 +216,11 @@ def test_one_mlflow_run_in_which_no_step_stands_twice(resumed):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("field", ["pipeline_model_parallel_size", "tensor_model_parallel_size"])
+@pytest.mark.parametrize(
+    "field", ["pipeline_model_parallel_size", "tensor_model_parallel_size", "context_parallel_size"]
+)
 def test_two_processes_train_as_one(straight, base, tmp_path, field):
-    """The same command under torchrun, at PP2 and TP2: the same figures to float32 rounding, one writer of records."""
+    """The same command under torchrun, at PP2, TP2 and CP2: the same figures to float32 rounding, one writer of records."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     arguments = [*training(tmp_path, base[1]), "trainer.devices=2", f"trainer.strategy.{field}=2"]
     arguments[arguments.index(f"trainer.max_steps={STEPS}")] = "trainer.max_steps=4"
