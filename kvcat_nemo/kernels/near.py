@@ -70,5 +70,5 @@ def dot(a_BTHD: Tensor, b_BTGD: Tensor) -> Tensor:
     """⟨a_h, b_{h/N}⟩ for every head of a, [B, T, H], in at least float32."""
     wide = torch.promote_types(a_BTHD.dtype, torch.float32)
     a, b = grouped(a_BTHD, b_BTGD), b_BTGD[:, :, :, None]
-    out = torch.linalg.vecdot(a, b) if a.dtype == wide else (a.to(wide) * b).sum(-1)
+    out = torch.linalg.vecdot(a, b) if a.dtype == b.dtype == wide else (a.to(wide) * b).sum(-1)
     return out.flatten(2)

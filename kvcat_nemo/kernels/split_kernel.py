@@ -85,7 +85,7 @@ class SplitKernel:
             dq = grads[0][:, halo:].to(wide)
             dk[:, slots] += grads[1]
             dv[:, slots] += grads[2]
-            if kept_before is not None:
+            if window is None and at:
                 k, v = k_BTGD[:, :at], v_BTGE[:, :at]
                 grads = self.kernel.backward(do, q, k, v, o, lse, kept_before, scale=scale, causal=False)
                 dq += grads[0]
