@@ -31,6 +31,11 @@ def validate_stages(config) -> None:
         _validate_interleaving(config, stages, chunks)
     if stages == 1:
         return
+    if chunks is None and config.overlap_p2p_comm:
+        raise ValueError(
+            "model.config.overlap_p2p_comm=True: only interleaved stages overlap their exchange; set it to False, or "
+            "virtual_pipeline_model_parallel_size to 2 or more"
+        )
     for name in _UNEVEN_SPLIT_FIELDS:
         if getattr(config, name, None):
             raise ValueError(

@@ -92,7 +92,7 @@ OVERLAPPED_P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 FREED = {"deallocate_pipeline_outputs": True}  # NeMo's default
 SEPARATE_P2P = {"batch_p2p_comm": False}
 
-TRAINED = {"updates": 20, "tolerance": 1e-8, "reason": FLOAT64_UPDATES}
+TRAINED = {"updates": 20}
 SINGLE = {"dtype": "float32", "tolerance": 1e-4, "reason": FLOAT32}
 SINGLE_TRAINED = {"dtype": "float32", "updates": 20, "tolerance": 1e-2, "reason": FLOAT32_UPDATES}
 HALF = {"dtype": "bf16", "tolerance": 1e-4, "reason": BF16_SAME}
@@ -133,7 +133,7 @@ CASES = [
     case("PP4", pp=4, **FOUR, short=True),
     case("PP4, random masks, groups across stages", pp=4, model=RANDOM, short=True),
     case("PP2, one micro-batch", pp=2, micro=1),
-    case("PP2, overlapped exchange", pp=2, config=OVERLAPPED_P2P),
+    case("PP2, separate exchange", pp=2, config=SEPARATE_P2P),
     case("PP2, outputs freed once sent", pp=2, config=FREED, short=True),
     case("PP2, shapes exchanged", pp=2, config={"variable_seq_lengths": True}),
     case("PP2, bf16", pp=2, **HALF, short=True),
