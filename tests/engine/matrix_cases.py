@@ -90,6 +90,7 @@ ALIGNED = OVERLAPPED | {"align": True}
 
 OVERLAPPED_P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 FREED = {"deallocate_pipeline_outputs": True}  # NeMo's default
+EXCHANGED_SHAPES = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}  # Megatron asks for the latter
 SEPARATE_P2P = {"batch_p2p_comm": False}
 
 TRAINED = {"updates": 20}
@@ -135,7 +136,7 @@ CASES = [
     case("PP2, one micro-batch", pp=2, micro=1),
     case("PP2, separate exchange", pp=2, config=SEPARATE_P2P),
     case("PP2, outputs freed once sent", pp=2, config=FREED, short=True),
-    case("PP2, shapes exchanged", pp=2, config={"variable_seq_lengths": True}),
+    case("PP2, shapes exchanged", pp=2, config=EXCHANGED_SHAPES),
     case("PP2, bf16", pp=2, **HALF, short=True),
     case("PP2, trained", pp=2, **TRAINED),
     case("PP2, bf16, trained", pp=2, **HALF_TRAINED),
