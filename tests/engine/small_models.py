@@ -183,8 +183,8 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None):
     from kvcat_nemo.engine.collectives import set_router_loss_scale
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
-    mine = list(microbatches() if batch is None else batch)[dp_rank::dp]
-    windows, length = mine[0][0].shape
+    mine = list(enumerate(microbatches() if batch is None else batch))[dp_rank::dp]
+    windows, length = mine[0][1][0].shape
     config.finalize_model_grads_func = finalize_model_grads
     position = torch.arange(length).expand(windows, length)
 
@@ -201,7 +201,7 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None):
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    iterators = [enumerate(mine) for _ in chunks]
+    iterators = [iter(mine) for _ in chunks]
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
