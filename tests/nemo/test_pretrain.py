@@ -246,13 +246,10 @@ def test_two_processes_train_as_one(straight, base, tmp_path, field):
 
 @pytest.mark.multiprocess
 def test_interleaved_stages_train_as_one(base, tmp_path):
-    """PP2 in two chunks each, which must all begin with a router; batched, their exchange is refused."""
+    """PP2 in two chunks each, which must all begin with a router."""
     groups = "model.config.kvcat.num_groups=4"
     stages = ("pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2")
     interleaved = [groups, "trainer.devices=2", *(f"trainer.strategy.{stage}" for stage in stages)]
-    (tmp_path / "refused").mkdir()
-    code, output = nemo(tmp_path / "refused", *training(tmp_path / "refused", base[1]), *interleaved)
-    assert code != 0 and "set batch_p2p_comm=False" in output, output[-3000:]
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder in (together, alone):
         folder.mkdir()
@@ -261,6 +258,13 @@ def test_interleaved_stages_train_as_one(base, tmp_path):
         a_few_steps(together, base[1], *interleaved, *exchange, launcher=TWO),
         a_few_steps(alone, base[1], groups),
     )
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_a_process_group_starts(base, tmp_path):
+    arguments = [*training(tmp_path, base[1]), "trainer.strategy.sequence_parallel=True"]
+    code, output = nemo(tmp_path, *arguments)
+    assert code != 0 and "sequence_parallel=True: needs tensor_model_parallel_size above 1" in output, output[-3000:]
+    assert "Initializing distributed" not in output
 
 
 def test_export_is_the_trained_model_without_routers(straight, base, tmp_path):
