@@ -55,6 +55,18 @@ MODEL = [
         ("overlap_p2p_comm=True", "set it to False"),
         {"batch_p2p_comm": False},
     ),
+    Refusal(
+        "overlapped exchange of a pipeline that is not interleaved",
+        {"overlap_p2p_comm": True, "batch_p2p_comm": False, PP: 2},
+        ("set it to False", VP),
+        {"overlap_p2p_comm": False},
+    ),
+    Refusal(
+        "outputs freed while an overlapped exchange sends them (CPU hosts)",
+        {"deallocate_pipeline_outputs": True, "overlap_p2p_comm": True, "batch_p2p_comm": False, PP: 2, VP: 2},
+        ("CPU host", "set it to False"),
+        {"deallocate_pipeline_outputs": False},
+    ),
     Refusal("interleaved pipeline of one stage", {VP: 2}, ("set it to None",), {VP: None}),
     Refusal("interleaved pipeline of one chunk a stage", {VP: 1, PP: 2}, ("set it to None",), {VP: None}),
     Refusal(

@@ -6,6 +6,7 @@ and went on in the next would need its mask, and the mask's gradient, to travel 
 
 from __future__ import annotations
 
+from kvcat_nemo.engine import host
 from kvcat_nemo.method.config import KVCatConfig
 
 _UNEVEN_SPLIT_FIELDS = (
@@ -31,6 +32,11 @@ def validate_stages(config) -> None:
         _validate_interleaving(config, stages, chunks)
     if stages == 1:
         return
+    if chunks is None and config.overlap_p2p_comm:
+        raise ValueError(
+            "model.config.overlap_p2p_comm=True: only interleaved stages overlap their exchange; set it to False, or "
+            "virtual_pipeline_model_parallel_size to 2 or more"
+        )
     for name in _UNEVEN_SPLIT_FIELDS:
         if getattr(config, name, None):
             raise ValueError(
@@ -70,6 +76,12 @@ def _validate_interleaving(config, stages: int, chunks: int) -> None:
             f"model.config.batch_p2p_comm=True with two interleaved stages ({name}): activations and gradients, both sent "
             "to the same rank in one batch, would be taken for one another; set batch_p2p_comm=False (and "
             "overlap_p2p_comm=True, to overlap them with computation)"
+        )
+    if config.overlap_p2p_comm and config.deallocate_pipeline_outputs and not host.is_cuda():
+        # NCCL orders the release after the send; gloo's thread reads the memory whenever it comes to it.
+        raise ValueError(
+            "model.config.deallocate_pipeline_outputs=True with overlap_p2p_comm=True on a CPU host: outputs would be freed "
+            "while they are being sent; set it to False"
         )
 
 

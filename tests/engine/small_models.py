@@ -194,8 +194,8 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None, packed=Fa
     from kvcat_nemo.engine.model import document_boundaries
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
-    mine = list(microbatches() if batch is None else batch)[dp_rank::dp]
-    windows, length = mine[0][0].shape
+    mine = list(enumerate(microbatches() if batch is None else batch))[dp_rank::dp]
+    windows, length = mine[0][1][0].shape
     config.finalize_model_grads_func = finalize_model_grads
     position = torch.arange(length).expand(windows, length)
 
@@ -204,7 +204,7 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None, packed=Fa
         set_router_loss_scale(config, len(mine))
         place, documents = position, None
         if packed:
-            place = packed_positions(windows, length, dp_rank + number * dp)
+            place = packed_positions(windows, length, number)
             documents = document_boundaries(place)
         if held is not None:
             tokens, labels, loss_mask, place = (x[:, held] for x in (tokens, labels, loss_mask, place))
@@ -215,7 +215,7 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None, packed=Fa
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    iterators = [enumerate(mine) for _ in chunks]
+    iterators = [iter(mine) for _ in chunks]
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
