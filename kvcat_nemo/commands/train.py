@@ -75,8 +75,11 @@ def plan(name, overrides, as_json):
         ("policy", f"{out['policy']}; routers at layers {', '.join(map(str, out['router_layers'])) or '—'}"),
         (
             "layout",
-            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} × data {layout['data']}"
-            + (", sequence-parallel" if layout["sequence_parallel"] else ""),
+            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} "
+            + (f"× context {layout['context']} " if layout["context"] > 1 else "")
+            + f"× data {layout['data']}"
+            + (", sequence-parallel" if layout["sequence_parallel"] else "")
+            + (", packed documents" if layout["packed_documents"] else ""),
         ),
         (
             "batch",

@@ -162,7 +162,16 @@ class KVCatMetrics(pl.Callback):
 def describe(trainer: pl.Trainer, pl_module) -> dict[str, Any]:
     """What a run is made of, as plain values."""
     data = trainer.datamodule
-    names = ("paths", "base", "seq_length", "micro_batch_size", "global_batch_size", "seed")
+    names = (
+        "paths",
+        "base",
+        "seq_length",
+        "micro_batch_size",
+        "global_batch_size",
+        "seed",
+        "packed_documents",
+        "eod_mask_loss",
+    )
     scheduler = pl_module.optim.lr_scheduler
     return {
         "model": _plain(pl_module.config),
