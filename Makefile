@@ -26,7 +26,7 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench help matrix setup test quickstart lint clean
+.PHONY: bench faults help matrix setup test quickstart lint clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
@@ -93,6 +93,9 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 
 matrix: setup  ## compare every parallel layout with one process (real processes)
 	$(VENV)/bin/python benchmarks/parallel_matrix.py
+
+faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
+	$(VENV)/bin/python -m benchmarks.faults
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
 lint: setup  ## check style and the direction of imports

@@ -45,3 +45,7 @@ def main():
     Your own model and data:       kvcat convert import …, kvcat data build …, then
                                    nemo llm pretrain --factory NAME …
     """
+
+
+if __name__ == "__main__":
+    main()
