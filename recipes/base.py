@@ -12,6 +12,7 @@ from kvcat_nemo.nemo.callbacks import KVCatMetrics
 from kvcat_nemo.nemo.data import KVCatDataModule
 from kvcat_nemo.nemo.model import KVCatModel
 from kvcat_nemo.nemo.progress import KVCatProgress
+from kvcat_nemo.nemo.records import KVCatRecords
 from kvcat_nemo.nemo.resume import KVCatResume
 from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
 from kvcat_nemo.nemo.tracking import MLflowTracker
@@ -44,7 +45,7 @@ def as_kvcat(
     )
     trainer.plugins = run.Config(KVCatPrecision, **_arguments(trainer.plugins or bf16_mixed()))
     trainer.logger = False  # the loggers are the log's
-    trainer.callbacks = [run.Config(KVCatMetrics), run.Config(KVCatProgress)]
+    trainer.callbacks = [run.Config(KVCatMetrics), run.Config(KVCatProgress), run.Config(KVCatRecords)]
     trainer.max_steps = 40_000
     trainer.val_check_interval = 1_000
     trainer.limit_val_batches = 8
