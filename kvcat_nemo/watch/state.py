@@ -140,8 +140,7 @@ class RunWatcher:
         return own if not steps or spent <= 0 or spent / steps > 20 * max(own, 0.05) else spent / steps
 
     def _status(self, now: float, step: int, max_steps: int | None) -> tuple[str, str]:
-        finished = self.folder / "kvcat" / "finished.json"
-        if finished.is_file() and max_steps is not None and step >= max_steps:
+        if max_steps is not None and step >= max_steps and self._finished_at() >= max_steps:
             return "finished", f"finished at step {step:,}"
         seen = max(self._last.get("time", 0), self._validation.get("time", 0))
         saved = self._newest_change()
@@ -166,6 +165,13 @@ class RunWatcher:
             "quiet",
             f"silent for {duration(quiet)} where a step takes {duration(typical)}: stopped, killed or hanging",
         )
+
+    def _finished_at(self) -> int:
+        """The last step of a run whose last checkpoint is on disk; a run made longer has an older one's."""
+        try:
+            return json.loads((self.folder / "kvcat" / "finished.json").read_text())["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return -1
 
     def _newest_change(self) -> float:
         """When anything in the run's folder or its checkpoints last changed: a save takes longer than a step."""
