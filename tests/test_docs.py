@@ -84,7 +84,11 @@ def test_all_recipes_and_no_others_are_documented():
 
 
 def test_settings_table_is_the_configuration():
-    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), re.M)
+    table = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|",
+        (ROOT / "docs" / "method.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     documented = {}
     for names, defaults in table:
         names, values = re.findall(r"`(\w+)`", names), [v.strip() for v in defaults.split(",")]
