@@ -26,7 +26,7 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench help setup test quickstart lint clean
+.PHONY: bench study help setup test quickstart lint clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
@@ -90,6 +90,10 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 	$(VENV)/bin/python benchmarks/loss.py
 	$(VENV)/bin/python benchmarks/step.py
 	$(VENV)/bin/python benchmarks/roofline.py
+
+# Nights on two cores; stopped, it goes on where it was. Another size: make study ARGS='--scale smoke'
+study: setup  ## train small models of our own and measure how compressible their caches are (benchmarks/study)
+	$(VENV)/bin/python -m benchmarks.study $(ARGS)
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
 lint: setup  ## check style and the direction of imports

@@ -63,7 +63,7 @@ def compare(rows: list[dict], groups: dict[str, list[str]], control: str = CONTR
         if row["compressor"] != "none":
             cells.setdefault((row["compressor"], row["budget"]), {})[row["model"]] = row
     out = []
-    for (compressor, budget), by_model in cells.items():
+    for (compressor, _), by_model in cells.items():
         base = [by_model[m] for m in groups.get(control, []) if m in by_model]
         for group, models in groups.items():
             mine = [by_model[m] for m in models if m in by_model]
