@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -64,8 +62,7 @@ def run_jobs(jobs: list[dict], workers: int) -> None:
             time.sleep(0.2)
     finally:
         for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
             process.wait()
     if failed:
         raise RuntimeError(
@@ -85,5 +82,4 @@ def _start(job: dict, environment: dict) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             env=environment | {"OMP_NUM_THREADS": str(job["threads"])},
-            start_new_session=True,
         )

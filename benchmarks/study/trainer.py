@@ -6,6 +6,7 @@ and hf/, the exported model.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -143,6 +144,11 @@ def run(job: dict[str, Any], *, stop_at: int | None = None) -> Path:
     out = Path(job["out"])
     kept = out / "kvcat"
     kept.mkdir(parents=True, exist_ok=True)
+    lock = (out / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a study that was killed may have left its run at work
+    except OSError:
+        raise RuntimeError(f"{out}: another process is training here; wait for it or end it") from None
     start_process()
     began, trainer, plan = time.time(), Trainer(job), job["training"]
     checkpoint = out / "resume.pt"
