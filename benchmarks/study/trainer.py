@@ -146,7 +146,9 @@ def run(job: dict[str, Any], *, stop_at: int | None = None) -> Path:
     kept.mkdir(parents=True, exist_ok=True)
     lock = (out / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a study that was killed may have left its run at work
+        fcntl.flock(
+            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # a study that was killed may have left its run at work
     except OSError:
         raise RuntimeError(f"{out}: another process is training here; wait for it or end it") from None
     start_process()

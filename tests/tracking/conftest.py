@@ -52,7 +52,8 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self, seconds: float = 120) -> None:
-        environment = os.environ | {
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        environment |= {
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # starts in half the time
         }
