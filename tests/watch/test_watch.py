@@ -237,6 +237,7 @@ class Terminal:
             stderr=slave,
             env=environment,
             start_new_session=True,
+            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C reaches it
         )
         os.close(slave)
         self.output = ""
