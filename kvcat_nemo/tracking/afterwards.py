@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE
@@ -81,6 +82,7 @@ def register_model(model: Path, name: str, *, run: Path, uri: str | None = None)
     kept = training_folder(run)
     run_id = json.loads((kept / RUN_FILE).read_text()).get("run_id")
     where = store_uri(uri)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")  # weights are large, and nothing waits for them
     try:
         status = client_of(where).get_run(run_id).info.status
         import mlflow
@@ -88,7 +90,7 @@ def register_model(model: Path, name: str, *, run: Path, uri: str | None = None)
         mlflow.set_tracking_uri(where)
         with mlflow.start_run(run_id=run_id, log_system_metrics=False):
             info = mlflow.transformers.log_model(
-                str(model),
+                str(model.resolve()),  # a relative folder looks like the name of one on a hub
                 name="model",
                 task="text-generation",
                 registered_model_name=name,

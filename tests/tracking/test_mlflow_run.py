@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from kvcat_nemo.tracking.afterwards import bring
+from kvcat_nemo.tracking.afterwards import bring, register_model
 from kvcat_nemo.tracking.metrics_file import MetricsFile
 from kvcat_nemo.tracking.mlflow_run import CHANGED_TAG, RUN_FILE, MlflowRun, client_of, figures_of, store_uri
 from kvcat_nemo.tracking.outbox import Figure, Outbox
@@ -219,6 +219,47 @@ def test_brought_afterwards(store, tmp_path, monkeypatch):
     (folder / "kvcat" / "finished.json").write_text('{"step": 4}')
     bring(folder)
     assert only_run(store)[1].info.status == "FINISHED"
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A plain Hugging Face model as `kvcat export` writes it, of two tiny layers."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(tmp_path / "hf")
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_the_exported_model_is_registered(store, tmp_path, monkeypatch, exported):
+    """Under the training's run, as something that MLflow itself loads; the run's end stays what it was."""
+    import mlflow
+    import torch
+
+    folder = tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(ValueError, match="belongs to no run"):
+        register_model(exported, "tiny", run=folder)
+    run = train(folder, store, 0, 2)
+    client_of(store).set_terminated(run.run_id, "FINISHED")
+    checkpoint = folder / "checkpoints" / "step=2"
+    checkpoint.mkdir(parents=True)
+    assert [register_model(exported, "tiny", run=place) for place in (folder, checkpoint)] == ["1", "2"]
+    client, found = only_run(store)
+    version = client.get_model_version("tiny", "1")
+    assert version.run_id == run.run_id and found.info.status == "FINISHED"
+    loaded = mlflow.transformers.load_model("models:/tiny/1").model
+    from transformers import AutoModelForCausalLM
+
+    before = AutoModelForCausalLM.from_pretrained(exported).state_dict()
+    assert all(torch.equal(before[k], v) for k, v in loaded.state_dict().items())
 
 
 def test_bringing_says_what_is_wrong(tmp_path, monkeypatch):

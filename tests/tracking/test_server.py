@@ -156,7 +156,8 @@ def test_the_page_of_a_run(server, tmp_path):
         files = await page.open(f"{where}/artifacts", "config.yaml")
         return overview, charts, files
 
-    overview, _, _ = look(tmp_path / "profile", visit)
+    # Tall, for MLflow draws only the charts in sight.
+    overview, _, _ = look(tmp_path / "profile", visit, height=2400)
     assert "router" in overview and "seen" in overview
     assert (tmp_path / "charts.png").stat().st_size > 20_000
     assert json.dumps(overview)
