@@ -141,7 +141,7 @@ FULL = Scale(
         "tdavid",
         "mhcc",
         "scofield",
-        "web",
+        "web-bible",
         "anarchism",
         "perl",
         "postgresql",

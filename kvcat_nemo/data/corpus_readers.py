@@ -93,11 +93,13 @@ def handbook_page(page: str) -> str:
 
 
 def pod_text(page: str) -> str:
-    """Perl's documentation format without its codes: B<bold> is bold; nested ones are taken off from within."""
+    """Perl's documentation format without its codes: of B<bold I<text>> and C<< code >> the text stays, innermost first."""
+    page = page.replace("E<lt>", "\0").replace("E<gt>", "\1")
+    page = re.sub(r"[A-Z]<{2,}\s+(.*?)\s+>{2,}", r"\1", page, flags=re.S)
     before = None
     while before != page:
-        before, page = page, re.sub(r"[A-Z]<+ ?([^<>]*?) ?>+", r"\1", page)
-    return page.strip()
+        before, page = page, re.sub(r"[A-Z]<([^<>]*)>", r"\1", page)
+    return page.replace("\0", "<").replace("\1", ">").strip()
 
 
 def postgresql_page(page: str) -> str:

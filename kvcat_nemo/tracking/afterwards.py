@@ -82,7 +82,9 @@ def register_model(model: Path, name: str, *, run: Path, uri: str | None = None)
     kept = training_folder(run)
     run_id = json.loads((kept / RUN_FILE).read_text()).get("run_id")
     where = store_uri(uri)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")  # weights are large, and nothing waits for them
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "600"
+    )  # weights are large, and nothing waits for them
     try:
         status = client_of(where).get_run(run_id).info.status
         import mlflow
