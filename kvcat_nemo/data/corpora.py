@@ -107,7 +107,7 @@ CORPORA = {
         about="the World English Bible, book by book (Debian package)",
     ),
     "anarchism": Corpus(
-        package=DebPackage("anarchism", "GFDL-1.1-or-later OR GPL-2.0-or-later"),
+        package=DebPackage("anarchism", "GPL-2.0-or-later"),
         read=readers.pages(r"doc/anarchism/markdown/(.+)\.md(?:\.gz)?$"),
         about="An Anarchist FAQ, section by section (Debian package)",
     ),
