@@ -98,14 +98,29 @@ def build(converted: Path, kvcat: dict, seed: int):
 
 def export(model, untrained: Path, out: Path) -> None:
     """The plain Hugging Face model, routers left out, by the project's own converter."""
-    from megatron.core import dist_checkpointing
-
     from kvcat_nemo.conversion.exporting import export_hf
 
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         weights = Path(folder) / "weights"
         weights.mkdir()
-        dist_checkpointing.save(model.sharded_state_dict(), str(weights))
+        _write(model, weights)
         if out.exists():
             shutil.rmtree(out)
         export_hf(weights, out, base=untrained)
+
+
+def _write(model, folder: Path) -> None:
+    """A distributed checkpoint of a model that one process holds, without the processes that Megatron's writer spawns."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from kvcat_nemo.conversion.dist_checkpoint import CheckpointWriter
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    writer = CheckpointWriter(folder, ("",))
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            data = entry.data.detach().clone()[(None,) * entry.prepend_axis_num]
+            writer.add_tensor(entry.key, data, entry.global_shape, entry.global_offset)
+    writer.close()
