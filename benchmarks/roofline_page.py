@@ -154,6 +154,46 @@ def measured(path: Path = roofline.STEP) -> str:
     return compared(json.loads(path.read_text(encoding="utf-8")))
 
 
+def attention(path: Path = roofline.STEP.with_name("attention.json")) -> str:
+    """Seconds and memory of gated attention against the plain kernel and the dense forms (benchmarks/attention.py)."""
+    body = []
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        ratios = row["ratios"]
+
+        def times(name: str, ratios=ratios) -> str:
+            return f"×{ratios[name]:.2f}" if name in ratios else "too large"
+
+        body.append(
+            [
+                f"{row['T']:,} × {row['D']}, {row['dtype']}",
+                f"{row['seconds']['plain'] * 1e3:,.0f}",
+                f"{row['seconds']['gated'] * 1e3:,.0f}",
+                times("time gated/plain"),
+                times("time dense_mask/gated"),
+                times("time dense_gate/gated"),
+                f"{row['peak_bytes']['gated'] / 2**20:,.0f}",
+                times("memory dense_mask/gated"),
+            ]
+        )
+    head = ["tokens × head dim", "plain ms", "gated ms", "gated / plain", "dense mask / gated"]
+    return table([*head, "dense formula / gated", "gated MiB", "its memory / gated"], body)
+
+
+def loss(path: Path = roofline.STEP.with_name("loss.json")) -> str:
+    """Seconds and memory of CE + KL from hidden states against the plain form (benchmarks/loss.py)."""
+    body = [
+        [
+            f"{row['tokens']:,} × {row['vocabulary']:,} × {row['width']}, {row['passes']} pass(es)",
+            f"{row['seconds']['fused']:,.2f}",
+            f"×{row['ratios']['time fused/plain']:.2f}",
+            f"{row['peak_bytes']['fused'] / 2**20:,.0f}",
+            f"×{row['ratios']['memory fused/plain']:.3f}",
+        ]
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ]
+    return table(["tokens × vocabulary × width", "s", "of plain", "MiB", "of plain"], body)
+
+
 STAGES = {
     # of benchmarks/step.py → parts here; its attention stage holds the projections, its core the kernel and the columns
     "core of attention": ("attention, dense", "attention, gated", "columns of the gates"),
@@ -219,6 +259,8 @@ BLOCKS = {
     "contexts": lambda: "\n\n".join(contexts(name) for name in PUBLISHED),
     "losses": losses,
     "measured": measured,
+    "attention": attention,
+    "loss": loss,
 }
 
 

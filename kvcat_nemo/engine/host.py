@@ -9,6 +9,7 @@ there is a single code path. Call it once per process, before Megatron-core is i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import resource
@@ -84,6 +85,22 @@ class _NullStream:
         return lambda *args, **kwargs: None
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def _keep_freed_memory() -> bool:
+    """Tell glibc's allocator to use freed memory again instead of handing it back to the kernel.
+
+    It maps blocks above 32 MiB anew at each use, and the kernel clears them. A paired pass has twice the tensors above
+    that size: on SmolLM2-135M at 2048 tokens a step took 8 % longer, the plain one 3 % (docs/LOG.md).
+
+    Returns:
+        False where the allocator is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
 def _answer(names: str, make) -> None:
     # One function object per name: torch.compile's tables refuse two names for one object.
     for name in names.split():
@@ -102,6 +119,7 @@ def enable() -> bool:
     if _enabled:
         return True
     _enabled = True
+    _keep_freed_memory()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

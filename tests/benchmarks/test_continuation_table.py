@@ -42,7 +42,7 @@ def test_its_sweep_names_what_exists(monkeypatch):
     from kvcat_nemo.evaluate.sweep import load_sweep
 
     runs = load_sweep(ROOT / "benchmarks" / "continuation.yaml")
-    assert list(runs) == ["ours", "kvsculpt", "kvpress"]
+    assert list(runs) == ["ours", "matching", "quantised", "kvsculpt", "kvpress"]
     for specification in runs["ours"].compressors:
         make(specification.partition("@")[0])
 
