@@ -28,6 +28,8 @@ class KVCatRecords(pl.Callback):
         if not trainer.is_global_zero:
             return
         described = redact_tree(describe(trainer, pl_module))
+        # Through JSON: what is left of NumPy's and others' kinds of numbers and words becomes plain, or YAML refuses it.
+        described = json.loads(json.dumps(described, default=str))
         folder = run_folder()
         write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
         write_atomically(
