@@ -1,8 +1,10 @@
 """What a run is made of, beside its checkpoints and in its loggers: configuration, manifest, pictures."""
 
 import dataclasses
+import inspect
 import json
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -87,38 +89,45 @@ def tflops_per_gpu(trainer: pl.Trainer, pl_module, seconds: float) -> dict[str, 
 def describe(trainer: pl.Trainer, pl_module) -> dict[str, Any]:
     """The resolved recipe as plain values: everything it was given, overrides and defaults included."""
     data, scheduler = trainer.datamodule, pl_module.optim.lr_scheduler
-    names = ("paths", "base", "seq_length", "micro_batch_size", "global_batch_size", "seed", "num_workers")
-    checkpoint = trainer.checkpoint_callback
-    saving = "monitor mode save_top_k save_last every_n_train_steps train_time_interval save_optim_on_train_end filename"
+    checkpoint, restore = trainer.checkpoint_callback, getattr(trainer.strategy, "restore_config", None)
+    others = [c for c in trainer.callbacks if c is not checkpoint]
     return {
         "model": _plain(pl_module.config),
         "optimizer": _plain(pl_module.optim.config),
         "schedule": _simple(scheduler) if scheduler else {},
-        "data": {name: _plain(getattr(data, name, None)) for name in names},
+        "data": {"base": None} | _arguments(data),
         "trainer": {
             "max_steps": trainer.max_steps,
             "world_size": trainer.world_size,
             "num_nodes": trainer.num_nodes,
             "devices": trainer.num_devices,
             "val_check_interval": trainer.val_check_interval,
+            "limit_val_batches": trainer.limit_val_batches,
             "precision": str(trainer.precision),
             "gradient_clip_val": trainer.gradient_clip_val,
-            "callbacks": [type(c).__name__ for c in trainer.callbacks],
         },
         "strategy": _simple(trainer.strategy)
         | {"ddp": _plain(getattr(trainer.strategy, "ddp_config", None))},
-        "checkpoints": {
-            name: _plain(_attribute(checkpoint, name)) for name in saving.split() if checkpoint is not None
-        },
-        "resume": {
-            "path": _plain(trainer.ckpt_path),
-            "base": _plain(getattr(getattr(trainer.strategy, "restore_config", None), "path", None)),
-        },
+        "checkpoints": _arguments(checkpoint) if checkpoint is not None else {},
+        "callbacks": {type(c).__name__: _arguments(c) for c in others},
+        "resume": {"path": _plain(trainer.ckpt_path), "base": _plain(getattr(restore, "path", None))},
     }
 
 
-def _attribute(owner: Any, name: str) -> Any:
-    return getattr(owner, name, getattr(owner, f"_{name}", None))
+_SETTING = int | float | str | list | tuple | dict | None
+
+
+def _arguments(owner: Any) -> dict[str, Any]:
+    """What an object was made with, as far as it keeps it under the argument's name: values that are settings, not machinery."""
+    out: dict[str, Any] = {}
+    for kind in type(owner).__mro__[:-1]:
+        made = kind.__dict__.get("__init__")
+        for name in inspect.signature(made).parameters if inspect.isfunction(made) else ():
+            value = getattr(owner, name, getattr(owner, f"_{name}", owner))
+            plain = dataclasses.is_dataclass(value) or isinstance(value, _SETTING | Path)
+            if name not in ("self", "args", "kwargs") and name not in out and plain:
+                out[name] = _plain(value)
+    return out
 
 
 def _simple(owner: Any) -> dict[str, Any]:
