@@ -26,7 +26,7 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench faults help matrix setup test quickstart lint clean
+.PHONY: bench faults help matrix setup study test quickstart lint clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
@@ -96,6 +96,10 @@ matrix: setup  ## compare every parallel layout with one process (real processes
 
 faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
 	$(VENV)/bin/python -m benchmarks.faults
+
+# Nights on two cores; stopped, it goes on where it was. Another size: make study ARGS='--scale smoke'
+study: setup  ## train small models of our own and measure how compressible their caches are (benchmarks/study)
+	$(VENV)/bin/python -m benchmarks.study $(ARGS)
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
 lint: setup  ## check style and the direction of imports

@@ -208,3 +208,14 @@ def test_broken_recipe_import_is_loud(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0 and "kvcat_nemo.recipes.base" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "argument", ["log.extra_loggers=http://ann:s3cret-word@host:5000", "model.hf_token=s3cret-word"]
+)
+def test_credentials_on_the_command_line_are_refused(recipes, monkeypatch, argument):
+    """Before NeMo prints them or writes them to cmd-args.log; the message does not repeat them."""
+    monkeypatch.setattr("sys.argv", ["nemo", "llm", "pretrain", "--factory", "kvcat_tiny", "-y", argument])
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        recipes["kvcat_tiny"]()
+    assert "s3cret-word" not in str(error.value)
