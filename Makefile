@@ -26,7 +26,7 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench faults image-test help setup test quickstart lint clean
+.PHONY: bench faults help image-test matrix setup study test quickstart lint clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
@@ -91,12 +91,19 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 	$(VENV)/bin/python benchmarks/step.py
 	$(VENV)/bin/python benchmarks/roofline.py
 
+matrix: setup  ## compare every parallel layout with one process (real processes)
+	$(VENV)/bin/python benchmarks/parallel_matrix.py
+
 # Root, Debian's buildah and debootstrap, some 12 GB and 20 minutes; what it did is in docs/LOG.md.
 image-test:  ## build the image on a CPU base made from nothing, and train in it
 	bash tests/launch/image_test.sh
 
 faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
 	$(VENV)/bin/python -m benchmarks.faults
+
+# Nights on two cores; stopped, it goes on where it was. Another size: make study ARGS='--scale smoke'
+study: setup  ## train small models of our own and measure how compressible their caches are (benchmarks/study)
+	$(VENV)/bin/python -m benchmarks.study $(ARGS)
 
 # import-linter reads folders: it is shown the package as it is installed, recipes/, conversion/ and launch/ inside.
 lint: setup  ## check style, shell scripts, the Dockerfile and the direction of imports
