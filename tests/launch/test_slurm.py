@@ -189,7 +189,7 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
         until_asked(cluster, number, broken, 3)
     until_restart(cluster, number, broken, 3)
     note()
-    assert job(cluster, urgent.strip())["JobState"] in ("RUNNING", "COMPLETED", "COMPLETING")
+    wait(cluster, urgent.strip(), state("RUNNING", "COMPLETING", "COMPLETED"), broken)  # it had the nodes
     # A lost node: after a save, so that steps are lost with it.
     until_step(cluster, number, broken, 3, reached[-1] + SAVE_EVERY + 3)
     hosts = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()
