@@ -25,7 +25,7 @@ pytestmark = [
 SECONDS = float(os.environ.get("KVCAT_SLURM_TEST_SECONDS", "840"))
 
 STEPS, SAVE_EVERY = 60, 10
-TIMED = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
+TIMED = {"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"}
 # Measured against the previous step's window, which a new process does not have.
 FRESH = {"flipped", "flipped/group0", "flipped/group1"}
 
