@@ -163,7 +163,11 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     reached = []
 
     def note():
-        reached.append(steps_done(broken))
+        """How far training got, and the newest checkpoint, before the next start changes either."""
+        saved = max(
+            int(p.name.removeprefix("step=")) for p in broken.glob("checkpoints/step=*") if p.is_dir()
+        )
+        reached.append((steps_done(broken), saved))
 
     # The time limit. Slurm looks at it twice a minute and sends the signal up to a minute early; steps are quicker.
     until_step(cluster, number, broken, 0, 7)
@@ -175,12 +179,12 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     note()
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     # A signal.
-    until_step(cluster, number, broken, 1, reached[-1] + 7)
+    until_step(cluster, number, broken, 1, reached[-1][0] + 7)
     cluster.run("scancel", "--signal=USR1", "--batch", number)
     until_restart(cluster, number, broken, 2)
     note()
     # A higher partition wants the nodes.
-    until_step(cluster, number, broken, 2, reached[-1] + 7)
+    until_step(cluster, number, broken, 2, reached[-1][0] + 7)
     with cluster.frozen():
         urgent = cluster.run(
             "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null",
@@ -191,7 +195,7 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     note()
     wait(cluster, urgent.strip(), state("RUNNING", "COMPLETING", "COMPLETED"), broken)  # it had the nodes
     # A lost node: after a save, so that steps are lost with it.
-    until_step(cluster, number, broken, 3, reached[-1] + SAVE_EVERY + 3)
+    until_step(cluster, number, broken, 3, reached[-1][0] + SAVE_EVERY + 3)
     hosts = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()
     cluster.lose_node(hosts[1])
     until_restart(cluster, number, broken, 4)
@@ -201,9 +205,14 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     cluster.return_node(hosts[1])
 
     text = output(broken)
-    assert 0 < reached[0] < reached[1] < reached[2] < reached[3] < STEPS, text
+    done_steps = [done for done, _ in reached]
+    assert 0 < done_steps[0] < done_steps[1] < done_steps[2] < done_steps[3] < STEPS, text
+    # Who was asked lost nothing; a lost node takes with it what came after the last save.
+    assert all(done == saved for done, saved in reached[:3]) and reached[3][0] > reached[3][1], reached
     assert text.count("got SIGUSR1 (time limit or preemption): asking all ranks") >= 3
-    assert text.count("stopped and saved; queued again") == 3
+    assert (
+        text.count("stopped and saved; queued again") >= 2
+    )  # Slurm itself may be first to take the nodes back
 
     def comparable(run_dir):
         return [{k: v for k, v in line.items() if k not in TIMED | FRESH} for line in metrics(run_dir)]
