@@ -164,13 +164,13 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
                 folder / "stops",
                 unbroken(),
                 STEPS,
-                {x: unbroken(STEPS, x) for x in ("TP1", "DP2", "PP2")},
+                {x: unbroken(STEPS, x) for x in ("TP1", "PP2")},
             ).result(),
         ),
         "one_rank_of_four_dies": (
             "SIGKILL to one rank of TP2 × PP2",
             lambda: kills.one_dies(
-                server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed
+                server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed, victims=[0, 1, 3]
             ).result(),
         ),
         "one_rank_freezes": (
