@@ -121,11 +121,11 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             agreement.on_first_rank(self._tidy)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if trainer.fast_dev_run or self._saved_at == trainer.global_step:
-            return
-        # The last chance: a save that failed a moment ago is tried once more, and failing again ends the run as failed.
+        # The last chance: a save that failed a moment ago is tried once more, and failing again (or an asynchronous one
+        # that fails while it is waited for) ends the run as failed.
         self.on_failed_save = "stop"
-        self._save(trainer)
+        if not trainer.fast_dev_run and self._saved_at != trainer.global_step:
+            self._save(trainer)
 
     # --- how ---
 
