@@ -66,20 +66,22 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
             )
             for failure in result.get("failures", []):
                 print(f"    {failure}", flush=True)
-    minutes = round((time.monotonic() - began) / 60, 1)
+            write(options, stored)  # after each: a suite that is interrupted has what it has done
+    print(f"{options.out}: {(time.monotonic() - began) / 60:.1f} min")
+    bad = [name for name, result in stored.items() if result["survived"] < result["tried"]]
+    print(f"not survived: {', '.join(bad)}" if bad else "everything survived")
+    return bad
+
+
+def write(options: argparse.Namespace, stored: dict) -> None:
     record = {
         "faults": stored,
         "sigkills": sum(r["tried"] for n, r in stored.items() if n.startswith("sigkill")),
-        "minutes": minutes,
+        "minutes": round(sum(r["seconds"] for r in stored.values()) / 60, 1),
         "manifest": manifest(seed=options.seed, steps=STEPS, save_every=runs.SAVE_EVERY, recipe="kvcat_tiny"),
     }
     with new_file(options.out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
-    bad = [name for name, result in stored.items() if result["survived"] < result["tried"]]
-    print(
-        f"{minutes} min; {options.out}; {'not survived: ' + ', '.join(bad) if bad else 'everything survived'}"
-    )
-    return bad
 
 
 def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Callable[[], dict]]]:
