@@ -39,6 +39,8 @@ def main() -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> list[str]:
     began = time.monotonic()
+    # Asked for before the result's own file changes the checkout.
+    facts = manifest(seed=options.seed, steps=STEPS, save_every=runs.SAVE_EVERY, recipe="kvcat_tiny")
     stored = json.loads(options.out.read_text())["faults"] if options.only and options.out.is_file() else {}
     with Server() as server:
         print(f"NeMo imported after {time.monotonic() - began:.0f} s", flush=True)
@@ -66,21 +68,21 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
             )
             for failure in result.get("failures", []):
                 print(f"    {failure}", flush=True)
-            write(options, stored)  # after each: a suite that is interrupted has what it has done
+            write(options.out, stored, facts)  # after each: a suite that is interrupted has what it has done
     print(f"{options.out}: {(time.monotonic() - began) / 60:.1f} min")
     bad = [name for name, result in stored.items() if result["survived"] < result["tried"]]
     print(f"not survived: {', '.join(bad)}" if bad else "everything survived")
     return bad
 
 
-def write(options: argparse.Namespace, stored: dict) -> None:
+def write(out: Path, stored: dict, facts: dict) -> None:
     record = {
         "faults": stored,
         "sigkills": sum(r["tried"] for n, r in stored.items() if n.startswith("sigkill")),
         "minutes": round(sum(r["seconds"] for r in stored.values()) / 60, 1),
-        "manifest": manifest(seed=options.seed, steps=STEPS, save_every=runs.SAVE_EVERY, recipe="kvcat_tiny"),
+        "manifest": facts,
     }
-    with new_file(options.out) as temporary:
+    with new_file(out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
