@@ -76,7 +76,9 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--only", action="append", metavar="NAME", help="cases whose name begins so (repeatable)")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="cases whose name begins so (repeatable)"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page-only", action="store_true", help="write the page from --out and run nothing")
     return parser.parse_args(argv)
@@ -90,7 +92,10 @@ def main(argv=None) -> int:
     if not args.page_only:
         cases = [c for c in CASES if not args.only or c.name.startswith(tuple(args.only))]
         if not cases:
-            sys.exit(f"--only {' '.join(args.only)}: no case begins so; they are\n  " + "\n  ".join(c.name for c in CASES))
+            sys.exit(
+                f"--only {' '.join(args.only)}: no case begins so; they are\n  "
+                + "\n  ".join(c.name for c in CASES)
+            )
         began = time.time()
         with tempfile.TemporaryDirectory() as folder:
             results = run_cases(cases, Path(folder), timeout=600)

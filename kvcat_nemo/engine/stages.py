@@ -45,7 +45,11 @@ def validate_stages(config) -> None:
     parts = stages * (chunks or 1)
     if config.num_layers % parts:
         fitting = [p for p in range(1, config.num_layers + 1) if config.num_layers % (p * (chunks or 1)) == 0]
-        fix = f"use {_nearest(fitting, stages)}" if fitting else "set virtual_pipeline_model_parallel_size to None"
+        fix = (
+            f"use {_nearest(fitting, stages)}"
+            if fitting
+            else "set virtual_pipeline_model_parallel_size to None"
+        )
         of = f"{stages} stages" + (f" of {chunks} chunks" if chunks else "")
         raise ValueError(
             f"model.config.pipeline_model_parallel_size={stages}: {config.num_layers} layers do not divide into {of}; {fix}"
@@ -90,7 +94,9 @@ def _refuse_straddling_groups(config, stages: int, chunks: int) -> None:
     boundary = next(first for first in firsts if first not in starts)
     group = kvcat.group_of_layer(boundary, layers)
     last = [*starts, layers][group + 1] - 1
-    others = [p for p in range(1 if chunks == 1 else 2, layers + 1) if _fits(layers, groups, p * chunks, kvcat)]
+    others = [
+        p for p in range(1 if chunks == 1 else 2, layers + 1) if _fits(layers, groups, p * chunks, kvcat)
+    ]
     fixes = [f"pipeline_model_parallel_size={_nearest(others, stages)}"] if others else []
     if chunks > 1:
         fewer = [v for v in range(2, layers + 1) if _fits(layers, groups, stages * v, kvcat)]
