@@ -32,7 +32,7 @@ from kvcat_nemo.compress.prefill import Prefilled
 
 SELECTIONS = ("auto", "highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
-_SPARE, _STEPS, _JUDGES = 192, 1, 512  # of omp; docs/LOG.md has what they cost and lose
+_SPARE, _STEPS, _JUDGES = 128, 1, 512  # of omp; docs/LOG.md has what they cost and lose
 _FEW = 128  # slots
 _PIECE = 128
 _WHOLE = 1024  # the second reading's attention among its own tokens is dense: N×N
