@@ -31,11 +31,18 @@ def measured() -> dict[str, dict]:
 
 def forms() -> str:
     """Forms of parallelism, how many cases show each, and the worst of them."""
-    lines = ["| form | cases | of them in `make test` | largest difference in float64 | cases begin with |", "|---|---:|---:|---:|---|"]
+    lines = [
+        "| form | cases | of them in `make test` | largest difference in float64 | cases begin with |",
+        "|---|---:|---:|---:|---|",
+    ]
     rows = measured()
     for form, belongs in FORMS.items():
         cases = [c for c in CASES if belongs(c)]
-        exact = [rows[c.name]["largest"] for c in cases if c.name in rows and "dtype" not in c.recipe and "updates" not in c.recipe]
+        exact = [
+            rows[c.name]["largest"]
+            for c in cases
+            if c.name in rows and "dtype" not in c.recipe and "updates" not in c.recipe
+        ]
         first = "; ".join(c.name for c in cases[:3])
         worst = f"{max(exact):.1e}" if exact else "–"
         lines.append(f"| {form} | {len(cases)} | {sum(c.short for c in cases)} | {worst} | {first} |")
@@ -44,14 +51,21 @@ def forms() -> str:
 
 def cases() -> str:
     """Every case: its layout, tolerance, and what was measured."""
-    lines = ["| case | processes | tolerance | largest: figure | gradient | masks equal | `make test` |", "|---|---:|---:|---:|---:|---:|---|"]
+    lines = [
+        "| case | processes | tolerance | largest: figure | gradient | masks equal | `make test` |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
     rows = measured()
     for c in CASES:
         r = rows.get(c.name)
         figures = ["not measured"] * 2 + ["–"]
         if r:
-            figures = [f"{max(r[k].values(), default=0):.1e}" for k in ("figures", "gradients")] + [str(r["masks_compared"])]
-        lines.append(f"| {c.name} | {c.processes} | {c.tolerance:.0e} | {' | '.join(figures)} | {'yes' if c.short else ''} |")
+            figures = [f"{max(r[k].values(), default=0):.1e}" for k in ("figures", "gradients")] + [
+                str(r["masks_compared"])
+            ]
+        lines.append(
+            f"| {c.name} | {c.processes} | {c.tolerance:.0e} | {' | '.join(figures)} | {'yes' if c.short else ''} |"
+        )
     return "\n".join(lines)
 
 
@@ -74,7 +88,9 @@ def refused() -> str:
 
 
 def _fields(values: dict) -> str:
-    return ", ".join(f"`{name.removeprefix('layout.')}={value}`".replace("|", "\\|") for name, value in values.items())
+    return ", ".join(
+        f"`{name.removeprefix('layout.')}={value}`".replace("|", "\\|") for name, value in values.items()
+    )
 
 
 BLOCKS = {"forms": forms, "cases": cases, "reasons": reasons, "refused": refused}

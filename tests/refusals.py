@@ -21,7 +21,11 @@ class Refusal:
     """Fields that the message proposes, with which the rest is accepted."""
 
 
-PP, VP, TP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "tensor_model_parallel_size"
+PP, VP, TP = (
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "tensor_model_parallel_size",
+)
 
 # Of a model of 24 layers in four groups, 8 heads on 4 KV heads, feed-forward width 64.
 MODEL = [
@@ -63,7 +67,13 @@ MODEL = [
     ),
     Refusal(
         "outputs freed while an overlapped exchange sends them (CPU hosts)",
-        {"deallocate_pipeline_outputs": True, "overlap_p2p_comm": True, "batch_p2p_comm": False, PP: 2, VP: 2},
+        {
+            "deallocate_pipeline_outputs": True,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+            PP: 2,
+            VP: 2,
+        },
         ("CPU host", "set it to False"),
         {"deallocate_pipeline_outputs": False},
     ),
@@ -97,7 +107,9 @@ MODEL = [
         ("num_query_groups=4", "gives no KV head to two ranks", "use 1 or 2 or 4"),
         {TP: 4},
     ),
-    Refusal("heads that do not divide over tensor-parallel ranks", {TP: 3}, ("num_attention_heads=8",), {TP: 2}),
+    Refusal(
+        "heads that do not divide over tensor-parallel ranks", {TP: 3}, ("num_attention_heads=8",), {TP: 2}
+    ),
     Refusal(
         "sequence parallelism without tensor parallelism",
         {"sequence_parallel": True},
@@ -124,7 +136,11 @@ MODEL = [
     ),
     Refusal(
         "saved activations spread over ranks",
-        {"distribute_saved_activations": True, "recompute_granularity": "full", "recompute_method": "uniform"},
+        {
+            "distribute_saved_activations": True,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+        },
         ("set it to False",),
         {"distribute_saved_activations": False},
     ),
@@ -158,7 +174,14 @@ LAYOUT = [
     ),
     Refusal(
         "context and sequence parallelism over a length that does not divide",
-        {"layout.seq_length": 1000, "layout.context": 2, "layout.tensor": 3, "layout.sequence_parallel": True, "layout.world_size": 6, "layout.global_batch_size": 8},
+        {
+            "layout.seq_length": 1000,
+            "layout.context": 2,
+            "layout.tensor": 3,
+            "layout.sequence_parallel": True,
+            "layout.world_size": 6,
+            "layout.global_batch_size": 8,
+        },
         ("2 · 2 chunks", "sequence parallelism", "multiple of 12", "use 1008"),
         {"layout.seq_length": 1008},
     ),

@@ -16,7 +16,10 @@ from kvcat_nemo.method.config import KVCatConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("recipes", "method", "parallelism", "compress", "evaluation")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("recipes", "method", "parallelism", "compress", "evaluation")
+    ),
 ]
 
 

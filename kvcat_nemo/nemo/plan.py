@@ -91,7 +91,9 @@ PARALLEL_FIELDS = (
 
 
 def _refuse_untested(strategy, optimizer) -> None:
-    ddp = getattr(strategy, "ddp_config", None) or getattr(strategy, "ddp", None)  # built, or still to be built
+    ddp = getattr(strategy, "ddp_config", None) or getattr(
+        strategy, "ddp", None
+    )  # built, or still to be built
     instances = strategy.num_distributed_optimizer_instances
     if instances > 1:
         raise ValueError(

@@ -57,7 +57,9 @@ def test_only_replaces_what_it_names(tmp_path, monkeypatch):
     out = tmp_path / "matrix.json"
     kept = {"case": CASES[3].name, "mark": 1, "wrong": []}
     out.write_text(json.dumps({"manifest": {}, "cases": [kept]}))
-    monkeypatch.setattr(parallel_matrix, "run_cases", lambda cases, *a, **k: {c.name: ([], {}) for c in cases})
+    monkeypatch.setattr(
+        parallel_matrix, "run_cases", lambda cases, *a, **k: {c.name: ([], {}) for c in cases}
+    )
     found = parallel_matrix.Difference(figures={"loss/total": 1e-3}, norms={"routers": 0.0})
     found.gradients = {
         "0+decoder.layers.1.mlp.linear_fc2.weight": 2e-12,

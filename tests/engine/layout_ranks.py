@@ -159,7 +159,9 @@ def build_chunks(recipe, layout, options, unchecked=False):
         overlap_param_gather=options.get("overlap_param", False),
         align_param_gather=options.get("align", False),
         grad_reduce_in_fp32=bool(half),
-        bucket_size=500 if options.get("overlap_grad") else None,  # several buckets, to overlap with one another
+        bucket_size=500
+        if options.get("overlap_grad")
+        else None,  # several buckets, to overlap with one another
     )
     wrapped = [Float16Module(config, model) for model in models] if half else models
     chunks = [DistributedDataParallel(config, settings, model) for model in wrapped]

@@ -23,17 +23,28 @@ from dataclasses import dataclass, field
 
 LAYOUT = ("tp", "pp", "vp", "cp", "sp", "dp")
 OPTIONS = ("dist_opt", "overlap_grad", "overlap_param", "align", "recompute", "loss_scale", "config")
-RECIPE = ("model", "kvcat", "fields", "dtype", "tokens", "windows", "micro", "updates", "all_tokens", "packed")
+RECIPE = (
+    "model",
+    "kvcat",
+    "fields",
+    "dtype",
+    "tokens",
+    "windows",
+    "micro",
+    "updates",
+    "all_tokens",
+    "packed",
+)
 
 ROUTED, ROUTED_UNTIED = "router, tied, q/k norms", "router, untied, qkv bias"
 RANDOM, ATTENTION, NONE = "random, tied", "attention, untied", "none, untied"
 
 FLOAT64 = "float64: sums over ranks in another order round at 1e-16, small models add up some hundred of them"
 FLOAT32 = "float32: sums over ranks in another order round at 6e-8, and a gradient is some hundred such sums"
-FLOAT32_UPDATES = (
-    "float32, 20 AdamW steps, clipped: an element moves by its gradient over its own size, so rounding grows where that is small"
+FLOAT32_UPDATES = "float32, 20 AdamW steps, clipped: an element moves by its gradient over its own size, so rounding grows where that is small"
+BF16_SAME = (
+    "bf16: every product and sum is made by one rank in the same order; only float32 sums of gradients differ"
 )
-BF16_SAME = "bf16: every product and sum is made by one rank in the same order; only float32 sums of gradients differ"
 BF16_TIED = "bf16: a single process adds the tied weight's two gradients in bf16 (half a unit is 2e-3), two stages in float32"
 BF16_SPLIT = "bf16 rounds at 4e-3, and each of two ranks rounds its partial sums before they are added"
 BF16_UPDATES = "bf16, 20 AdamW steps: float32 sums of gradients differ by rounding, which Adam magnifies where they are small"
@@ -63,7 +74,9 @@ class Case:
         return json.dumps(self.recipe, sort_keys=True)
 
 
-def case(name: str, *, short: bool = False, tolerance: float = 1e-10, reason: str = FLOAT64, **settings) -> Case:
+def case(
+    name: str, *, short: bool = False, tolerance: float = 1e-10, reason: str = FLOAT64, **settings
+) -> Case:
     unknown = set(settings) - {*LAYOUT, *OPTIONS, *RECIPE}
     assert not unknown, f"{name}: {sorted(unknown)}"
     layout, options, recipe = (
@@ -88,7 +101,10 @@ ALIGNED = OVERLAPPED | {"align": True}
 
 OVERLAPPED_P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 FREED = {"deallocate_pipeline_outputs": True}  # NeMo's default
-EXCHANGED_SHAPES = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}  # Megatron asks for the latter
+EXCHANGED_SHAPES = {
+    "variable_seq_lengths": True,
+    "moe_token_dispatcher_type": "alltoall",
+}  # Megatron asks for the latter
 SEPARATE_P2P = {"batch_p2p_comm": False}
 
 TRAINED = {"updates": 20}
@@ -247,7 +263,9 @@ FORMS = {
     "gradient accumulation": lambda c: c.recipe.get("micro", 4) > c.layout.get("dp", 1),
     "other micro-batch sizes": lambda c: "windows" in c.recipe,
     "recomputation": lambda c: "recompute" in c.options,
-    "tied embeddings in a pipeline": lambda c: c.layout.get("pp", 1) > 1 and c.recipe["model"] in (ROUTED, RANDOM),
+    "tied embeddings in a pipeline": lambda c: (
+        c.layout.get("pp", 1) > 1 and c.recipe["model"] in (ROUTED, RANDOM)
+    ),
     "grouped KV heads, split over ranks": lambda c: c.layout.get("tp", 1) > 1,
     "vocabulary that TP does not divide": lambda c: c.layout.get("tp", 1) > 1,
     "random masks": lambda c: c.recipe["model"] == RANDOM,

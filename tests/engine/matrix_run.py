@@ -81,7 +81,9 @@ def run_cases(
 
     jobs = [job(c, reference=True) for c in references.values()]
     alone = dict(
-        zip(references, run_ranks(jobs, 1, root / "references", timeout * max(1, len(jobs) / 10)), strict=True)
+        zip(
+            references, run_ranks(jobs, 1, root / "references", timeout * max(1, len(jobs) / 10)), strict=True
+        )
     )
     out = {}
     for processes in sorted({c.processes for c in cases}):
@@ -131,7 +133,9 @@ def difference(c: Case, ranks: list[dict], reference: dict) -> Difference:
     for number, rank in enumerate(ranks):
         _compare_figures(c, out, number, rank, reference)
         for name, norm in reference["norms"].items():
-            ours = rank["norms"][name] / c.options.get("loss_scale", 1)  # taken before the scale is divided out
+            ours = rank["norms"][name] / c.options.get(
+                "loss_scale", 1
+            )  # taken before the scale is divided out
             _widen(out.norms, name, abs(ours - norm) / norm if norm else abs(ours))
         for name, (error, scale) in rank["errors"].items():
             if not scale > LEAST_GRADIENT:
@@ -139,7 +143,9 @@ def difference(c: Case, ranks: list[dict], reference: dict) -> Difference:
             _widen(out.gradients, name, error / scale if scale else math.inf)
     _compare_masks(c, out, ranks, reference)
     routers = {name.partition(".router.")[0] for name in out.gradients if ".router." in name}
-    groups = {int(name.rpartition("group")[2]) for name in reference["figures"][0] if name.startswith("budget/")}
+    groups = {
+        int(name.rpartition("group")[2]) for name in reference["figures"][0] if name.startswith("budget/")
+    }
     if len(routers) != len(groups):
         out.wrong.append(f"{len(routers)} routers' gradients were compared, there are {len(groups)}")
     return out
@@ -185,14 +191,18 @@ def _compare_masks(c: Case, out: Difference, ranks: list[dict], reference: dict)
                     f"rank {number}, layer {layer}: {len(first)} masks, there should be {len(expected)}"
                 )
                 continue
-            unequal = sum(not torch.equal(a.double(), b.double()) for a, b in zip(first, expected, strict=True))
+            unequal = sum(
+                not torch.equal(a.double(), b.double()) for a, b in zip(first, expected, strict=True)
+            )
             out.masks += len(first)
             if unequal:
                 out.wrong.append(
                     f"rank {number}, layer {layer}: {unequal} of {len(first)} masks are not the single process'"
                 )
     if seen != set(reference["masks"]):
-        out.wrong.append(f"masks of layers {sorted(seen)}, there should be those of {sorted(reference['masks'])}")
+        out.wrong.append(
+            f"masks of layers {sorted(seen)}, there should be those of {sorted(reference['masks'])}"
+        )
 
 
 def _bits(mask: torch.Tensor) -> bytes:

@@ -139,7 +139,9 @@ def recorded_masks(chunks):
         for layer in kvcat_layers(chunk):
             core = layer.self_attention.core_attention
             number = layer.layer_number
-            hooks.append(core.register_forward_pre_hook(lambda *unused, number=number: running.append(number)))
+            hooks.append(
+                core.register_forward_pre_hook(lambda *unused, number=number: running.append(number))
+            )
             hooks.append(core.register_forward_hook(lambda *unused: running.pop() and None))
     plain = attention.gated_attention
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from small_models import MODELS, PADDED_VOCAB, TOKENS, VOCAB, WINDOWS, build, enliven, transformer_config
 
-from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.losses import budget_loss, kvcat_loss
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -34,7 +34,9 @@ def check(given):
         Layout(**layout).check(config)
 
 
-@pytest.mark.parametrize("refusal", MODEL + LAYOUT, ids=lambda r: ", ".join(f"{k}={v}" for k, v in r.given.items()))
+@pytest.mark.parametrize(
+    "refusal", MODEL + LAYOUT, ids=lambda r: ", ".join(f"{k}={v}" for k, v in r.given.items())
+)
 def test_refused_and_accepted_as_proposed(refusal):
     with pytest.raises(ValueError) as error:
         check(refusal.given)
@@ -71,7 +73,9 @@ def test_every_layout_proposed_for_a_straddling_group_works():
             works(layers, groups, stages, chunks)
         except ValueError as error:
             refused += 1
-            proposed = re.findall(r"(\w+)=((?:\d+|None)(?: or (?:\d+|None))*)(?:;|$)", str(error).partition("Nearest")[2])
+            proposed = re.findall(
+                r"(\w+)=((?:\d+|None)(?: or (?:\d+|None))*)(?:;|$)", str(error).partition("Nearest")[2]
+            )
             assert "num_groups" in dict(proposed), error
             for name, values in proposed:
                 for value in values.split(" or "):

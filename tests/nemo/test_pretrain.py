@@ -242,7 +242,9 @@ def assert_same(together: list[dict], alone: list[dict]) -> None:
 )
 def test_two_processes_train_as_one(straight, base, tmp_path, field):
     """The same command under torchrun, at PP2, TP2 and CP2: the same figures to float32 rounding, one writer of records."""
-    together = a_few_steps(tmp_path, base[1], "trainer.devices=2", f"trainer.strategy.{field}=2", launcher=TWO)
+    together = a_few_steps(
+        tmp_path, base[1], "trainer.devices=2", f"trainer.strategy.{field}=2", launcher=TWO
+    )
     assert_same(together, [x for x in metrics(straight) if x["kind"] == "train"][:4])
 
 
@@ -265,7 +267,9 @@ def test_interleaved_stages_train_as_one(base, tmp_path):
 def test_a_layout_that_does_not_fit_is_refused_before_a_process_group_starts(base, tmp_path):
     arguments = [*training(tmp_path, base[1]), "trainer.strategy.sequence_parallel=True"]
     code, output = nemo(tmp_path, *arguments)
-    assert code != 0 and "sequence_parallel=True: needs tensor_model_parallel_size above 1" in output, output[-3000:]
+    assert code != 0 and "sequence_parallel=True: needs tensor_model_parallel_size above 1" in output, output[
+        -3000:
+    ]
     assert "Initializing distributed" not in output
 
 
