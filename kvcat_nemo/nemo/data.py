@@ -14,6 +14,7 @@ from nemo.lightning.io import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
 
+from kvcat_nemo.data.indexed_check import check_indexed
 from kvcat_nemo.nemo.base import tokenizer_dir
 
 
@@ -28,7 +29,9 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
     Raises:
         ValueError: when a file is missing, naming it and how to make it.
     """
-    if isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
+    # Megatron keeps its indices in a folder named as the prefix: after the first run both are there.
+    is_prefix = isinstance(paths, str | os.PathLike) and Path(f"{paths}.idx").is_file()
+    if isinstance(paths, str | os.PathLike) and Path(paths).is_dir() and not is_prefix:
         folder = Path(paths)
         train, held = str(folder / "train"), str(folder / "heldout")
         out: dict[str, list[str]] | list[str] = {"train": [train], "validation": [held], "test": [held]}
@@ -43,15 +46,17 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
                 raise ValueError(f"data.paths={paths!r}: the dict needs train and validation")
     else:
         out = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(x) for x in paths]
-    for prefix in [p for part in (out.values() if isinstance(out, dict) else [out]) for p in part]:
+    parts = out.values() if isinstance(out, dict) else [out]
+    for prefix in dict.fromkeys(p for part in parts for p in part):
         if _is_number(prefix):
             continue  # a weight in a list of weights and prefixes
-        for ending in (".bin", ".idx"):
-            if not Path(prefix + ending).is_file():
-                raise ValueError(
-                    f"data.paths={paths!r}: {prefix}{ending} does not exist. Build a dataset: "
-                    "kvcat data build SOURCE --tokenizer HF_DIR --out DIR, and give DIR"
-                )
+        try:
+            check_indexed(prefix)
+        except ValueError as error:
+            raise ValueError(
+                f"data.paths={paths!r}: {error}. Build a dataset: "
+                "kvcat data build SOURCE --tokenizer HF_DIR --out DIR, and give DIR"
+            ) from None
     return out
 
 
@@ -70,6 +75,21 @@ class PairedDataSampler(MegatronDataSampler):
         step = super().on_megatron_step_start(step)
         windows = self.micro_batch_size * (2 if step.pl_module.config.kvcat.paired else 1)
         return dataclasses.replace(step, micro_batch_size=windows)
+
+
+class NumberedDataset(Dataset):
+    """A dataset whose items carry their number (`sample_id`), so that a run can say which windows it has seen."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        if hasattr(dataset, "collate_fn"):
+            self.collate_fn = dataset.collate_fn
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**self.dataset[index], "sample_id": torch.tensor(index)}
 
 
 class KVCatDataModule(PreTrainingDataModule):
@@ -145,6 +165,9 @@ class KVCatDataModule(PreTrainingDataModule):
             trainer_max_steps + 1
         )  # "validate every so many steps": the set is then sized for a single validation
         super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
+
+    def _create_dataloader(self, dataset, mode, **kwargs) -> WrappedDataLoader:
+        return super()._create_dataloader(NumberedDataset(dataset), mode, **kwargs)
 
 
 class RecallDataset(Dataset):
@@ -223,7 +246,7 @@ class SyntheticDataModule(pl.LightningDataModule, IOMixin):
         self.data_sampler.init_global_step = self.trainer.global_step
         documents = 3 if self.packed_documents else 1
         dataset = RecallDataset(size, self.seq_length, self.vocab_size, seed, documents)
-        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0)
+        return WrappedDataLoader(mode=mode, dataset=NumberedDataset(dataset), num_workers=0)
 
     def train_dataloader(self) -> WrappedDataLoader:
         return self._loader("train", max(self.trainer.max_steps, 1) * self.global_batch_size, self.seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcat_nemo.engine.collectives import set_router_loss_scale
 from kvcat_nemo.engine.model import document_boundaries
+from kvcat_nemo.engine.samples import SampleHash
 from kvcat_nemo.engine.step import microbatch_loss
 from kvcat_nemo.method.config import KVCatConfig
 
@@ -49,6 +50,9 @@ class KVCatModel(llm.GPTModel):
         """
         item = next(dataloader_iter)
         batch = item[0] if isinstance(item, tuple) else item
+        if "sample_id" in batch:
+            self.samples.add(batch["sample_id"], batch["tokens"])
+            self._check_tokens(batch)
         names = ("tokens", "position_ids", "labels", "loss_mask")
         out = {name: batch[name].cuda(non_blocking=True) for name in names}
         if getattr(self.trainer.datamodule, "packed_documents", False):
@@ -66,6 +70,25 @@ class KVCatModel(llm.GPTModel):
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
         )
+
+    def _check_tokens(self, batch: dict[str, Tensor]) -> None:
+        # A token beyond the vocabulary would be looked up in another rank's part of the table, and as a label it
+        # would cost nothing: both go unnoticed.
+        vocabulary = self.config.true_vocab_size or self.config.vocab_size
+        low, high = batch["tokens"].aminmax()
+        if vocabulary and not 0 <= int(low) <= int(high) < vocabulary:
+            raise ValueError(
+                f"window {batch['sample_id'].tolist()} of the data holds token {int(high if high >= vocabulary else low)}, the model's "
+                f"vocabulary has {vocabulary}: the data files are damaged, or were made with another tokenizer. "
+                "Check them: kvcat train doctor --data DIR"
+            )
+
+    @property
+    def samples(self) -> SampleHash:
+        """Windows read since the last step; the metrics callback takes it."""
+        if not hasattr(self, "_samples"):
+            self._samples = SampleHash()
+        return self._samples
 
     @property
     def training_loss_reduction(self) -> KVCatLossReduction:
