@@ -111,7 +111,7 @@ def test_the_trap_of_two_interleaved_stages(tmp_path):
         case(str(settings), pp=2, vp=2, kvcat=kvcat, config=settings)
         for settings in ({"batch_p2p_comm": True}, {"batch_p2p_comm": False})
     )
-    results = run_cases([wrong, right], tmp_path, timeout=40, unchecked=(wrong.name,))
+    results = run_cases([wrong, right], tmp_path, timeout=240, unchecked=(wrong.name,))
     assert not difference(right, *results[right.name]).over(1e-10)
     found = difference(wrong, *results[wrong.name])
     assert found.largest > 0.01, "mended upstream?"
