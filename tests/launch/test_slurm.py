@@ -136,6 +136,18 @@ def until_step(cluster, number, run_dir, restart, step):
     wait(cluster, number, reached, run_dir)
 
 
+def until_asked(cluster, number, run_dir, times):
+    """Wait until the launcher has asked the ranks to stop, for the times-th time."""
+    wait(cluster, number, lambda now: output(run_dir).count("asking all ranks") >= times, run_dir)
+
+
+def elapsed(text):
+    """Seconds of Slurm's [D-]HH:MM:SS."""
+    days, _, clock = text.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def until_restart(cluster, number, run_dir, restart):
     wait(cluster, number, lambda now: int(now["Restarts"]) >= restart, run_dir)
 
@@ -147,13 +159,18 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     number = train(cluster, straight)
     wait(cluster, number, state("COMPLETED"), straight)
 
-    number = train(cluster, broken, "--time", 2, "--signal-seconds", 60)
+    number = train(cluster, broken, "--time", 30, "--signal-seconds", 100)
     reached = []
 
     def note():
         reached.append(steps_done(broken))
 
-    # The time limit. Slurm sends the signal up to a minute early.
+    # The time limit. Slurm looks at it twice a minute and sends the signal up to a minute early; steps are quicker.
+    until_step(cluster, number, broken, 0, 7)
+    with cluster.frozen():
+        minutes = elapsed(job(cluster, number)["RunTime"]) // 60 + 3
+        cluster.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+        until_asked(cluster, number, broken, 1)
     until_restart(cluster, number, broken, 1)
     note()
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=30")
@@ -164,10 +181,12 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     note()
     # A higher partition wants the nodes.
     until_step(cluster, number, broken, 2, reached[-1] + 7)
-    urgent = cluster.run(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null",
-        "--wrap=sleep 1",
-    )  # fmt: skip
+    with cluster.frozen():
+        urgent = cluster.run(
+            "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null",
+            "--wrap=sleep 1",
+        )  # fmt: skip
+        until_asked(cluster, number, broken, 3)
     until_restart(cluster, number, broken, 3)
     note()
     assert job(cluster, urgent.strip())["JobState"] in ("RUNNING", "COMPLETED", "COMPLETING")
