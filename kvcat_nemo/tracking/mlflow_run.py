@@ -26,8 +26,6 @@ _REQUEST = {  # short: an outbox has its own patience. What the user has set sta
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-# Or MLflow's page opens as for chat applications, without the runs' charts at hand.
-_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 _PARAMS = 100  # MLflow takes no more in one request
 _PARAM_LENGTH = 6000
@@ -194,9 +192,7 @@ class MlflowRun:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                identity = client.create_experiment(
-                    self.experiment, artifact_location=self._artifacts(), tags=_EXPERIMENT
-                )
+                identity = client.create_experiment(self.experiment, artifact_location=self._artifacts())
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was faster
                     raise
