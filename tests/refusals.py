@@ -117,7 +117,16 @@ MODEL = [
         {"sequence_parallel": False},
     ),
     Refusal(
-        "context parallelism", {"context_parallel_size": 2}, ("set it to 1",), {"context_parallel_size": 1}
+        "context parallelism by other exchanges than gathering",
+        {"cp_comm_type": "p2p", "context_parallel_size": 2},
+        ("set it to None or 'all_gather'",),
+        {"cp_comm_type": "all_gather"},
+    ),
+    Refusal(
+        "context parallelism in a hierarchy of groups",
+        {"hierarchical_context_parallel_sizes": [2, 2], "context_parallel_size": 4},
+        ("set it to None",),
+        {"hierarchical_context_parallel_sizes": None},
     ),
     Refusal(
         "expert parallelism",
@@ -156,6 +165,31 @@ LAYOUT = [
         {"layout.seq_length": 1023, "layout.tensor": 4, "layout.sequence_parallel": True},
         ("use 1024",),
         {"layout.seq_length": 1024},
+    ),
+    Refusal(
+        "context parallelism over a length that does not divide into two chunks a rank",
+        {"layout.seq_length": 1026, "layout.context": 2},
+        ("2 · 2 chunks", "use 1028"),
+        {"layout.seq_length": 1028},
+    ),
+    Refusal(
+        "context and sequence parallelism over a length that does not divide",
+        {
+            "layout.seq_length": 1000,
+            "layout.context": 2,
+            "layout.tensor": 3,
+            "layout.sequence_parallel": True,
+            "layout.world_size": 6,
+            "layout.global_batch_size": 8,
+        },
+        ("2 · 2 chunks", "sequence parallelism", "multiple of 12", "use 1008"),
+        {"layout.seq_length": 1008},
+    ),
+    Refusal(
+        "packed documents under context parallelism",
+        {"layout.packed_documents": True, "layout.context": 2},
+        ("set it to False",),
+        {"layout.packed_documents": False},
     ),
     Refusal(
         "interleaved pipeline with micro-batches that do not divide into its groups",

@@ -18,7 +18,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("recipes", "method", "parallelism", "compress", "evaluation")
+        for name in ("tracking", "recipes", "method", "parallelism", "faults", "compress", "evaluation")
     ),
 ]
 
@@ -81,13 +81,17 @@ def test_nemo_commands_name_recipes_and_fields(words):
 def test_all_recipes_and_no_others_are_documented():
     from kvcat_nemo.recipes import RECIPES
 
-    for page in PAGES[:2]:
+    for page in (PAGES[0], ROOT / "docs" / "recipes.md"):
         named = set(re.findall(r"`(kvcat_(?!nemo|base)[a-z0-9_]+)`", page.read_text(encoding="utf-8")))
         assert named == set(RECIPES), page
 
 
 def test_settings_table_is_the_configuration():
-    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", PAGES[2].read_text(encoding="utf-8"), re.M)
+    table = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|",
+        (ROOT / "docs" / "method.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     documented = {}
     for names, defaults in table:
         names, values = re.findall(r"`(\w+)`", names), [v.strip() for v in defaults.split(",")]
@@ -130,3 +134,11 @@ def test_every_compressor_has_its_row():
 
     table = re.findall(r"^\| (`[^|]+`) \|", PAGES[-2].read_text(encoding="utf-8"), re.M)
     assert sorted(re.findall(r"`([^`]+)`", " ".join(table))) == sorted([*COMPRESSORS, *PRESSES])
+
+
+def test_exit_codes_are_documented():
+    from kvcat_nemo import exit_codes
+
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    codes = set(re.findall(r"\| (?:the others )?(\d+)\b[^|]*\|$", text, re.M))
+    assert {str(exit_codes.REQUEUE), str(exit_codes.PEER_DIED), "1"} <= codes

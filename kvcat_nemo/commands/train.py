@@ -75,8 +75,11 @@ def plan(name, overrides, as_json):
         ("policy", f"{out['policy']}; routers at layers {', '.join(map(str, out['router_layers'])) or '—'}"),
         (
             "layout",
-            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} × data {layout['data']}"
-            + (", sequence-parallel" if layout["sequence_parallel"] else ""),
+            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} "
+            + (f"× context {layout['context']} " if layout["context"] > 1 else "")
+            + f"× data {layout['data']}"
+            + (", sequence-parallel" if layout["sequence_parallel"] else "")
+            + (", packed documents" if layout["packed_documents"] else ""),
         ),
         (
             "batch",
@@ -96,3 +99,124 @@ def plan(name, overrides, as_json):
     ]
     for label, text in rows:
         click.echo(f"{label:<16}{text}")
+
+
+@command.command()
+@click.option("--dir", "folder", default="runs", help="Where a run would write.", show_default=True)
+@click.option("--data", help="A dataset folder of `kvcat data build`, or a prefix (FILE without .bin/.idx).")
+@click.option("--checkpoint", help="A run's folder (its newest is what it resumes from), or one checkpoint.")
+@click.option(
+    "--fast", is_flag=True, help="No hashes, ports and other ranks: for a health check, about two seconds."
+)
+@click.option("--timeout", default=60.0, help="Seconds for the sum over all ranks.", show_default=True)
+@click.option("--disk-gb", default=10.0, help="Free disk expected.", show_default=True)
+@click.option("--shm-gb", default=1.0, help="Free shared memory expected.", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per check.")
+def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
+    """Look whether this machine, or all machines of a job, can train; the exit code is 1 when something is broken.
+
+    Says of each thing what was found and, if it is broken, what to do: versions of NeMo and Megatron-core that work
+    together, GPUs, free disk and shared memory, the port of rank 0, data files and checkpoints (with their hashes), whether
+    Transformer Engine, apex and flash-attn are there and what that means. `note` is worth knowing, `BROKEN` must be mended.
+
+    Under torchrun (or with RANK, WORLD_SIZE, MASTER_ADDR set, or in a Slurm step) all ranks sum a number, over gloo and,
+    with GPUs, over NCCL. Ranks that have not answered after --timeout are named with their hosts. Rank 0 prints everything,
+    the others what is broken with them.
+
+    \b
+    Examples:
+      kvcat train doctor
+      kvcat train doctor --data data/corpus --checkpoint runs/first
+      torchrun --nnodes 2 --nproc-per-node 8 … -m kvcat_nemo.cli train doctor --timeout 120
+    In a Dockerfile:
+      HEALTHCHECK CMD kvcat train doctor --fast --dir /runs
+    """
+    import json
+    import os
+    import socket
+    import sys
+    from pathlib import Path
+
+    from kvcat_nemo.doctor import BROKEN, examine
+
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    broken = 0
+    for verdict in examine(
+        folder=Path(folder),
+        data=data,
+        checkpoints=checkpoint,
+        fast=fast,
+        disk_gb=disk_gb,
+        shm_gb=shm_gb,
+        seconds=timeout,
+    ):
+        broken += verdict.status == BROKEN
+        if rank and verdict.status != BROKEN:
+            continue
+        if as_json:
+            click.echo(json.dumps({"rank": rank, "host": socket.gethostname()} | vars(verdict)))
+        else:
+            origin = f"[rank {rank}, {socket.gethostname()}] " if rank else ""
+            click.echo(f"{origin}{verdict.status:<7}{verdict.check:<20}{verdict.text}")
+    if broken:
+        click.echo(f"{broken} thing(s) broken on rank {rank}", err=True)
+        sys.exit(1)
+
+
+@command.command()
+@click.argument("folder", type=click.Path())
+@click.option("--once", is_flag=True, help="Print the run as it is now, and end.")
+@click.option("--every", default=2.0, show_default=True, help="Seconds between looks.")
+def watch(folder, once, every):
+    """Watch the training run in FOLDER from its files, without touching the job.
+
+    FOLDER is the run's (with checkpoints/ and kvcat/ in it); it may not exist yet. Shows loss parts, keep rate per router,
+    tokens/s, time left, the last checkpoint, and whether the run is still alive. Ends with the run, or by Ctrl-C.
+
+    \b
+    Examples:
+      kvcat train watch runs/kvcat_qwen25_0p5b
+      kvcat train watch runs/kvcat_qwen25_0p5b --once
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from kvcat_nemo.watch.loop import follow
+    from kvcat_nemo.watch.state import RunWatcher
+    from kvcat_nemo.watch.view import render
+
+    if every <= 0:
+        raise click.ClickException(f"--every {every:g}: give a positive number of seconds")
+    console, watcher = Console(), RunWatcher(Path(folder))
+    if once or not console.is_terminal:
+        console.print(render(watcher.snapshot(), console.width))
+        return
+    with Live(console=console, auto_refresh=False, screen=False) as live:
+        follow(watcher, lambda run: live.update(render(run, console.width), refresh=True), every)
+
+
+@command.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--experiment", default="kvcat", show_default=True, help="MLflow experiment.")
+@click.option("--uri", help="MLflow store; by default MLFLOW_TRACKING_URI, or mlflow.db in this folder.")
+def track(folder, experiment, uri):
+    """Bring the finished or stopped run in FOLDER to MLflow: what the store missed, no step twice.
+
+    For a store that was away when the run ended, or that compute nodes cannot reach.
+
+    \b
+    Examples:
+      kvcat train track runs/kvcat_qwen25_0p5b
+      kvcat train track runs/kvcat_qwen25_0p5b --uri http://mlflow.example:5000
+    """
+    from pathlib import Path
+
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.tracking.afterwards import bring
+    from kvcat_nemo.tracking.redact import redact
+
+    with friendly_errors():
+        run_id, where = bring(Path(folder), experiment=experiment, uri=uri)
+    click.echo(f"run {run_id} in {redact(where)}")

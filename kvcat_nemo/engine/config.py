@@ -53,11 +53,7 @@ def validate_model_config(config) -> None:
             "multi_latent_attention",
             "KV slots of latent attention are not supported; use a model with plain or grouped heads",
         )
-    if config.context_parallel_size > 1:
-        refuse(
-            "context_parallel_size",
-            "the router's linear attention is not exact over split sequences yet; set it to 1",
-        )
+    _check_context_parallelism(config, refuse)
     if config.expert_model_parallel_size > 1:
         refuse("expert_model_parallel_size", "dense models have no experts to spread; set it to 1")
     _check_tensor_parallelism(config)
@@ -107,6 +103,18 @@ def _check_tensor_parallelism(config) -> None:
         )
 
 
+def _check_context_parallelism(config, refuse) -> None:
+    if config.context_parallel_size == 1:
+        return
+    ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
+    if any(way not in (None, "all_gather") for way in ways):
+        refuse(
+            "cp_comm_type", "keys, values and gates are gathered over ranks; set it to None or 'all_gather'"
+        )
+    if getattr(config, "hierarchical_context_parallel_sizes", None):
+        refuse("hierarchical_context_parallel_sizes", "ranks exchange in one group; set it to None")
+
+
 def _check_attention(config, refuse) -> None:
     """Kernels compute plain causal softmax attention in one of their dtypes; anything else is refused."""
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp4"):
@@ -129,4 +137,5 @@ def _check_attention(config, refuse) -> None:
         head_dim=config.kv_channels,
         gated=config.kvcat.paired,
         recent_window=config.kvcat.recent_window,
+        split=config.context_parallel_size > 1,
     )

@@ -6,6 +6,7 @@ the usual 6·N FLOPs per token; both count the two passes of a paired batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvcat_nemo.kernels.token_loss import LOSS_MEMORY_MIB
@@ -24,6 +25,9 @@ class Layout:
     micro_batch_size: int
     global_batch_size: int
     seq_length: int
+    context: int = 1
+    """Ranks that share each window."""
+    packed_documents: bool = False
 
     @property
     def data(self) -> int:
@@ -32,11 +36,12 @@ class Layout:
         Raises:
             ValueError: when the processes do not divide into model replicas, or the batch into micro-batches.
         """
-        replica = self.tensor * self.pipeline
+        replica = self.tensor * self.pipeline * self.context
         if self.world_size % replica:
+            context = f" × context {self.context}" if self.context > 1 else ""
             raise ValueError(
                 f"{self.world_size} processes (trainer.devices × trainer.num_nodes) do not divide into replicas of {replica} "
-                f"(tensor {self.tensor} × pipeline {self.pipeline}); change one of them"
+                f"(tensor {self.tensor} × pipeline {self.pipeline}{context}); change one of them"
             )
         data = self.world_size // replica
         if self.global_batch_size % (data * self.micro_batch_size):
@@ -57,10 +62,25 @@ class Layout:
             ValueError: naming the field, the value and the fix.
         """
         _ = self.data
-        if self.sequence_parallel and self.seq_length % self.tensor:
+        if self.context > 1 and self.packed_documents:
             raise ValueError(
-                f"data.seq_length={self.seq_length}: not a multiple of tensor_model_parallel_size={self.tensor}, over which "
-                f"sequence parallelism splits it; use {-(-self.seq_length // self.tensor) * self.tensor}"
+                f"data.packed_documents=True: not supported with context_parallel_size={self.context}; set it to False, or "
+                "trainer.strategy.context_parallel_size=1"
+            )
+        slices = self.tensor if self.sequence_parallel else 1
+        unit = slices if self.context == 1 else math.lcm(2 * self.context, slices * self.context)
+        if self.seq_length % unit:
+            why = [
+                f"context parallelism cuts windows into 2 · {self.context} chunks"
+                if self.context > 1
+                else "",
+                f"sequence parallelism splits them over tensor_model_parallel_size={slices}"
+                if slices > 1
+                else "",
+            ]
+            raise ValueError(
+                f"data.seq_length={self.seq_length}: {' and '.join(filter(None, why))}, for which it must be a multiple of "
+                f"{unit}; use {-(-self.seq_length // unit) * unit}"
             )
         if not config.virtual_pipeline_model_parallel_size:
             return
@@ -106,7 +126,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
     """Bytes on the fullest GPU in bf16 training, by part, and their `total`.
 
     Weights in bf16, gradients summed in float32, Adam's two moments and the float32 master weights (divided over
-    data-parallel ranks by a distributed optimizer). Activations without recomputation: 34 bytes per token, channel and
+    data-parallel and context-parallel ranks by a distributed optimizer). Activations without recomputation: 34 bytes per token, channel and
     layer and pass. The loss holds a chunk's logits and the output weight's gradient in float32 (kernels.token_loss).
     """
     parts = parameters(config)
@@ -117,7 +137,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
         ends = max(parts["embedding"], parts["output"] or parts["embedding"]) / layout.tensor
     local = layers + ends + parts["norm"]
     passes = 2 if config.kvcat.paired else 1
-    tokens = layout.micro_batch_size * layout.seq_length
+    tokens = layout.micro_batch_size * layout.seq_length / layout.context
     in_flight = min(layout.pipeline, layout.num_microbatches)  # micro-batches the first stage holds in 1F1B
     split = 34 / layout.tensor if layout.sequence_parallel else 10 + 24 / layout.tensor
     activations = (
@@ -129,7 +149,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
     out = {
         "weights": 2 * local,
         "gradients": 4 * local,
-        "optimizer": 12 * local / (layout.data if layout.distributed_optimizer else 1),
+        "optimizer": 12 * local / (layout.data * layout.context if layout.distributed_optimizer else 1),
         "activations": activations,
         "loss": loss,
     }

@@ -67,6 +67,8 @@ def checked_layout(config, strategy, data, optimizer, world_size: int) -> Layout
         micro_batch_size=data.micro_batch_size,
         global_batch_size=data.global_batch_size,
         seq_length=data.seq_length,
+        context=strategy.context_parallel_size,
+        packed_documents=bool(getattr(data, "packed_documents", False)),
     )
     layout.check(config)
     return layout

@@ -92,7 +92,7 @@ def train(job):
             batch = microbatches(step, length, recipe.get("windows", 2), recipe.get("micro", 4))
             if recipe.get("all_tokens"):
                 batch = [(tokens, labels, torch.ones_like(mask)) for tokens, labels, mask in batch]
-            figures.append(train_step(chunks, config, dp_rank, dp, batch, held))
+            figures.append(train_step(chunks, config, dp_rank, dp, batch, held, recipe.get("packed", False)))
             if step < updates:
                 assert optimizer.step()[0]
                 optimizer.zero_grad()  # or the next gradients would be added to these, which are the DDP wrapper's buffer

@@ -7,7 +7,7 @@ nothing. `case` tells them apart by name:
 |---------|----------|
 | recipe  | `model` (small_models.MODELS), `kvcat` and `fields` (over its settings), `dtype`, `tokens`, `windows` (a micro-batch's), |
 |         | `micro` (micro-batches a step, over all data-parallel ranks), `updates` (optimizer steps before the one compared), |
-|         | `all_tokens` (no loss mask) |
+|         | `all_tokens` (no loss mask), `packed` (several documents in a window) |
 | layout  | `tp`, `pp`, `vp`, `cp`, `sp`, `dp`; processes = tp·pp·cp·dp |
 | options | `dist_opt`, `overlap_grad`, `overlap_param`, `align` (collectives started by the schedule), `recompute`, `loss_scale`, |
 |         | `config` (other fields of Megatron's that must change nothing) |
@@ -23,7 +23,18 @@ from dataclasses import dataclass, field
 
 LAYOUT = ("tp", "pp", "vp", "cp", "sp", "dp")
 OPTIONS = ("dist_opt", "overlap_grad", "overlap_param", "align", "recompute", "loss_scale", "config")
-RECIPE = ("model", "kvcat", "fields", "dtype", "tokens", "windows", "micro", "updates", "all_tokens")
+RECIPE = (
+    "model",
+    "kvcat",
+    "fields",
+    "dtype",
+    "tokens",
+    "windows",
+    "micro",
+    "updates",
+    "all_tokens",
+    "packed",
+)
 
 ROUTED, ROUTED_UNTIED = "router, tied, q/k norms", "router, untied, qkv bias"
 RANDOM, ATTENTION, NONE = "random, tied", "attention, untied", "none, untied"
@@ -129,6 +140,43 @@ CASES = [
     case("TP2 SP, longer windows", tp=2, sp=True, tokens=48),
     case("TP2 SP, float32", tp=2, sp=True, **SINGLE),
     case("TP2 SP, trained", tp=2, sp=True, **TRAINED),
+    # Context parallelism: every rank holds two chunks of each window.
+    case("CP2", cp=2, short=True),
+    case("CP2, untied", cp=2, model=ROUTED_UNTIED, short=True),
+    case("CP2, random masks", cp=2, model=RANDOM, short=True),
+    case("CP2, attention masks", cp=2, model=ATTENTION, short=True),
+    case("CP2, dense alone", cp=2, model=NONE),
+    case("CP4", cp=4, short=True),
+    case("CP4, untied", cp=4, model=ROUTED_UNTIED, short=True),
+    case("CP4, attention masks", cp=4, model=ATTENTION),
+    case("CP2, longer windows", cp=2, tokens=48),
+    case("CP2, recomputed", cp=2, recompute=FULL),
+    case("CP2, attention recomputed", cp=2, recompute=ATTN, short=True),
+    case("CP2, loss scaled", cp=2, loss_scale=1024),
+    case("CP2, distributed optimizer", cp=2, **SHARDED, short=True),
+    case("CP2, wide visible window", cp=2, tokens=24, kvcat={"recent_window": 9, "sinks": 3}),
+    case("TP2 CP2", tp=2, cp=2, short=True),
+    case("TP2 CP2 SP", tp=2, cp=2, sp=True, short=True),
+    case("TP2 CP2 SP, untied", tp=2, cp=2, sp=True, model=ROUTED_UNTIED),
+    case("TP2 CP2 SP, attention masks", tp=2, cp=2, sp=True, model=ATTENTION),
+    case("TP2 CP2 SP, one token a segment", tp=2, cp=2, sp=True, tokens=4),
+    case("CP2 PP2", cp=2, pp=2, short=True),
+    case("CP2 PP2, random masks", cp=2, pp=2, model=RANDOM, short=True),
+    case("CP2 PP2, recomputed", cp=2, pp=2, recompute=FULL),
+    case("CP2 PP2 VP2", cp=2, pp=2, vp=2, config=OVERLAPPED_P2P, **FOUR),
+    case("CP2 DP2, distributed optimizer, overlapped", cp=2, dp=2, **OVERLAPPED),
+    case("CP2, float32", cp=2, **SINGLE),
+    case("CP2, bf16, random masks", cp=2, model=RANDOM, **HALF_SPLIT),
+    case("CP2, trained", cp=2, **TRAINED, short=True),
+    case("CP4, trained", cp=4, **TRAINED),
+    case("TP2 CP2 SP, trained", tp=2, cp=2, sp=True, **TRAINED),
+    # Several documents in a window.
+    case("TP2 SP, packed documents", tp=2, sp=True, packed=True, tokens=24, short=True),
+    case("TP4 SP, packed documents, untied", tp=4, sp=True, packed=True, tokens=24, model=ROUTED_UNTIED, **KV4),
+    case("TP2 PP2, packed documents, random masks", tp=2, pp=2, packed=True, tokens=24, model=RANDOM, short=True),
+    case("PP2 DP2, packed documents, attention masks", pp=2, dp=2, packed=True, tokens=24, model=ATTENTION),
+    case("PP2, packed documents, recomputed", pp=2, packed=True, tokens=24, recompute=FULL),
+    case("TP2 SP, packed documents, attention recomputed", tp=2, sp=True, packed=True, tokens=24, recompute=ATTN),
     # Pipelines.
     case("PP2", pp=2, short=True),
     case("PP2, untied", pp=2, model=ROUTED_UNTIED),
@@ -204,6 +252,8 @@ FORMS = {
     # Form → whether a case shows it (a case shows every form it uses).
     "tensor parallelism (TP)": lambda c: c.layout.get("tp", 1) > 1,
     "sequence parallelism (SP)": lambda c: c.layout.get("sp", False),
+    "context parallelism (CP)": lambda c: c.layout.get("cp", 1) > 1,
+    "packed documents": lambda c: c.recipe.get("packed", False),
     "pipeline (PP)": lambda c: c.layout.get("pp", 1) > 1 and not c.layout.get("vp"),
     "interleaved pipeline (PP, VP)": lambda c: bool(c.layout.get("vp")),
     "data parallelism (DP)": lambda c: c.layout.get("dp", 1) > 1,

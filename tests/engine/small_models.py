@@ -114,6 +114,15 @@ def microbatches(step=0, tokens=TOKENS, windows=WINDOWS, count=MICROBATCHES):
         yield text[:, :-1], text[:, 1:], (torch.rand(windows, tokens, generator=rng) < 0.8).double()
 
 
+def packed_positions(windows, tokens, number):
+    """Places of the tokens in their documents, [windows, tokens]: about four documents a window, of any length."""
+    rng = torch.Generator().manual_seed(100 + number)
+    begins = torch.rand(windows, tokens, generator=rng) < 4 / tokens
+    begins[:, 0] = True
+    place = torch.arange(tokens).expand(windows, -1)
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
 @contextlib.contextmanager
 def recorded_masks(chunks):
     """While it lasts, a dict layer → [(gate [B, T] that its masked attention got, whether gradients were on), …].
@@ -137,7 +146,7 @@ def recorded_masks(chunks):
     plain = attention.gated_attention
 
     def keep(q, k, v, gate_BTG, **settings):
-        gate = gate_BTG.detach()[..., 0].clone()
+        gate = gate_BTG.detach()[..., 0].clone()  # windows of packed documents come end to end
         masks.setdefault(running[-1], []).append((gate, torch.is_grad_enabled()))
         return plain(q, k, v, gate_BTG, **settings)
 
@@ -168,13 +177,14 @@ def record_gates(chunks) -> dict[int, list]:
     return gates
 
 
-def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None):
+def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None, packed=False):
     """Forward and backward of the global batch by Megatron's schedule; gradients are final afterwards.
 
     Args:
         chunks: this rank's model chunks in the DDP wrapper.
         batch: micro-batches; None: those of `microbatches`.
         held: which tokens of every window this rank holds (context parallelism); None: all.
+        packed: windows are several documents (`packed_positions`).
 
     Returns:
         named figures of the step.
@@ -183,6 +193,7 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from kvcat_nemo.engine.collectives import set_router_loss_scale
+    from kvcat_nemo.engine.model import document_boundaries
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
     mine = list(enumerate(microbatches() if batch is None else batch))[dp_rank::dp]
@@ -193,12 +204,15 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None):
     def forward_step(iterator, model):
         number, (tokens, labels, loss_mask) = next(iterator)
         set_router_loss_scale(config, len(mine))
-        place = position
+        place, documents = position, None
+        if packed:
+            place = packed_positions(windows, length, number)
+            documents = document_boundaries(place)
         if held is not None:
-            tokens, labels, loss_mask, place = (x[:, held] for x in (tokens, labels, loss_mask, position))
+            tokens, labels, loss_mask, place = (x[:, held] for x in (tokens, labels, loss_mask, place))
         # With the mask gradients come from the losses' first sweep, without it from a second one: some of each.
         known = {"loss_mask": loss_mask} if number % 2 else {}
-        out = model(tokens, place, None, labels=labels, **known)
+        out = model(tokens, place, documents, labels=labels, **known)
         return out, lambda metrics: microbatch_loss(metrics, loss_mask, config.kvcat)
 
     for chunk in chunks:

@@ -243,7 +243,6 @@ REFUSED = [
     ("mtp_num_layers", 1),
     ("num_moe_experts", 4),
     ("multi_latent_attention", True),
-    ("context_parallel_size", 2),
     ("fp8", "hybrid"),
     ("fp8_dot_product_attention", True),
     ("attn_logit_softcapping", 50.0),

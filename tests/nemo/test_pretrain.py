@@ -237,9 +237,11 @@ def assert_same(together: list[dict], alone: list[dict]) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("field", ["pipeline_model_parallel_size", "tensor_model_parallel_size"])
+@pytest.mark.parametrize(
+    "field", ["pipeline_model_parallel_size", "tensor_model_parallel_size", "context_parallel_size"]
+)
 def test_two_processes_train_as_one(straight, base, tmp_path, field):
-    """The same command under torchrun, at PP2 and TP2: the same figures to float32 rounding, one writer of records."""
+    """The same command under torchrun, at PP2, TP2 and CP2: the same figures to float32 rounding, one writer of records."""
     together = a_few_steps(
         tmp_path, base[1], "trainer.devices=2", f"trainer.strategy.{field}=2", launcher=TWO
     )
