@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.tracking.redact import redact_tree
+
 PACKAGES = (
     "kvcat-nemo",
     "torch",
@@ -50,10 +52,10 @@ def git_revision(folder: Path) -> str | None:
 
 
 def manifest(**facts: Any) -> dict[str, Any]:
-    """Versions, revision and machine, and the given facts (configuration, seeds, data fingerprint)."""
+    """Versions, revision and machine, and the given facts (configuration, seeds, data fingerprint), credentials hidden."""
     return {
         "versions": versions(),
         "git_revision": git_revision(Path(__file__).parent),
         "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
-        **facts,
+        **redact_tree(facts),
     }

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.report import attach_to_mlflow, mlflow_store, table, write
+from kvcat_nemo.report import attach_to_mlflow, table, write
+from kvcat_nemo.tracking.mlflow_run import store_uri
 
 MODEL = Path("models/smollm2-135m")
 BASE = Path("models/smollm2-135m-megatron")
@@ -154,7 +155,7 @@ def main() -> None:
         f"\nCompression, base beside KV-CAT: open {PAGE} in a browser"
     )
     print(
-        f"See the run in MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {mlflow_store()}"
+        f"See the run in MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {store_uri()}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcat_nemo.manifest import manifest
 from kvcat_nemo.plots import plot_run
+from kvcat_nemo.tracking.mlflow_run import RUN_FILE, client_of, store_uri
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -115,18 +116,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def mlflow_store() -> str:
-    """The MLflow store that runs use by default: MLFLOW_TRACKING_URI, or mlflow.db in this folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
 def attach_to_mlflow(run: Path, out: Path) -> None:
     """Add report and picture to the run's artifacts, and its headline figures to the run."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
-    run_id = json.loads((run / "kvcat" / "mlflow_run.json").read_text())["run_id"]
-    client = MlflowClient(tracking_uri=mlflow_store())
+    run_id = json.loads((run / "kvcat" / RUN_FILE).read_text())["run_id"]
+    client = client_of(store_uri())
     for name in ("report.json", "losses.png", "sample.json"):
         client.log_artifact(run_id, str(out / name))
     report = json.loads((out / "report.json").read_text())

@@ -16,6 +16,7 @@ from kvcat_nemo.nemo.lifeline import KVCatLifeline
 from kvcat_nemo.nemo.model import KVCatModel
 from kvcat_nemo.nemo.progress import KVCatProgress
 from kvcat_nemo.nemo.random_state import KVCatRandomState
+from kvcat_nemo.nemo.records import KVCatRecords
 from kvcat_nemo.nemo.resume import KVCatResume
 from kvcat_nemo.nemo.stop import KVCatStop, KVCatTrainer
 from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
@@ -51,7 +52,15 @@ def as_kvcat(
     trainer.logger = False  # the loggers are the log's
     trainer.strategy.ckpt_async_save = True  # on CUDA; a CPU host saves at once
     # In this order: what a step drew, its figures, whether it counts, whether it is the last.
-    callbacks = (KVCatRandomState, KVCatMetrics, KVCatProgress, KVCatGuard, KVCatStop, KVCatLifeline)
+    callbacks = (
+        KVCatRandomState,
+        KVCatMetrics,
+        KVCatProgress,
+        KVCatGuard,
+        KVCatStop,
+        KVCatLifeline,
+        KVCatRecords,
+    )
     trainer.callbacks = [run.Config(callback) for callback in callbacks]
     trainer.max_steps = 40_000
     trainer.val_check_interval = 1_000

@@ -14,6 +14,8 @@ import fiddle as fdl
 import nemo_run as run
 from nemo.collections import llm
 
+from kvcat_nemo.tracking.redact import refuse_credentials
+
 _OVERRIDE = re.compile(r"^([A-Za-z_][\w.]*?)\s*([+*/|&-]?=)(?!=)")
 
 
@@ -24,8 +26,11 @@ def recipe(name: str) -> Callable:
         @run.cli.factory(target=llm.pretrain, name=name)
         @functools.wraps(function)
         def build(*args, **kwargs):
+            asked = _asked_for(name)
+            if asked:
+                refuse_credentials(sys.argv[1:])
             out = function(*args, **kwargs)
-            if _asked_for(name):
+            if asked:
                 check_overrides(out, sys.argv[1:])
             return out
 

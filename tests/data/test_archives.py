@@ -1,4 +1,6 @@
+import gzip
 import io
+import json
 import lzma
 import struct
 import sys
@@ -110,12 +112,25 @@ def test_every_reader_finds_its_documents(tmp_path, monkeypatch):
             "u/html/_sources/short.rst.txt": b"short",
         },
         "debian-handbook": {"u/html/en-US/s.x.html": f"<p id='title'>no</p><p>{long}</p>".encode()},
+        "tdavid": {"u/m/ot.czs": index, "u/m/ot.czz": blocks},  # a commentary on one testament alone
+        "anarchism": {"u/doc/anarchism/markdown/sec/A.md.gz": gzip.compress(long.encode())},
+        "perl": {"u/perl/pod/perlop.pod": f"=head1 B<I<x> F<y>> C<< a >> E<lt>E<gt>\n{long}".encode()},
+        "postgresql": {"u/html/sql.html": f"<div class='navheader'>no</div><p>{long}</p>".encode()},
     }
     found = {n: list(CORPORA[n].read(deb(tmp_path / f"{n}.deb", f))) for n, f in debs.items()}
     assert [(d.id, d.text) for d in found["austen"]] == [("sense-and", "SENSE AND\n\ntext")]
     assert [(d.id, d.text) for d in found["kjv"]] == [(f"{t}-0", "In the beginning") for t in ("ot", "nt")]
     assert [d.id for d in found["linux"]] == ["a", "b/c"]
     assert [d.id for d in found["debian-handbook"]] == ["s.x"]
+    assert [(d.id, d.text) for d in found["tdavid"]] == [("ot-0", "In the beginning")]
+    assert [(d.id, d.text) for d in found["anarchism"]] == [("sec/A", long.strip())]
+    assert [(d.id, d.text[:18]) for d in found["perl"]] == [("perlop", "=head1 x y a <>\nwo")]
+    assert [(d.id, d.text) for d in found["postgresql"]] == [("sql", long.strip())]
+    record = {"Geography": {"Area": {"total": {"text": "5 km"}, "note": {"text": long}}, "Coast": 3}}
+    (tmp_path / "f.tgz").write_bytes(tar({"package/africa/ag.json": json.dumps(record).encode()}, "w:gz"))
+    (country,) = CORPORA["factbook"].read(tmp_path / "f.tgz")
+    assert country.id == "africa/ag" and country.text.startswith("Geography / Area / total: 5 km\n")
+    assert country.text.endswith("\nGeography / Coast: 3")
     (tmp_path / "m.tgz").write_bytes(
         tar({f"package/data/chapter_{n}.txt": f"Chapter {n}".encode() for n in (10, 2)}, "w:gz")
     )

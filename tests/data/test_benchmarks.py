@@ -8,7 +8,7 @@ import pytest
 
 from kvcat_nemo.data import benchmarks
 from kvcat_nemo.data.benchmarks import BENCHMARKS, fetch_benchmark, load_benchmark
-from kvcat_nemo.data.corpora import QASPER_MEMBER
+from kvcat_nemo.data.corpus_readers import QASPER_MEMBER
 from kvcat_nemo.data.questions import longbench_v2, qasper_yes_no, sample_questions, squad_articles
 
 ITEMS = {

