@@ -50,7 +50,7 @@ def _run(*words: object, **options) -> subprocess.CompletedProcess:
 
 
 class SlurmCluster:
-    """Nodes TAG1 … TAGn, partitions `batch` (preemptible, by requeueing, after 15 s of grace) and `urgent`.
+    """Nodes TAG1 … TAGn, partitions `batch` (preemptible, by requeueing, after two minutes of grace) and `urgent`.
 
     Args:
         folder: for everything that the cluster writes; created, and removed by `down`.
@@ -193,7 +193,7 @@ class SlurmCluster:
         ]
         common = f"Nodes={','.join(self.nodes)} MaxTime=INFINITE DefaultTime=10 State=UP"
         lines += [
-            f"PartitionName=batch {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=40",
+            f"PartitionName=batch {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120",
             f"PartitionName=urgent {common} PriorityTier=10 PreemptMode=OFF",
         ]
         return "\n".join(lines) + "\n"

@@ -14,18 +14,19 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STANDIN = Path(__file__).with_name("standin.py")
 
+# For all tests here together, from the cluster's start: what has not come by then does not come.
+SECONDS = float(os.environ.get("KVCAT_SLURM_TEST_SECONDS", "840"))
+
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
     pytest.mark.multiprocess,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(SECONDS + 60),
 ]
 
-# For all tests here together, from the cluster's start: what has not come by then does not come.
-SECONDS = float(os.environ.get("KVCAT_SLURM_TEST_SECONDS", "840"))
 
 STEPS, SAVE_EVERY = 60, 10
-TIMED = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
+TIMED = {"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"}
 # Measured against the previous step's window, which a new process does not have.
 FRESH = {"flipped", "flipped/group0", "flipped/group1"}
 
@@ -163,7 +164,11 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     reached = []
 
     def note():
-        reached.append(steps_done(broken))
+        """How far training got, and the newest checkpoint, before the next start changes either."""
+        saved = max(
+            int(p.name.removeprefix("step=")) for p in broken.glob("checkpoints/step=*") if p.is_dir()
+        )
+        reached.append((steps_done(broken), saved))
 
     # The time limit. Slurm looks at it twice a minute and sends the signal up to a minute early; steps are quicker.
     until_step(cluster, number, broken, 0, 7)
@@ -175,12 +180,12 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     note()
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     # A signal.
-    until_step(cluster, number, broken, 1, reached[-1] + 7)
+    until_step(cluster, number, broken, 1, reached[-1][0] + 7)
     cluster.run("scancel", "--signal=USR1", "--batch", number)
     until_restart(cluster, number, broken, 2)
     note()
     # A higher partition wants the nodes.
-    until_step(cluster, number, broken, 2, reached[-1] + 7)
+    until_step(cluster, number, broken, 2, reached[-1][0] + 7)
     with cluster.frozen():
         urgent = cluster.run(
             "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null",
@@ -189,9 +194,9 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
         until_asked(cluster, number, broken, 3)
     until_restart(cluster, number, broken, 3)
     note()
-    assert job(cluster, urgent.strip())["JobState"] in ("RUNNING", "COMPLETED", "COMPLETING")
+    wait(cluster, urgent.strip(), state("RUNNING", "COMPLETING", "COMPLETED"), broken)  # it had the nodes
     # A lost node: after a save, so that steps are lost with it.
-    until_step(cluster, number, broken, 3, reached[-1] + SAVE_EVERY + 3)
+    until_step(cluster, number, broken, 3, reached[-1][0] + SAVE_EVERY + 3)
     hosts = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()
     cluster.lose_node(hosts[1])
     until_restart(cluster, number, broken, 4)
@@ -201,9 +206,14 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     cluster.return_node(hosts[1])
 
     text = output(broken)
-    assert 0 < reached[0] < reached[1] < reached[2] < reached[3] < STEPS, text
+    done_steps = [done for done, _ in reached]
+    assert 0 < done_steps[0] < done_steps[1] < done_steps[2] < done_steps[3] < STEPS, text
+    # Who was asked lost nothing; a lost node takes with it what came after the last save.
+    assert all(done == saved for done, saved in reached[:3]) and reached[3][0] > reached[3][1], reached
     assert text.count("got SIGUSR1 (time limit or preemption): asking all ranks") >= 3
-    assert text.count("stopped and saved; queued again") == 3
+    assert (
+        text.count("stopped and saved; queued again") >= 2
+    )  # Slurm itself may be first to take the nodes back
 
     def comparable(run_dir):
         return [{k: v for k, v in line.items() if k not in TIMED | FRESH} for line in metrics(run_dir)]
@@ -267,6 +277,22 @@ def test_deaf_ranks_do_not_keep_the_job_from_its_queue(cluster, tmp_path):
     assert "did not stop within 3 s; queued again" in output(run)
     cluster.run("scancel", number)
     wait(cluster, number, state("CANCELLED"), run)
+
+
+def test_a_lost_node_is_left_and_the_job_goes_on(cluster, tmp_path):
+    run = tmp_path / "run"
+    number = submit(cluster, run, command=(sys.executable, STANDIN, 100, "--save-every", 10))
+    wait(cluster, number, lambda now: (run / "checkpoints" / "step=20").exists(), run)
+    lost = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()[1]
+    cluster.lose_node(lost)
+    try:
+        done = wait(cluster, number, state("COMPLETED"), run)
+    finally:
+        cluster.return_node(lost)
+    assert done["Restarts"] == "1"
+    assert lost not in cluster.run("scontrol", "show", "hostnames", done["NodeList"]).split()
+    starts = [int(x) for x in re.findall(r"rank 0 of 2 starts at step (\d+)", output(run))]
+    assert starts[0] == 0 and starts[1] >= 20
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
