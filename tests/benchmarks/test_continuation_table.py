@@ -18,7 +18,7 @@ def row(keep, delta, compressor="a"):
 
 
 def results(rows, **manifest):
-    return {"rows": rows, "manifest": {"data": "d", "settings": {}, "models": {"m": "f"}} | manifest}
+    return {"rows": rows, "manifest": {"data": "d", "settings": {}, "models": {"m": {"fingerprint": "f"}}} | manifest}
 
 
 def test_runs_of_the_same_windows_are_merged():
@@ -28,7 +28,7 @@ def test_runs_of_the_same_windows_are_merged():
     with pytest.raises(ValueError, match="other windows"):
         continuation.merge([results([]), results([], data="e")])
     with pytest.raises(ValueError, match="models of the same name"):
-        continuation.merge([results([]), results([], models={"m": "g"})])
+        continuation.merge([results([]), results([], models={"m": {"fingerprint": "g"}})])
 
 
 def test_rises_are_found_whatever_the_order():
