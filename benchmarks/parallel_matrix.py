@@ -21,7 +21,7 @@ from matrix_cases import CASES, Case  # noqa: E402
 from matrix_run import Difference, difference, run_cases  # noqa: E402
 
 from kvcat_nemo.data.files import new_file  # noqa: E402
-from kvcat_nemo.manifest import manifest  # noqa: E402
+from kvcat_nemo.manifest import git_revision, manifest  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "parallel_matrix.json"
 
@@ -45,6 +45,7 @@ def row(c: Case, found: Difference) -> dict:
         "gradients": _rounded(kinds),
         "largest": _rounded({"": found.largest})[""],
         "wrong": found.over(c.tolerance),
+        "revision": git_revision(ROOT),
     }
 
 
@@ -59,6 +60,20 @@ def described(c: Case) -> dict:
         "reason": c.reason,
         "in_make_test": c.short,
     }
+
+
+def still_true(path: Path) -> dict[str, dict]:
+    """Case name → its line of an earlier report, of cases that are computed as they were then.
+
+    Another tolerance does not make a measured difference untrue: it is set beside the case's present one.
+    """
+    earlier = {r["case"]: r for r in json.loads(path.read_text())["cases"]} if path.exists() else {}
+    out = {}
+    for c in CASES:
+        r, now = earlier.get(c.name), json.loads(json.dumps(described(c)))
+        if r and all(r[key] == now[key] for key in ("processes", "layout", "options", "recipe")):
+            out[c.name] = r | now
+    return out
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
@@ -100,9 +115,7 @@ def main(argv=None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             results = run_cases(cases, Path(folder), timeout=600)
         measured = {c.name: row(c, difference(c, *results[c.name])) for c in cases}
-        kept = {}
-        if args.only and args.out.exists():
-            kept = {r["case"]: r for r in json.loads(args.out.read_text())["cases"]}
+        kept = still_true(args.out) if args.only else {}
         rows = [(kept | measured)[c.name] for c in CASES if c.name in kept | measured]
         write(rows, time.time() - began, args.out)
         for name, r in measured.items():

@@ -103,10 +103,10 @@ def rendered(page: str) -> str:
         ValueError: when a block's place is missing.
     """
     for name, block in BLOCKS.items():
-        place = re.compile(rf"(<!-- matrix: {name} -->\n).*?(\n<!-- end -->)", re.S)
+        place = re.compile(rf"(<!-- matrix: {name} -->\n)((?!<!-- matrix).)*?(<!-- end -->)", re.S)
         if not place.search(page):
             raise ValueError(f"docs/parallelism.md has no <!-- matrix: {name} --> … <!-- end -->")
-        page = place.sub(lambda m, block=block: m[1] + block() + m[2], page)
+        page = place.sub(lambda m, block=block: m[1] + block() + "\n" + m[3], page)
     return page
 
 

@@ -108,7 +108,7 @@ SMOKE = Scale(
     continued=Training(
         steps=6, windows=4, micro=4, lr=1e-3, warmup=2, validate_every=6, validation_windows=8, save_every=3
     ),
-    seeds={"none": (1, 2), "random": (1,), "attention": (1,), "router": (1, 2)},
+    seeds={"none": (1, 2), "random": (1,), "router": (1, 2)},
     ablation=Training(
         steps=4, windows=4, micro=4, lr=1e-3, warmup=2, validate_every=4, validation_windows=8, save_every=4
     ),

@@ -32,7 +32,7 @@ from kvcat_nemo.compress.prefill import Prefilled
 
 SELECTIONS = ("auto", "highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
-_SPARE, _STEPS, _JUDGES = 192, 1, 512  # of omp; docs/LOG.md has what they cost and lose
+_SPARE, _STEPS, _JUDGES = 128, 1, 512  # of omp; docs/LOG.md has what they cost and lose
 _FEW = 128  # slots
 _PIECE = 128
 _WHOLE = 1024  # the second reading's attention among its own tokens is dense: N×N
@@ -51,7 +51,7 @@ class AttentionMatching(Compressor):
     selection: str = "auto"
     """Keys with the highest root mean square attention (highest), or greedily those that carry the mass together (omp).
 
-    auto: omp; above 128 slots, where omp is no better, the highest keys and a third of the reference tokens.
+    auto: omp; above 128 slots, where omp is no better, the highest keys and half of the reference tokens.
     """
     queries: str = "mixed"
     """Reference queries: mixed, on-policy, repeat or context."""
@@ -97,7 +97,7 @@ class AttentionMatching(Compressor):
             return self
         if slots <= _FEW:
             return replace(self, selection="omp")
-        return replace(self, selection="highest", reference_tokens=-(-self.reference_tokens // 3))
+        return replace(self, selection="highest", reference_tokens=-(-self.reference_tokens // 2))
 
     @torch.no_grad()
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:

@@ -89,11 +89,7 @@ class GatedCoreAttention(MegatronModule):
         if packed_seq_params is not None:
             raise ValueError("packed_seq_params: packed documents come as their boundaries (engine.model)")
         documents = attention_mask
-        if documents is not None and documents.dim() != 1:
-            raise ValueError(
-                f"attention_mask {tuple(documents.shape)}: attention is causal, and only boundaries of documents, [n + 1], "
-                "can be given; set it to None"
-            )
+        assert documents is None or documents.dim() == 1  # engine.model has seen to it
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         announce(self.backend, q)
         if attention_bias is None:

@@ -80,9 +80,13 @@ class KVCatTransformerLayer(TransformerLayer):
         Returns:
             hidden states, and the gates for the next layer.
         """
+        documents = kwargs.get("attention_mask")
+        if documents is not None and kwargs.get("rotary_pos_emb") is not None:
+            passes = 1 if context is None else 2
+            angles = kwargs["rotary_pos_emb"]
+            kwargs["rotary_pos_emb"] = self._begin_anew(angles, documents, hidden_states.shape[1], passes)
         if context is None:
             return super().forward(hidden_states=hidden_states, context=None, **kwargs)
-        documents = kwargs.get("attention_mask")
         if self.router is not None:
             hidden_states, gate = self._route(hidden_states, documents)
             context = gate[None]
@@ -92,6 +96,18 @@ class KVCatTransformerLayer(TransformerLayer):
         kwargs["attention_bias"] = gate
         hidden_states, _ = super().forward(hidden_states=hidden_states, context=None, **kwargs)
         return hidden_states, context
+
+    def _begin_anew(self, angles_T11D: Tensor, documents: Tensor, rows: int, passes: int) -> Tensor:
+        """Rotary angles by each token's place in its document, [T, rows, 1, D], rows being the windows of all passes.
+
+        Only differences of places matter, so without this results differ by the angles' rounding in float32 alone; the fused
+        rotary kernel, which takes one row of angles for all windows, is content with that.
+        """
+        if self.config.apply_rope_fusion:
+            return angles_T11D
+        T = len(angles_T11D)
+        places, _ = document_positions(T * rows // passes, documents)
+        return angles_T11D[:, 0, 0][places.view(-1, T).T.repeat(1, passes)][:, :, None]
 
     def _route(self, hidden_states: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         kvcat: KVCatConfig = self.config.kvcat

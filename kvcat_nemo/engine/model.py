@@ -52,6 +52,11 @@ class KVCatGPTModel(GPTModel):
             without; other stages: hidden states [T, 2B or B, M].
         """
         kvcat: KVCatConfig = self.config.kvcat
+        if attention_mask is not None and attention_mask.dim() != 1:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)}: attention is causal; give the boundaries of documents, "
+                "[n + 1], or None"
+            )
         if labels is None or not kvcat.paired:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
         gates = initial_gates(kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask)

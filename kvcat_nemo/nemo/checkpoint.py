@@ -1,7 +1,6 @@
 """When to save, what to keep, and what to do when a save fails."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -12,22 +11,11 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import logging
 
-from kvcat_nemo.data.seal import (
-    SEAL,
-    UNFINISHED,
-    Found,
-    complete,
-    read_score,
-    read_seal,
-    write_score,
-    write_seal,
-)
+from kvcat_nemo.data.keep import remove, tidy
+from kvcat_nemo.data.seal import UNFINISHED, complete, read_seal, write_seal
 from kvcat_nemo.engine import agreement
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
-
-LAST = "last"
-"""Symbolic link to the newest complete checkpoint."""
 
 
 class KVCatCheckpoint(nl.ModelCheckpoint):
@@ -133,11 +121,11 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             agreement.on_first_rank(self._tidy)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if trainer.fast_dev_run or self._saved_at == trainer.global_step:
-            return
-        # The last chance: a save that failed a moment ago is tried once more, and failing again ends the run as failed.
+        # The last chance: a save that failed a moment ago is tried once more, and failing again (or an asynchronous one
+        # that fails while it is waited for) ends the run as failed.
         self.on_failed_save = "stop"
-        self._save(trainer)
+        if not trainer.fast_dev_run and self._saved_at != trainer.global_step:
+            self._save(trainer)
 
     # --- how ---
 
@@ -205,7 +193,9 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         self.failed += 1
         self._saved_at = -1
         text = next(t for t in agreement.gather(_reason(error)) if t) + _room(path.parent)
-        agreement.gather(_remove(path) if agreement.rank() == 0 else None)
+        # Its marker says that it is this save's, and not one that lay there before.
+        marker = path.with_name(path.name + UNFINISHED)
+        agreement.on_first_rank(lambda: remove(path) if marker.exists() else None)
         kept = complete(path.parent)
         newest = (
             f"{kept[0].path} (step {kept[0].step}) is the newest complete one"
@@ -220,36 +210,19 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             "ends (log.ckpt.max_failed_saves)."
         )
 
-    # --- what to keep (rank 0) ---
-
     def _tidy(self) -> None:
-        """Point at the newest, write down scores of validations, remove what is neither among the newest nor the best."""
+        """On rank 0, after a save and after a validation. What fails here is no failed save."""
+        metrics = [self.best_metric] + (["dense_ppl"] if self.best_metric == "masked_ppl" else [])
         try:
-            self._keep(complete(self.dirpath))
+            tidy(
+                Path(self.dirpath),
+                self._scores,
+                keep_last=self.keep_last,
+                keep_best=bool(self.keep_best),
+                metrics=metrics,
+            )
         except OSError as error:
             logging.error(f"kvcat: could not tidy up {self.dirpath}: {error}")
-
-    def _keep(self, found: list[Found]) -> None:
-        if found:
-            _point(Path(self.dirpath) / LAST, found[0].path)
-        for one in found:
-            if one.step in self._scores:
-                metric, value = self._scores.pop(one.step)
-                write_score(one.path, metric, value)
-        keep = {one.path for one in found[: self.keep_last]}
-        if self.keep_best and (best := self._best(found)) is not None:
-            keep.add(best)
-        for one in found:
-            if one.path not in keep:
-                _remove(one.path)
-
-    def _best(self, found: list[Found]) -> Optional[Path]:
-        scored = [(s, one) for one in found if (s := self._score(one.path)) is not None]
-        return min(scored, key=lambda pair: (pair[0], -pair[1].step))[1].path if scored else None
-
-    def _score(self, path: Path) -> Optional[float]:
-        names = [self.best_metric] + (["dense_ppl"] if self.best_metric == "masked_ppl" else [])
-        return next((s for name in names if (s := read_score(path, name)) is not None), None)
 
 
 def _validation(trainer) -> dict[str, float]:
@@ -283,21 +256,3 @@ def _dump_context(trainer, folder: Path) -> None:
         raise
     except Exception as error:  # NeMo cannot describe every object; weights and resuming do not need it
         logging.warning(f"kvcat: {folder} is not complete: {error}")
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint so that at no moment half of it looks whole."""
-    try:
-        (path / SEAL).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
-            path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
-    except OSError as error:
-        logging.error(f"kvcat: could not remove {path}: {error}")
-
-
-def _point(link: Path, target: Path) -> None:
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, link)

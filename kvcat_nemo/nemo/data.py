@@ -46,7 +46,8 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
                 raise ValueError(f"data.paths={paths!r}: the dict needs train and validation")
     else:
         out = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(x) for x in paths]
-    for prefix in {p for part in (out.values() if isinstance(out, dict) else [out]) for p in part}:
+    parts = out.values() if isinstance(out, dict) else [out]
+    for prefix in dict.fromkeys(p for part in parts for p in part):
         if _is_number(prefix):
             continue  # a weight in a list of weights and prefixes
         try:

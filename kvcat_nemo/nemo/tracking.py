@@ -121,7 +121,7 @@ class MLflowTracker(Logger):
         now = int(time.time() * 1000)
         # Lightning counts from 0 what the metrics file counts from 1; the names differ, so both may stay.
         self._box().put(
-            Figure(name, float(value), step or 0, now)
+            Figure(name, float(value), int(step or 0), now)  # Lightning's step may come out of a tensor
             for name, value in metrics.items()
             if math.isfinite(value)
         )

@@ -26,8 +26,6 @@ _REQUEST = {  # short: an outbox has its own patience. What the user has set sta
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-# Or MLflow's page opens as for chat applications, without the runs' charts at hand.
-_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 _PARAMS = 100  # MLflow takes no more in one request
 _PARAM_LENGTH = 6000
@@ -110,13 +108,13 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         last, metrics = dict(self._last), []
-        for figure in figures:
-            step = last.get(figure.name, -1) + 1 if figure.step is None else figure.step
-            if step > last.get(figure.name, -1):
-                metrics.append(Metric(figure.name, figure.value, figure.milliseconds, step))
-                last[figure.name] = step
-        if metrics:
-            with _refusals():
+        with _refusals():
+            for figure in figures:
+                step = last.get(figure.name, -1) + 1 if figure.step is None else figure.step
+                if step > last.get(figure.name, -1):
+                    metrics.append(Metric(figure.name, figure.value, figure.milliseconds, step))
+                    last[figure.name] = step
+            if metrics:
                 self._client.log_batch(self.run_id, metrics=metrics)
         self._last = last
 
@@ -194,9 +192,7 @@ class MlflowRun:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                identity = client.create_experiment(
-                    self.experiment, artifact_location=self._artifacts(), tags=_EXPERIMENT
-                )
+                identity = client.create_experiment(self.experiment, artifact_location=self._artifacts())
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was faster
                     raise
@@ -216,13 +212,15 @@ class MlflowRun:
 
 
 class _refusals:
-    """Tells a store's final no from its trouble: the former is raised as Refused."""
+    """Tells a final no, of the store or of its client, from trouble on the way: the former is raised as Refused."""
 
     _FINAL = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "REQUEST_LIMIT_EXCEEDED"}
+    # Of values that do not even become a request; all trouble with those is wrapped by MLflow.
+    _WRONG = (TypeError, ValueError, AttributeError)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is not None and getattr(error, "error_code", None) in self._FINAL:
-            raise Refused(str(error)) from error
+        if isinstance(error, self._WRONG) or getattr(error, "error_code", None) in self._FINAL:
+            raise Refused(f"{kind.__name__}: {error}") from error

@@ -73,6 +73,7 @@ class Outbox:
         self._retries = (first_retry, last_retry)
         self._queue: deque[Figure | Task] = deque()
         self._figures = 0  # in the queue
+        self._refused: set[str] = set()
         self._dropped = self._dropped_ever = 0
         self._wake = threading.Condition()
         self._deadline: float | None = None
@@ -182,13 +183,13 @@ class Outbox:
                     break
                 batch.append(item)
             dropped = self._dropped_ever
-        try:
-            if batch:
-                self._sink.send(batch)
-            else:
+        if batch:
+            self._send(batch)
+        else:
+            try:
                 head()
-        except Refused as error:
-            _log.warning("%s refused what it was sent: %s", self._name, redact(str(error)))
+            except Refused as error:
+                self._say_refused("a task", error)
         with self._wake:
             # Meanwhile the oldest may have been dropped: then less of the batch is still at the head.
             gone = max(len(batch) - (self._dropped_ever - dropped), 0) if batch else 1
@@ -196,3 +197,20 @@ class Outbox:
                 item = self._queue.popleft()
                 if isinstance(item, Figure):
                     self._figures -= 1
+
+    def _send(self, batch: Sequence[Figure]) -> None:
+        """Send figures; of those that are refused together, each that the store takes alone still gets there."""
+        try:
+            self._sink.send(batch)
+        except Refused as error:
+            if len(batch) == 1:
+                self._say_refused(batch[0].name, error)
+                return
+            middle = len(batch) // 2
+            self._send(batch[:middle])
+            self._send(batch[middle:])
+
+    def _say_refused(self, what: str, error: Refused) -> None:
+        if what not in self._refused:  # a metric comes back at every step
+            self._refused.add(what)
+            _log.warning("%s refused %r: %s", self._name, what, redact(str(error)))

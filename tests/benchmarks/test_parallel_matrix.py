@@ -52,11 +52,22 @@ def test_cases_have_names_of_their_own_and_every_form_has_cases():
         assert any(belongs(c) and c.short for c in CASES), f"{form}: no case of it in make test"
 
 
+def test_prose_stays_where_tables_are_empty():
+    """Also on a page whose tables were never made."""
+    page = "a\n" + "".join(
+        f"<!-- matrix: {name} -->\n<!-- end -->\nafter {name}\n" for name in parallel_page.BLOCKS
+    )
+    made = parallel_page.rendered(page)
+    assert all(f"<!-- end -->\nafter {name}\n" in made for name in parallel_page.BLOCKS)
+    assert parallel_page.rendered(made) == made and made.count("|---") >= len(parallel_page.BLOCKS)
+
+
 def test_only_replaces_what_it_names(tmp_path, monkeypatch):
-    """A run of some cases keeps the others' figures, in the cases' order, and reports what is wrong."""
+    """A run of some cases keeps the others' figures, in the cases' order, unless they are of another training."""
     out = tmp_path / "matrix.json"
-    kept = {"case": CASES[3].name, "mark": 1, "wrong": []}
-    out.write_text(json.dumps({"manifest": {}, "cases": [kept]}))
+    kept = json.loads(json.dumps(parallel_matrix.described(CASES[3]))) | {"mark": 1, "wrong": []}
+    other = json.loads(json.dumps(parallel_matrix.described(CASES[4]))) | {"recipe": {"model": "of old"}}
+    out.write_text(json.dumps({"manifest": {}, "cases": [other, kept | {"tolerance": 1.0}]}))
     monkeypatch.setattr(
         parallel_matrix, "run_cases", lambda cases, *a, **k: {c.name: ([], {}) for c in cases}
     )

@@ -65,7 +65,7 @@ def test_the_whole_chain_killed_in_the_middle(tmp_path):
 
     report = json.loads((out / "results.json").read_text())
     assert report["evidence"] is False and report["scale"] == "smoke"
-    assert {r["group"] for r in report["continuation"]} == {"base", "none", "random", "attention", "router"}
+    assert {r["group"] for r in report["continuation"]} == {"base", "none", "random", "router"}
     for row in report["continuation"]:
         assert row["delta_ppl"]["n"] == (2 if row["group"] in ("none", "router") else 1)
         assert ("p" in row) == (row["group"] != "none")

@@ -357,10 +357,10 @@ def test_better_than_selection_on_the_same_slots():
     assert error(make("attention-matching").compress(prefilled, Budget(tokens=16))) < 0.8 * heavy
 
 
-def test_auto_takes_omp_for_few_slots_and_the_highest_keys_of_a_third_of_the_tokens_for_many():
+def test_auto_takes_omp_for_few_slots_and_the_highest_keys_of_half_the_tokens_for_many():
     few, many = (AttentionMatching().resolved(slots) for slots in (128, 129))
     assert (few.selection, few.reference_tokens) == ("omp", 1024)
-    assert (many.selection, many.reference_tokens) == ("highest", 342)
+    assert (many.selection, many.reference_tokens) == ("highest", 512)
     assert AttentionMatching(reference_tokens=0).resolved(500).reference_tokens == 0  # all stays all
     given = AttentionMatching(selection="omp")
     assert given.resolved(500) is given

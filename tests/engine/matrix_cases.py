@@ -266,7 +266,9 @@ FORMS = {
     "tied embeddings in a pipeline": lambda c: (
         c.layout.get("pp", 1) > 1 and c.recipe["model"] in (ROUTED, RANDOM)
     ),
-    "grouped KV heads, split over ranks": lambda c: c.layout.get("tp", 1) > 1,
+    "grouped KV heads, split over ranks": lambda c: (
+        c.layout.get("tp", 1) > 1 and "num_query_groups" not in c.recipe.get("fields", {})
+    ),
     "vocabulary that TP does not divide": lambda c: c.layout.get("tp", 1) > 1,
     "random masks": lambda c: c.recipe["model"] == RANDOM,
     "attention masks": lambda c: c.recipe["model"] == ATTENTION,

@@ -106,15 +106,9 @@ def test_the_trap_of_strided_gradients(tmp_path):
 
 def test_the_trap_of_two_interleaved_stages(tmp_path):
     """Batched, the exchange between two stages of two chunks takes gradients for activations: why it is refused."""
-    kvcat = {"num_groups": 4}
-    wrong, right = (
-        case(str(settings), pp=2, vp=2, kvcat=kvcat, config=settings)
-        for settings in ({"batch_p2p_comm": True}, {"batch_p2p_comm": False})
-    )
-    results = run_cases([wrong, right], tmp_path, timeout=40, unchecked=(wrong.name,))
-    assert not difference(right, *results[right.name]).over(1e-10)
-    found = difference(wrong, *results[wrong.name])
-    assert found.largest > 0.01, "mended upstream?"
+    wrong = case("batched", pp=2, vp=2, kvcat={"num_groups": 4}, config={"batch_p2p_comm": True})
+    found = difference(wrong, *run_cases([wrong], tmp_path, unchecked=("batched",))["batched"])
+    assert found.largest > 0.01, "mended upstream?"  # exchanged one by one it is exact, as the matrix shows
 
 
 def test_micro_batch_sizes_agree_where_the_losses_are_means_of_equal_parts(one_process):

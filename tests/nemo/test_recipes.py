@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from refusals import RUN
 
 pytestmark = pytest.mark.nemo
@@ -191,8 +192,12 @@ def test_data_paths_that_do_not_exist_are_named(tmp_path):
         dataset_paths(tmp_path)
     with pytest.raises(ValueError, match="train and validation"):
         dataset_paths({"train": "x"})
-    for name in ("a.bin", "a.idx"):
-        (tmp_path / name).touch()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"))
+    builder.add_item(torch.arange(3))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "a.idx"))
     assert dataset_paths(["0.3", str(tmp_path / "a")]) == ["0.3", str(tmp_path / "a")]
 
 

@@ -50,6 +50,19 @@ class Page:
             assert time.monotonic() < deadline, f"{address} does not show {words}, but:\n{shown[:3000]}"
             await asyncio.sleep(0.3)
 
+    async def count(self, selector: str, least: int, seconds: float = 60) -> int:
+        """Wait until the page has so many elements of a CSS selector."""
+        deadline = time.monotonic() + seconds
+        while True:
+            result = await self.call(
+                "Runtime.evaluate", expression=f"document.querySelectorAll({selector!r}).length"
+            )
+            found = result["result"].get("value", 0)
+            if found >= least:
+                return found
+            assert time.monotonic() < deadline, f"{found} of {selector}, {least} wanted"
+            await asyncio.sleep(0.3)
+
     async def picture(self, path: Path) -> None:
         shot = await self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(shot["data"]))

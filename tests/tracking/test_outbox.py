@@ -37,8 +37,11 @@ class Store:
     def send(self, figures):
         self._work()
         self.largest = max(self.largest, len(figures))
-        last = max((g.step for g in self.got if isinstance(g, Figure)), default=-1)
-        self.got += [f for f in figures if f.step > last]
+        for f in figures:
+            if f.step > max(
+                (g.step for g in self.got if isinstance(g, Figure) and g.name == f.name), default=-1
+            ):
+                self.got.append(f)
 
     def catch_up(self):
         self.send(self.record)
@@ -170,11 +173,14 @@ def test_what_is_refused_does_not_block_the_rest(caplog):
 
     store = Picky()
     box = outbox(store)
-    box.put([figure(1, "bad")])
+    for step in range(1, 9):
+        box.put([figure(step), figure(step, "bad"), figure(step, "other")])
     box.do(lambda: None)
-    box.put([figure(2)])
+    box.put([figure(9)])
     assert box.close(5) == 0
-    assert [g.step for g in store.got] == [2] and "bad name" in caplog.text
+    assert [(g.name, g.step) for g in store.got if g.name == "loss"] == [("loss", s) for s in range(1, 10)]
+    assert len([g for g in store.got if g.name == "other"]) == 8
+    assert caplog.text.count("bad name") == 1  # not at every step
 
 
 def test_closing_an_unused_one():
