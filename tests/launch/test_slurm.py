@@ -281,7 +281,7 @@ def test_deaf_ranks_do_not_keep_the_job_from_its_queue(cluster, tmp_path):
 
 def test_a_lost_node_is_left_and_the_job_goes_on(cluster, tmp_path):
     run = tmp_path / "run"
-    number = submit(cluster, run, command=(sys.executable, STANDIN, 100, "--save-every", 10))
+    number = submit(cluster, run, command=(sys.executable, STANDIN, 350, "--save-every", 10))
     wait(cluster, number, lambda now: (run / "checkpoints" / "step=20").exists(), run)
     lost = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()[1]
     cluster.lose_node(lost)
