@@ -26,10 +26,10 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench study help setup test quickstart lint clean
+.PHONY: bench faults help image-test matrix setup study test quickstart lint clean
 
 help:  ## list what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
 
 setup: $(STAMP) $(STAMP_TE) $(COMPRESS_STAMP)  ## make the environments that training and tests need (quick when nothing changed)
 	@echo "setup: $(VENV) and $(COMPRESS) are ready"
@@ -44,7 +44,7 @@ $(STAMP):
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' >> $(LOG) 2>&1 \
 	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
 	@echo "setup: kvcat-nemo with NeMo, Megatron-core and the tools for tests (some minutes the first time)"
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,dev]' >> $(LOG) 2>&1 \
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,k8s,dev,lint]' >> $(LOG) 2>&1 \
 	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
 	@touch $@
 
@@ -91,16 +91,28 @@ bench: setup  ## measure attention, losses and a training step side by side (hal
 	$(VENV)/bin/python benchmarks/step.py
 	$(VENV)/bin/python benchmarks/roofline.py
 
+matrix: setup  ## compare every parallel layout with one process (real processes)
+	$(VENV)/bin/python benchmarks/parallel_matrix.py
+
+# Root, Debian's buildah and debootstrap, some 12 GB and 20 minutes; what it did is in docs/LOG.md.
+image-test:  ## build the image on a CPU base made from nothing, and train in it
+	bash tests/launch/image_test.sh
+
+faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
+	$(VENV)/bin/python -m benchmarks.faults
+
 # Nights on two cores; stopped, it goes on where it was. Another size: make study ARGS='--scale smoke'
 study: setup  ## train small models of our own and measure how compressible their caches are (benchmarks/study)
 	$(VENV)/bin/python -m benchmarks.study $(ARGS)
 
-# import-linter reads folders: it is shown the package as it is installed, recipes/ and conversion/ inside.
-lint: setup  ## check style and the direction of imports
+# import-linter reads folders: it is shown the package as it is installed, recipes/, conversion/ and launch/ inside.
+lint: setup  ## check style, shell scripts, the Dockerfile and the direction of imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh launch/image/*.sh launch/slurm.sbatch tests/launch/*.sh .ci/run
+	$(VENV)/bin/hadolint Dockerfile
 	@rm -rf $(IMPORTS) && mkdir -p $(IMPORTS)
-	@cp -R kvcat_nemo $(IMPORTS)/ && cp -R recipes conversion $(IMPORTS)/kvcat_nemo/
+	@cp -R kvcat_nemo $(IMPORTS)/ && cp -R recipes conversion launch $(IMPORTS)/kvcat_nemo/
 	cd $(IMPORTS) && $(CURDIR)/$(VENV)/bin/lint-imports --no-logo --no-cache --config $(CURDIR)/.importlinter
 
 clean:  ## remove caches (keeps .venv*, models, data and results)

@@ -14,6 +14,7 @@ import roofline
 from roofline import CONTEXTS, DEVICES, MODELS, PUBLISHED, STEP_TOKENS, Part
 
 H100, A100 = DEVICES
+ATTENTION, LOSS = (roofline.STEP.with_name(name) for name in ("attention.json", "loss.json"))
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -154,7 +155,7 @@ def measured(path: Path = roofline.STEP) -> str:
     return compared(json.loads(path.read_text(encoding="utf-8")))
 
 
-def attention(path: Path = roofline.STEP.with_name("attention.json")) -> str:
+def attention(path: Path = ATTENTION) -> str:
     """Seconds and memory of gated attention against the plain kernel and the dense forms (benchmarks/attention.py)."""
     body = []
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
@@ -179,7 +180,7 @@ def attention(path: Path = roofline.STEP.with_name("attention.json")) -> str:
     return table([*head, "dense formula / gated", "gated MiB", "its memory / gated"], body)
 
 
-def loss(path: Path = roofline.STEP.with_name("loss.json")) -> str:
+def loss(path: Path = LOSS) -> str:
     """Seconds and memory of CE + KL from hidden states against the plain form (benchmarks/loss.py)."""
     body = [
         [

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.data.seal import BROKEN, UNFINISHED
+
 CARD = "kvcat_checkpoint.json"
 """Marks an imported folder: OUT/weights (Megatron), OUT/hf (config and tokenizer) and this file."""
 BASE = "kvcat_base.json"
@@ -68,7 +70,8 @@ def _is_weights(folder: Path) -> bool:
 
 def _is_unfinished(checkpoint: Path) -> bool:
     # NeMo sets the marker beside the checkpoint folder while it saves, and removes it at the end.
-    return checkpoint.with_name(checkpoint.name + "-unfinished").exists()
+    # A checkpoint that was found damaged is renamed to …-broken.
+    return checkpoint.with_name(checkpoint.name + UNFINISHED).exists() or checkpoint.name.endswith(BROKEN)
 
 
 def _recency(checkpoint: Path) -> tuple[int, int, float]:

@@ -11,6 +11,7 @@ _COMMANDS = {
     "data": "fetch corpora and build tokenised Megatron datasets",
     "convert": "move checkpoints between Hugging Face and Megatron, and prove it",
     "train": "plan, check and watch training runs",
+    "launch": "start training with torchrun, Slurm or Kubernetes",
     "export": "write the plain Hugging Face model of a training checkpoint",
     "evaluate": "measure models under compressed KV caches",
     "compress": "compress a document's KV cache and keep it in a file",
@@ -45,3 +46,7 @@ def main():
     Your own model and data:       kvcat convert import …, kvcat data build …, then
                                    nemo llm pretrain --factory NAME …
     """
+
+
+if __name__ == "__main__":
+    main()

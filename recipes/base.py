@@ -9,11 +9,16 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
 
 from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.nemo.callbacks import KVCatMetrics
+from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
 from kvcat_nemo.nemo.data import KVCatDataModule
+from kvcat_nemo.nemo.guard import KVCatGuard
+from kvcat_nemo.nemo.lifeline import KVCatLifeline
 from kvcat_nemo.nemo.model import KVCatModel
 from kvcat_nemo.nemo.progress import KVCatProgress
+from kvcat_nemo.nemo.random_state import KVCatRandomState
 from kvcat_nemo.nemo.records import KVCatRecords
 from kvcat_nemo.nemo.resume import KVCatResume
+from kvcat_nemo.nemo.stop import KVCatStop, KVCatTrainer
 from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
 from kvcat_nemo.nemo.tracking import MLflowTracker
 
@@ -33,19 +38,30 @@ def as_kvcat(
         dir, name: the run's folder is dir/name.
     """
     recipe.model = run.Config(KVCatModel, config=run.Config(config, kvcat=run.Config(KVCatConfig)))
-    trainer = recipe.trainer
+    trainer = recipe.trainer = run.Config(KVCatTrainer, **_arguments(recipe.trainer))
     trainer.accelerator = "auto"  # CUDA where it is, the CPU elsewhere: the recipe is the same
     trainer.strategy = run.Config(KVCatStrategy, **_arguments(trainer.strategy))
     trainer.strategy.ddp = run.Config(
         DistributedDataParallelConfig,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # it ends one rank alone; the guard looks on behalf of all
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=True,
         overlap_param_gather=True,
     )
     trainer.plugins = run.Config(KVCatPrecision, **_arguments(trainer.plugins or bf16_mixed()))
     trainer.logger = False  # the loggers are the log's
-    trainer.callbacks = [run.Config(KVCatMetrics), run.Config(KVCatProgress), run.Config(KVCatRecords)]
+    trainer.strategy.ckpt_async_save = True  # on CUDA; a CPU host saves at once
+    # In this order: what a step drew, its figures, whether it counts, whether it is the last.
+    callbacks = (
+        KVCatRandomState,
+        KVCatMetrics,
+        KVCatProgress,
+        KVCatGuard,
+        KVCatStop,
+        KVCatLifeline,
+        KVCatRecords,
+    )
+    trainer.callbacks = [run.Config(callback) for callback in callbacks]
     trainer.max_steps = 40_000
     trainer.val_check_interval = 1_000
     trainer.limit_val_batches = 8
@@ -70,14 +86,7 @@ def as_kvcat(
         name=name,
         log_dir=dir or "runs",
         ckpt=run.Config(
-            nl.ModelCheckpoint,
-            monitor="step",
-            mode="max",
-            save_top_k=2,
-            save_last="link",  # NeMo would write the last checkpoint twice
-            every_n_train_steps=1_000,
-            save_optim_on_train_end=True,
-            filename="{step}",
+            KVCatCheckpoint, every_n_train_steps=1_000, keep_last=2, keep_best=1, best_metric="masked_ppl"
         ),
         tensorboard=None,
         extra_loggers=[run.Config(MLflowTracker, experiment="kvcat")],

@@ -16,7 +16,10 @@ from kvcat_nemo.method.config import KVCatConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("tracking", "recipes", "method", "compress", "evaluation")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("tracking", "recipes", "method", "parallelism", "faults", "compress", "evaluation")
+    ),
 ]
 
 
@@ -131,3 +134,11 @@ def test_every_compressor_has_its_row():
 
     table = re.findall(r"^\| (`[^|]+`) \|", PAGES[-2].read_text(encoding="utf-8"), re.M)
     assert sorted(re.findall(r"`([^`]+)`", " ".join(table))) == sorted([*COMPRESSORS, *PRESSES])
+
+
+def test_exit_codes_are_documented():
+    from kvcat_nemo import exit_codes
+
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    codes = set(re.findall(r"\| (?:the others )?(\d+)\b[^|]*\|$", text, re.M))
+    assert {str(exit_codes.REQUEUE), str(exit_codes.PEER_DIED), "1"} <= codes

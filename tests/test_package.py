@@ -51,11 +51,11 @@ def test_version_and_entry_points():
 
 @pytest.fixture
 def import_tree(tmp_path):
-    """The package as it is installed: recipes/ and conversion/ inside kvcat_nemo/."""
+    """The package as it is installed: recipes/, conversion/ and launch/ inside kvcat_nemo/."""
     package = tmp_path / "kvcat_nemo"
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kvcat_nemo", package, ignore=ignore)
-    for name in ("recipes", "conversion"):
+    for name in ("recipes", "conversion", "launch"):
         shutil.copytree(ROOT / name, package / name, ignore=ignore)
     return package
 

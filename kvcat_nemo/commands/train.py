@@ -75,8 +75,11 @@ def plan(name, overrides, as_json):
         ("policy", f"{out['policy']}; routers at layers {', '.join(map(str, out['router_layers'])) or '—'}"),
         (
             "layout",
-            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} × data {layout['data']}"
-            + (", sequence-parallel" if layout["sequence_parallel"] else ""),
+            f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} "
+            + (f"× context {layout['context']} " if layout["context"] > 1 else "")
+            + f"× data {layout['data']}"
+            + (", sequence-parallel" if layout["sequence_parallel"] else "")
+            + (", packed documents" if layout["packed_documents"] else ""),
         ),
         (
             "batch",
@@ -96,6 +99,68 @@ def plan(name, overrides, as_json):
     ]
     for label, text in rows:
         click.echo(f"{label:<16}{text}")
+
+
+@command.command()
+@click.option("--dir", "folder", default="runs", help="Where a run would write.", show_default=True)
+@click.option("--data", help="A dataset folder of `kvcat data build`, or a prefix (FILE without .bin/.idx).")
+@click.option("--checkpoint", help="A run's folder (its newest is what it resumes from), or one checkpoint.")
+@click.option(
+    "--fast", is_flag=True, help="No hashes, ports and other ranks: for a health check, about two seconds."
+)
+@click.option("--timeout", default=60.0, help="Seconds for the sum over all ranks.", show_default=True)
+@click.option("--disk-gb", default=10.0, help="Free disk expected.", show_default=True)
+@click.option("--shm-gb", default=1.0, help="Free shared memory expected.", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per check.")
+def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
+    """Look whether this machine, or all machines of a job, can train; the exit code is 1 when something is broken.
+
+    Says of each thing what was found and, if it is broken, what to do: versions of NeMo and Megatron-core that work
+    together, GPUs, free disk and shared memory, the port of rank 0, data files and checkpoints (with their hashes), whether
+    Transformer Engine, apex and flash-attn are there and what that means. `note` is worth knowing, `BROKEN` must be mended.
+
+    Under torchrun (or with RANK, WORLD_SIZE, MASTER_ADDR set, or in a Slurm step) all ranks sum a number, over gloo and,
+    with GPUs, over NCCL. Ranks that have not answered after --timeout are named with their hosts. Rank 0 prints everything,
+    the others what is broken with them.
+
+    \b
+    Examples:
+      kvcat train doctor
+      kvcat train doctor --data data/corpus --checkpoint runs/first
+      torchrun --nnodes 2 --nproc-per-node 8 … -m kvcat_nemo.cli train doctor --timeout 120
+    In a Dockerfile:
+      HEALTHCHECK CMD kvcat train doctor --fast --dir /runs
+    """
+    import json
+    import os
+    import socket
+    import sys
+    from pathlib import Path
+
+    from kvcat_nemo.doctor import BROKEN, examine
+
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    broken = 0
+    for verdict in examine(
+        folder=Path(folder),
+        data=data,
+        checkpoints=checkpoint,
+        fast=fast,
+        disk_gb=disk_gb,
+        shm_gb=shm_gb,
+        seconds=timeout,
+    ):
+        broken += verdict.status == BROKEN
+        if rank and verdict.status != BROKEN:
+            continue
+        if as_json:
+            click.echo(json.dumps({"rank": rank, "host": socket.gethostname()} | vars(verdict)))
+        else:
+            origin = f"[rank {rank}, {socket.gethostname()}] " if rank else ""
+            click.echo(f"{origin}{verdict.status:<7}{verdict.check:<20}{verdict.text}")
+    if broken:
+        click.echo(f"{broken} thing(s) broken on rank {rank}", err=True)
+        sys.exit(1)
 
 
 @command.command()

@@ -16,8 +16,8 @@ T tokens, K kept slots, D and E head dims.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ from transformers import PreTrainedModel
 from kvcat_nemo.compress.attention import run
 from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache, LayerCache
-from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference
+from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference, scores
 from kvcat_nemo.compress.omp import pursue
 from kvcat_nemo.compress.prefill import Prefilled
 
-SELECTIONS = ("highest", "omp")
+SELECTIONS = ("auto", "highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
-_SPARE, _STEPS = 192, 2  # of omp; docs/LOG.md has what they cost and lose
+_SPARE, _STEPS, _JUDGES = 128, 1, 512  # of omp; docs/LOG.md has what they cost and lose
+_FEW = 128  # slots
 _PIECE = 128
 _WHOLE = 1024  # the second reading's attention among its own tokens is dense: N×N
 
@@ -47,8 +48,11 @@ class AttentionMatching(Compressor):
 
     name: ClassVar[str] = "attention-matching"
 
-    selection: str = "omp"
-    """Keys with the highest root mean square attention (highest), or greedily those that carry the mass together (omp)."""
+    selection: str = "auto"
+    """Keys with the highest root mean square attention (highest), or greedily those that carry the mass together (omp).
+
+    auto: omp; above 128 slots, where omp is no better, the highest keys and half of the reference tokens.
+    """
     queries: str = "mixed"
     """Reference queries: mixed, on-policy, repeat or context."""
     reading_tokens: int = 384
@@ -87,9 +91,17 @@ class AttentionMatching(Compressor):
     def needs(self) -> tuple[str, ...]:
         return ("queries",) if self.queries in ("context", "mixed") else ()
 
+    def resolved(self, slots: int) -> Self:
+        """The same with `auto` decided for a number of slots."""
+        if self.selection != "auto":
+            return self
+        if slots <= _FEW:
+            return replace(self, selection="omp")
+        return replace(self, selection="highest", reference_tokens=-(-self.reference_tokens // 2))
+
     @torch.no_grad()
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
-        fitter = _Fitter(self, prefilled, slots)
+        fitter = _Fitter(self.resolved(slots), prefilled, slots)
         if self.queries == "context":
             layers = [fitter.fit(layer)[0] for layer in range(len(prefilled.cache.layers))]
         else:
@@ -103,13 +115,11 @@ class AttentionMatching(Compressor):
         self, layer: LayerCache, q_GQD: Tensor, scale: float, slots: int
     ) -> tuple[LayerCache, Reference]:
         """One layer of one row, from given reference queries: the smaller layer, and attention over all slots."""
+        if self.selection == "auto":
+            return self.resolved(slots).compress_layer(layer, q_GQD, scale, slots)
         keys, values = layer.read()
         k, v, q = _wide(keys[0]), _wide(values[0]), _wide(q_GQD)
-        target = reference(q, k, v, scale)
-        if self.selection == "omp":
-            places = self._pursue(q, k, target, scale, slots)
-        else:
-            places = target.score_GT.topk(slots, -1).indices
+        target, places = self._select(q, k, v, scale, slots)
         kept = layer.take(places.sort(-1).values[None])
         beta, fitted = match(
             q,
@@ -122,14 +132,21 @@ class AttentionMatching(Compressor):
         )
         return LayerCache(kept.keys_BGSD, fitted[None].to(values.dtype), beta[None]), target
 
-    def _pursue(self, q_GQD: Tensor, k_GTD: Tensor, target: Reference, scale: float, slots: int) -> Tensor:
+    def _select(
+        self, q_GQD: Tensor, k_GTD: Tensor, v_GTE: Tensor, scale: float, slots: int
+    ) -> tuple[Reference, Tensor]:
+        """Attention over all slots, and the places of those to keep, best first, [G, slots]."""
+        if self.selection == "highest":
+            target = reference(q_GQD, k_GTD, v_GTE, scale)
+            return target, target.score_GT.topk(slots, -1).indices
         # Of the keys with the highest scores alone: that found the same slots as all, for a fifth of the time.
         most = min(k_GTD.shape[1], slots + min(3 * slots, _SPARE))
-        candidates = target.score_GT.topk(most, -1).indices
-        k = k_GTD.gather(1, candidates[..., None].expand(-1, -1, k_GTD.shape[2]))
-        m = (logits(q_GQD, k, scale) - target.lse_GQ[..., None]).exp_()
+        judges = q_GQD[:, :: max(1, q_GQD.shape[1] // _JUDGES)]
+        candidates = scores(judges, k_GTD, scale).topk(most, -1).indices
+        target = reference(q_GQD, k_GTD, v_GTE, scale, candidates)
         block = self.omp_block or -(-slots // (16 if slots <= 128 else 8))
-        return candidates.gather(1, pursue(m, slots, self.weight_ridge, block, _STEPS))
+        taken = pursue(target.masses_GQK, slots, self.weight_ridge, block, _STEPS)
+        return target, candidates.gather(1, taken)
 
 
 class _Fitter:

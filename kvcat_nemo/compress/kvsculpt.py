@@ -26,7 +26,7 @@ from torch import Tensor
 from kvcat_nemo.compress.attention_matching import AttentionMatching, _wide
 from kvcat_nemo.compress.cache import KVCache, LayerCache
 from kvcat_nemo.compress.lbfgs import minimise
-from kvcat_nemo.compress.matching import Reference, fit_values, fit_weights, logits, reference
+from kvcat_nemo.compress.matching import Reference, fit_values, fit_weights, logits
 from kvcat_nemo.compress.prefill import Prefilled
 
 _PILOT = 4
@@ -126,6 +126,8 @@ class KVSculpt(AttentionMatching):
     """Attention Matching with moved keys, and with more slots for heads that are hard to match."""
 
     name: ClassVar[str] = "kvsculpt"
+    selection: str = "omp"
+    """Where keys start, as in attention-matching."""
     queries: str = "mixed"
     """Reference queries, as in attention-matching. Keys that are free overfit to one kind of them."""
     rounds: int = 2
@@ -152,6 +154,8 @@ class KVSculpt(AttentionMatching):
 
     @torch.no_grad()
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
+        if self.selection == "auto":
+            return self.resolved(slots).compress_row(prefilled, slots)
         if not self.adaptive:
             return super().compress_row(prefilled, slots)
         shape = (len(prefilled.cache.layers), prefilled.cache.layers[0].bias_BGS.shape[1])
@@ -172,12 +176,8 @@ class KVSculpt(AttentionMatching):
         """As `compress_layer`, with slots for each head, and with the error that remains, [G]."""
         keys, values = layer.read()
         k, v, q = _wide(keys[0]), _wide(values[0]), _wide(q_GQD)
-        target = reference(q, k, v, scale)
         most = int(counts_G.max())
-        if self.selection == "omp":
-            order = self._pursue(q, k, target, scale, most)
-        else:
-            order = target.score_GT.topk(most, -1).indices
+        target, order = self._select(q, k, v, scale, most)
         present = torch.arange(order.shape[-1], device=k.device) < counts_G.to(k.device)[:, None]
         # Text order, padding behind.
         places = order.masked_fill(~present, k.shape[1]).sort(-1).values.clamp(max=k.shape[1] - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcat_nemo.compress.bounded import bounded_least_squares
-from kvcat_nemo.compress.matching import _JITTER, HIGH, LOW
+from kvcat_nemo.compress.matching import _JITTER, HIGH, LOW, product
 
 
 def pursue(m_GQT: Tensor, slots: int, ridge: float, block: int = 1, steps: int = 50) -> Tensor:
@@ -26,7 +26,7 @@ def pursue(m_GQT: Tensor, slots: int, ridge: float, block: int = 1, steps: int =
         [G, slots] places, in the order in which they were taken.
     """
     Q = m_GQT.shape[1]
-    gram = (m_GQT.transpose(1, 2) @ m_GQT) / Q
+    gram = product(m_GQT.transpose(1, 2), m_GQT) / Q
     goal = (m_GQT.sum(1) / Q).double()
     places = torch.empty(len(gram), 0, dtype=torch.long, device=gram.device)
     weights = goal.new_empty(len(gram), 0)

@@ -1,6 +1,10 @@
 """Gated core attention: takes the place of Megatron's `core_attention` in a layer's spec.
 
-Shapes: T tokens, B windows, 2B the paired batch [dense | masked], H query heads and G KV heads of this rank, D head dim.
+Of windows that are split over context-parallel ranks a rank has its own queries, keys, values and gates here, and the
+kernels fetch the others' (kernels/window_split.py). Windows of packed documents are laid end to end.
+
+Shapes: T tokens of this rank's part of a window, B windows, 2B the paired batch [dense | masked], H query heads and G KV
+heads of this rank, D head dim.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from kvcat_nemo.kernels import announce, causal_attention, gated_attention
+from kvcat_nemo.kernels import WindowSplit, announce, causal_attention, gated_attention
+from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.policies import accumulated_attention, attention_gate
 
 
@@ -33,12 +38,12 @@ class GatedSelfAttention(SelfAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        def replayed(query, key, value, gate):
+        def replayed(query, key, value, documents, gate):
             return self.core_attention(
-                query, key, value, None, attention_bias=gate, packed_seq_params=packed_seq_params
+                query, key, value, documents, attention_bias=gate, packed_seq_params=packed_seq_params
             )
 
-        return tensor_parallel.checkpoint(replayed, False, query, key, value, attention_bias)
+        return tensor_parallel.checkpoint(replayed, False, query, key, value, attention_mask, attention_bias)
 
 
 class GatedCoreAttention(MegatronModule):
@@ -64,6 +69,8 @@ class GatedCoreAttention(MegatronModule):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.backend = config.kvcat.attention_backend
         self.tp_group = pg_collection.tp if pg_collection is not None else None
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
+        self.split = WindowSplit.over(self.cp_group)
 
     def forward(
         self,
@@ -75,37 +82,75 @@ class GatedCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """[T, 2B, H, D], [T, 2B, G, D] twice, gate [B, T] or None → [T, 2B, H·D]. The mask is always causal."""
+        """[T, 2B, H, D], [T, 2B, G, D] twice, gate [B, T] or None → [T, 2B, H·D]. The mask is always causal.
+
+        attention_mask: [n + 1] boundaries of the documents in the B windows, laid end to end; None: a window is one.
+        """
         if packed_seq_params is not None:
-            raise ValueError("packed_seq_params: packed documents are not supported by gated attention yet")
+            raise ValueError("packed_seq_params: packed documents come as their boundaries (engine.model)")
+        documents = attention_mask
+        assert documents is None or documents.dim() == 1  # engine.model has seen to it
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         announce(self.backend, q)
         if attention_bias is None:
-            out = self._dense(q, k, v)
+            out = self._dense(q, k, v, documents)
         else:
             B = attention_bias.shape[0]
-            dense = self._dense(q[:B], k[:B], v[:B])
-            out = torch.cat([dense, self._masked(q[B:], k[B:], v[B:], attention_bias)])
+            dense = self._dense(q[:B], k[:B], v[:B], documents)
+            out = torch.cat([dense, self._masked(q[B:], k[B:], v[B:], attention_bias, documents)])
         return out.transpose(0, 1).reshape(query.shape[0], query.shape[1], -1)
 
-    def _dense(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-        return causal_attention(q_BTHD, k_BTGD, v_BTGD, scale=self.scale, backend=self.backend)
+    def _dense(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, documents: Tensor | None) -> Tensor:
+        q, k, v = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD))
+        out = causal_attention(
+            q, k, v, scale=self.scale, cu_seqlens=documents, split=self.split, backend=self.backend
+        )
+        return out.reshape(q_BTHD.shape)
 
-    def _masked(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gate_BT: Tensor) -> Tensor:
+    def _masked(
+        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gate_BT: Tensor, documents: Tensor | None
+    ) -> Tensor:
         kvcat = self.config.kvcat
         if kvcat.policy == "attention":
-            mass = accumulated_attention(q_BTHD, k_BTGD, scale=self.scale)
-            if self.tp_group is not None and self.tp_group.size() > 1:
-                torch.distributed.all_reduce(mass, group=self.tp_group)  # each rank holds its own heads' mass
-            gate_BT = attention_gate(mass, kvcat.target_keep_fraction)
-        return gated_attention(
-            q_BTHD,
-            k_BTGD,
-            v_BTGD,
-            gate_BT[..., None],
+            gate_BT = self._attention_gate(q_BTHD, k_BTGD, documents)
+        q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BT[..., None]))
+        out = gated_attention(
+            q,
+            k,
+            v,
+            gate,
             scale=self.scale,
             sinks=kvcat.sinks,
             recent_window=kvcat.recent_window,
             gradient_cap=kvcat.gate_gradient_cap,
+            cu_seqlens=documents,
+            split=self.split,
             backend=self.backend,
         )
+        return out.reshape(q_BTHD.shape)
+
+    @torch.no_grad()
+    def _attention_gate(self, q_BTHD: Tensor, k_BTGD: Tensor, documents: Tensor | None) -> Tensor:
+        """[B, T]: the slots that get most attention, from the mass of all ranks' queries and heads."""
+        split = self.split
+        position_BT = places = None
+        if documents is not None:
+            position, _ = document_positions(q_BTHD.shape[0] * q_BTHD.shape[1], documents)
+            position_BT = position.view(q_BTHD.shape[:2])
+        if split is not None:
+            k_BTGD = split.whole(k_BTGD)
+            places = split.positions(q_BTHD.shape[1], q_BTHD.device)
+        mass = accumulated_attention(
+            q_BTHD, k_BTGD, scale=self.scale, places_T=places, position_BT=position_BT
+        )
+        if split is not None:
+            mass = split.sum(mass)
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(mass, group=self.tp_group)  # each rank holds its own heads' mass
+        gate_BT = attention_gate(mass, self.config.kvcat.target_keep_fraction, position_BT)
+        return gate_BT if split is None else split.own(gate_BT)
+
+
+def _end_to_end(x_BT: Tensor, documents: Tensor | None) -> Tensor:
+    """[1, B·T, …] where windows hold documents, whose boundaries count through all of them; else as it is."""
+    return x_BT if documents is None else x_BT.reshape(1, -1, *x_BT.shape[2:])

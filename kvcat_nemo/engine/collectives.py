@@ -25,6 +25,48 @@ def copy_to_tensor_parallel(gate: Tensor, group) -> Tensor:
     return gate if group is None or group.size() == 1 else _CopyToTensorParallel.apply(gate, group)
 
 
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BT: Tensor, group) -> Tensor:
+        ctx.group = group
+        x = x_BT.detach().transpose(0, 1).contiguous()
+        out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(out, x, group=group)
+        return out.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.transpose(0, 1).contiguous()
+        out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
+        torch.distributed.reduce_scatter_tensor(out, grad, group=ctx.group)
+        return out.transpose(0, 1), None
+
+
+def gather_sequence(gate_BT: Tensor, group) -> Tensor:
+    """[B, T/ranks] of each tensor-parallel rank → [B, T] on all; backward sums the ranks' gradients, each from its own
+    heads, at the token's owner."""
+    return _GatherSequence.apply(gate_BT, group)
+
+
+def window_sum(x: Tensor, group) -> Tensor:
+    """Sum over the ranks of a group (None: this one), without gradient."""
+    total = x.detach().clone()
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def window_mean(x_BT: Tensor, group) -> Tensor:
+    """Mean over the tokens of all ranks of a group (None: this one), on every rank; its gradient is of own tokens alone.
+
+    Every rank must hold as many tokens.
+    """
+    if group is None:
+        return x_BT.mean()
+    own = x_BT.sum()
+    return (window_sum(own, group) + (own - own.detach())) / (x_BT.numel() * group.size())
+
+
 class RouterLoss(torch.autograd.Function):
     """Lets a scalar loss ride on hidden states: forward passes them on, backward adds `scale` × d(loss).
 
@@ -32,7 +74,7 @@ class RouterLoss(torch.autograd.Function):
     """
 
     scale: float = 1.0
-    """Loss scale over the number of micro-batches; set at every forward step (`set_router_loss_scale`)."""
+    """What the main loss is multiplied by before its backward; set at every forward step (`set_router_loss_scale`)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, loss: Tensor) -> Tensor:
@@ -46,11 +88,13 @@ class RouterLoss(torch.autograd.Function):
 
 
 def set_router_loss_scale(config, num_microbatches: int) -> None:
-    """Give router losses the scale that Megatron's schedules give the main loss.
+    """Give router losses the scale that Megatron's schedules, and engine.step, give the main loss.
 
     Args:
         config: the model's TransformerConfig; its `grad_scale_func` applies when a precision plugin scales losses.
+            Gradients are averaged over context-parallel ranks, of which each has a part of the loss' gradient: hence
+            `context_parallel_size`.
     """
     unit = torch.ones(())
     scale = float(config.grad_scale_func(unit)) if config.grad_scale_func else 1.0
-    RouterLoss.scale = scale / num_microbatches
+    RouterLoss.scale = scale * config.context_parallel_size / num_microbatches

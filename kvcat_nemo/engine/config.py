@@ -1,12 +1,14 @@
 """What a Megatron configuration must look like for a paired pass, checked before any process group starts."""
 
 import importlib.util
+import math
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kvcat_nemo.engine import host
+from kvcat_nemo.engine.stages import validate_stages
 from kvcat_nemo.kernels import select_backend
 from kvcat_nemo.method.config import KVCatConfig
 
@@ -51,16 +53,11 @@ def validate_model_config(config) -> None:
             "multi_latent_attention",
             "KV slots of latent attention are not supported; use a model with plain or grouped heads",
         )
-    if config.context_parallel_size > 1:
-        refuse(
-            "context_parallel_size",
-            "the router's linear attention is not exact over split sequences yet; set it to 1",
-        )
-    if config.virtual_pipeline_model_parallel_size:
-        refuse(
-            "virtual_pipeline_model_parallel_size",
-            "interleaved stages gave wrong losses in tests over gloo; set it to None",
-        )
+    _check_context_parallelism(config, refuse)
+    if config.expert_model_parallel_size > 1:
+        refuse("expert_model_parallel_size", "dense models have no experts to spread; set it to 1")
+    _check_tensor_parallelism(config)
+    validate_stages(config)
     if config.fp8:
         refuse("fp8", "gated attention needs bf16 or float32; set it to None")
     _check_attention(config, refuse)
@@ -85,8 +82,37 @@ def validate_model_config(config) -> None:
         )
     if getattr(config, "enable_cuda_graph", False):
         refuse("enable_cuda_graph", "the layers' mask is an input that graphs do not carry; set it to False")
-    if kvcat.policy == "router":
-        _refuse_straddling_groups(config)
+
+
+def _check_tensor_parallelism(config) -> None:
+    ranks = config.tensor_model_parallel_size
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value % ranks:
+            common = math.gcd(*(getattr(config, n) for n in names if getattr(config, n) is not None))
+            fitting = [n for n in range(1, common + 1) if common % n == 0 and n <= 64]
+            raise ValueError(
+                f"trainer.strategy.tensor_model_parallel_size={ranks}: does not divide model.config.{name}={value}"
+                + (", and Megatron gives no KV head to two ranks" if name == "num_query_groups" else "")
+                + f"; use {' or '.join(map(str, fitting))}"
+            )
+    if config.sequence_parallel and ranks == 1:
+        raise ValueError(
+            "trainer.strategy.sequence_parallel=True: needs tensor_model_parallel_size above 1; set it to False"
+        )
+
+
+def _check_context_parallelism(config, refuse) -> None:
+    if config.context_parallel_size == 1:
+        return
+    ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
+    if any(way not in (None, "all_gather") for way in ways):
+        refuse(
+            "cp_comm_type", "keys, values and gates are gathered over ranks; set it to None or 'all_gather'"
+        )
+    if getattr(config, "hierarchical_context_parallel_sizes", None):
+        refuse("hierarchical_context_parallel_sizes", "ranks exchange in one group; set it to None")
 
 
 def _check_attention(config, refuse) -> None:
@@ -111,50 +137,5 @@ def _check_attention(config, refuse) -> None:
         head_dim=config.kv_channels,
         gated=config.kvcat.paired,
         recent_window=config.kvcat.recent_window,
+        split=config.context_parallel_size > 1,
     )
-
-
-def _refuse_straddling_groups(config) -> None:
-    stages = config.pipeline_model_parallel_size
-    starts = set(config.kvcat.group_starts(config.num_layers))
-    if stages == 1:
-        return
-    uneven = [n for n in _UNEVEN_SPLIT_FIELDS if getattr(config, n, None)]
-    if uneven:
-        name = uneven[0]
-        raise ValueError(
-            f"model.config.{name}={getattr(config, name)!r}: uneven pipeline stages are not supported; unset it"
-        )
-    if config.num_layers % stages:
-        raise ValueError(
-            f"model.config.pipeline_model_parallel_size={config.pipeline_model_parallel_size}: "
-            f"{config.num_layers} layers do not divide into {stages} stages; choose a divisor"
-        )
-    firsts = range(0, config.num_layers, config.num_layers // stages)
-    if any(first not in starts for first in firsts):
-        groups = [
-            g
-            for g in range(stages, config.num_layers + 1, stages)
-            if config.num_layers % g == 0 or g == stages
-        ]
-        fitting = [p for p in range(1, config.num_layers + 1) if _stages_fit(config, p, starts)]
-        raise ValueError(
-            f"kvcat.num_groups={config.kvcat.num_groups} with {stages} pipeline stages of {config.num_layers} layers: a layer "
-            f"group straddles a stage, and its mask does not travel between stages. Use {' or '.join(map(str, fitting))} "
-            f"stage(s), or num_groups in {groups}"
-        )
-
-
-_UNEVEN_SPLIT_FIELDS = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-)
-
-
-def _stages_fit(config, stages: int, starts: set[int]) -> bool:
-    if config.num_layers % stages:
-        return False
-    return all(first in starts for first in range(0, config.num_layers, config.num_layers // stages))

@@ -32,7 +32,8 @@ def gradient_norms(chunks: Iterable[DistributedDataParallel]) -> dict[str, float
     assert squares is not None
     torch.distributed.all_reduce(squares, group=parallel_state.get_model_parallel_group())
     if scattered:
-        torch.distributed.all_reduce(squares, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(squares, group=group)
     backbone, routers = squares.sqrt().tolist()
     return {"backbone": backbone, "routers": routers}
 

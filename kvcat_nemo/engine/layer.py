@@ -1,9 +1,11 @@
 """A transformer layer of the paired pass: the first layer of each group owns a router.
 
 The gate of a group travels from layer to layer as Megatron's `context` (unused by decoder-only models), so that it is
-an input and an output of the layer like the hidden states.
+an input and an output of the layer like the hidden states. Packed documents come as their boundaries in place of Megatron's
+`attention_mask` (engine.model).
 
-Shapes: T tokens, B windows, 2B the paired batch [dense | masked], M model width.
+Shapes: T tokens of this rank's part of a window (all of it without sequence and context parallelism), B windows, 2B the
+paired batch [dense | masked], M model width.
 """
 
 from __future__ import annotations
@@ -12,14 +14,23 @@ import math
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from kvcat_nemo.engine.collectives import RouterLoss, copy_to_tensor_parallel
+from kvcat_nemo.engine.collectives import (
+    RouterLoss,
+    copy_to_tensor_parallel,
+    gather_sequence,
+    window_mean,
+    window_sum,
+)
+from kvcat_nemo.engine.segments import TokenSegments
+from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.losses import budget_loss
+from kvcat_nemo.method.losses import budget_of_means
+from kvcat_nemo.method.policies import attention_gate
 from kvcat_nemo.method.router import Router, Routing
 
 PROBE_TOKENS = 256
@@ -52,8 +63,10 @@ class KVCatTransformerLayer(TransformerLayer):
             self.router = Router(config.hidden_size, kvcat, self.group)
             for parameter in self.router.parameters():
                 parameter.is_router = True
+                # A rank routes its own tokens: Megatron then sums the gradients over tensor-parallel ranks, once.
+                parameter.sequence_parallel = config.sequence_parallel
         self.stats: list[GroupStats] = []
-        self._probe: tuple[Tensor, Tensor] | None = None
+        self._probe: tuple | None = None
         self._probe_due = False
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs):
@@ -62,51 +75,83 @@ class KVCatTransformerLayer(TransformerLayer):
         Args:
             hidden_states: [T, 2B, M] (T/tp under sequence parallelism); context: the gates, [1 or R, B, T], or None for
                 a plain dense pass.
+            attention_mask (among the others): [n + 1] boundaries of packed documents, or None.
 
         Returns:
             hidden states, and the gates for the next layer.
         """
+        documents = kwargs.get("attention_mask")
+        if documents is not None and kwargs.get("rotary_pos_emb") is not None:
+            passes = 1 if context is None else 2
+            angles = kwargs["rotary_pos_emb"]
+            kwargs["rotary_pos_emb"] = self._begin_anew(angles, documents, hidden_states.shape[1], passes)
         if context is None:
             return super().forward(hidden_states=hidden_states, context=None, **kwargs)
         if self.router is not None:
-            hidden_states, gate = self._route(hidden_states)
+            hidden_states, gate = self._route(hidden_states, documents)
             context = gate[None]
         gate = context[self.group if self.config.kvcat.policy == "random" else 0]
         if self.router is None and self.begins_group and not self._replaying:
-            self.stats.append(GroupStats(self.group, self._fixed_keep_rate(gate)))
+            self.stats.append(GroupStats(self.group, self._fixed_keep_rate(gate, documents)))
         kwargs["attention_bias"] = gate
         hidden_states, _ = super().forward(hidden_states=hidden_states, context=None, **kwargs)
         return hidden_states, context
 
-    def _route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _begin_anew(self, angles_T11D: Tensor, documents: Tensor, rows: int, passes: int) -> Tensor:
+        """Rotary angles by each token's place in its document, [T, rows, 1, D], rows being the windows of all passes.
+
+        Only differences of places matter, so without this results differ by the angles' rounding in float32 alone; the fused
+        rotary kernel, which takes one row of angles for all windows, is content with that.
+        """
+        if self.config.apply_rope_fusion:
+            return angles_T11D
+        T = len(angles_T11D)
+        places, _ = document_positions(T * rows // passes, documents)
+        return angles_T11D[:, 0, 0][places.view(-1, T).T.repeat(1, passes)][:, :, None]
+
+    def _route(self, hidden_states: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         kvcat: KVCatConfig = self.config.kvcat
         h_BTM = self._router_input(hidden_states)
-        routing: Routing = self.router(h_BTM)
-        budget = budget_loss(routing.p_BT, routing.hard_BT, kvcat.target_keep_fraction)
+        segments, position_BT = self._segments(h_BTM, documents)
+        routing: Routing = self.router(h_BTM, segments, position_BT)
+        group = None if segments is None else segments.group
+        kept, probability = window_mean(routing.hard_BT, group), window_mean(routing.p_BT, group)
+        budget = budget_of_means(kept, probability, kvcat.target_keep_fraction)
         weighted = budget * kvcat.budget_weight / kvcat.num_groups
         if torch.is_grad_enabled():
             hidden_states = RouterLoss.apply(hidden_states, weighted)
         if not self._replaying:
-            self.stats.append(
-                GroupStats(
-                    self.group,
-                    routing.hard_BT.mean(),
-                    routing.p_BT.detach().mean(),
-                    budget.detach(),
-                    self._flipped_by_last_update(h_BTM, routing.hard_BT),
-                )
-            )
-        return hidden_states, copy_to_tensor_parallel(routing.gate_BT, self._tp_group)
+            flipped = self._flipped_by_last_update(h_BTM, routing.hard_BT, segments, position_BT)
+            self.stats.append(GroupStats(self.group, kept, probability.detach(), budget.detach(), flipped))
+        # Attention needs the gates of all of this rank's keys, for its own heads.
+        whole = gather_sequence if self._sequence_parallel else copy_to_tensor_parallel
+        return hidden_states, whole(routing.gate_BT, self._tp_group)
 
     def _router_input(self, hidden_states: Tensor) -> Tensor:
         kvcat: KVCatConfig = self.config.kvcat
         B = hidden_states.shape[1] // 2
         h = hidden_states[:, B:] if kvcat.router_input == "masked" else hidden_states[:, :B]
-        if self.config.sequence_parallel:
-            # Every rank routes the whole window: the gates must be whole anyway, and so must their gradients.
-            h = gather_from_sequence_parallel_region(h.contiguous(), tensor_parallel_output_grad=False)
         h = h.transpose(0, 1)
         return h.detach() if kvcat.router_detach_input else h
+
+    def _segments(
+        self, h_BTM: Tensor, documents: Tensor | None
+    ) -> tuple[TokenSegments | None, Tensor | None]:
+        """How the tokens of h are parts of whole windows, and their places in their documents."""
+        tp, cp = self._tp_group, self._cp_group
+        tokens = h_BTM.shape[1]
+        position_BT = None
+        if documents is not None:
+            ranks = tp.size() if self._sequence_parallel else 1
+            positions, _ = document_positions(h_BTM.shape[0] * tokens * ranks, documents)
+            position_BT = positions.view(h_BTM.shape[0], -1)
+        both = None
+        if self._sequence_parallel and cp is not None and cp.size() > 1:
+            both = parallel_state.get_tensor_and_context_parallel_group()
+        segments = TokenSegments.of_hidden_states(tokens, tp, cp, both, self._sequence_parallel, position_BT)
+        if segments is not None and position_BT is not None:
+            position_BT = segments.own(position_BT)
+        return segments, position_BT
 
     @property
     def _replaying(self) -> bool:
@@ -124,23 +169,49 @@ class KVCatTransformerLayer(TransformerLayer):
     def _tp_group(self):
         return self.self_attention.core_attention.tp_group
 
-    def _fixed_keep_rate(self, gate_BT: Tensor) -> Tensor:
-        if self.config.kvcat.policy == "attention":  # the mask is made inside attention, with a fixed count
-            T = gate_BT.shape[1]
-            return gate_BT.new_tensor(math.ceil(self.config.kvcat.target_keep_fraction * T) / T)
-        return gate_BT.mean()
+    @property
+    def _cp_group(self):
+        return self.self_attention.core_attention.cp_group
+
+    @property
+    def _sequence_parallel(self) -> bool:
+        return self.config.sequence_parallel and self._tp_group is not None and self._tp_group.size() > 1
+
+    def _fixed_keep_rate(self, gate_BT: Tensor, documents: Tensor | None) -> Tensor:
+        split = self.self_attention.core_attention.split
+        if self.config.kvcat.policy != "attention":
+            return window_mean(gate_BT, None if split is None else split.group)
+        keep = self.config.kvcat.target_keep_fraction
+        if documents is not None:
+            positions, _ = document_positions(gate_BT.numel(), documents)
+            return attention_gate(torch.zeros_like(gate_BT), keep, positions.view_as(gate_BT)).mean()
+        T = gate_BT.shape[1] * (1 if split is None else split.ranks)
+        return gate_BT.new_tensor(
+            math.ceil(keep * T) / T
+        )  # the mask is made inside attention, with a fixed count
 
     @torch.no_grad()
-    def _flipped_by_last_update(self, h_BTM: Tensor, hard_BT: Tensor) -> Tensor | None:
+    def _flipped_by_last_update(
+        self, h_BTM: Tensor, hard_BT: Tensor, segments: TokenSegments | None, position_BT: Tensor | None
+    ) -> Tensor | None:
         """Share of the previous step's gates that the new router decides otherwise, hidden states held fixed."""
         if not self.training:
             return None
         flipped = None
         if self._probe_due and self._probe is not None:
-            h, before = self._probe
-            flipped = (self.router(h).hard_BT != before).float().mean()
+            h, before, *where = self._probe
+            changed = (self.router(h, *where).hard_BT != before).double()
+            counts = window_sum(
+                torch.stack([changed.sum(), changed.new_tensor(changed.numel())]),
+                None if where[0] is None else where[0].group,
+            )
+            flipped = counts[0] / counts[1]
         self._probe_due = False
-        self._probe = (h_BTM[:1, :PROBE_TOKENS].detach().clone(), hard_BT[:1, :PROBE_TOKENS].clone())
+        first, own = slice(PROBE_TOKENS), None
+        if segments is not None:
+            first, own = segments.own_of_first(PROBE_TOKENS), segments.first(PROBE_TOKENS, windows=1)
+        position = None if position_BT is None else position_BT[:1, first]
+        self._probe = h_BTM[:1, first].detach().clone(), hard_BT[:1, first].clone(), own, position
         return flipped
 
     def pop_stats(self) -> list[GroupStats]:

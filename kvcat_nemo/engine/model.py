@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kvcat_nemo.engine.output_layer import TokenLossOutputLayer
 from kvcat_nemo.engine.step import token_loss_weights
+from kvcat_nemo.kernels import WindowSplit
+from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.policies import prefix_ids, random_gate
 
@@ -37,8 +39,11 @@ class KVCatGPTModel(GPTModel):
         """One forward pass of this pipeline stage.
 
         Args:
-            input_ids, position_ids, labels: [B, T].
+            input_ids, position_ids, labels: [B, T]; under context parallelism this rank's tokens of each window.
                 Every pipeline stage needs input_ids: the random policy draws from them.
+            attention_mask: boundaries of documents packed into the windows (`document_boundaries`); None: a window is one
+                document. Attention, routers, sinks and random masks begin anew at each. Rotary positions count through the
+                window: only their differences matter.
             loss_mask (among the others): [B, T], 1 where a token counts. It changes no result: given it, the gradients
                 of `microbatch_loss` are there after one sweep over the vocabulary; without, backward sweeps again.
 
@@ -47,9 +52,14 @@ class KVCatGPTModel(GPTModel):
             without; other stages: hidden states [T, 2B or B, M].
         """
         kvcat: KVCatConfig = self.config.kvcat
+        if attention_mask is not None and attention_mask.dim() != 1:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)}: attention is causal; give the boundaries of documents, "
+                "[n + 1], or None"
+            )
         if labels is None or not kvcat.paired:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
-        gates = initial_gates(kvcat, input_ids)
+        gates = initial_gates(kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask)
         twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
         return super().forward(
             *twice, attention_mask, labels=labels, extra_block_kwargs={"context": gates}, **kwargs
@@ -74,14 +84,39 @@ class KVCatGPTModel(GPTModel):
         )
 
 
-def initial_gates(kvcat: KVCatConfig, input_ids: Tensor) -> Tensor:
-    """Gates that enter the first layer of a stage: [R, B, T] draws of the random policy, else a placeholder of ones."""
+def document_boundaries(position_ids: Tensor) -> Tensor:
+    """Boundaries 0 … B·T of the documents in B windows laid end to end, [n + 1] int32.
+
+    Args:
+        position_ids: [B, T], 0 where a document begins, as Megatron's GPTDataset gives them with reset_position_ids.
+
+    Raises:
+        ValueError: when a window does not begin with a 0.
+    """
+    begins = position_ids == 0
+    if position_ids.device.type == "cpu" and not begins[:, 0].all():
+        raise ValueError("position_ids: every window must begin with position 0")
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+
+
+def initial_gates(
+    kvcat: KVCatConfig, input_ids: Tensor, split: WindowSplit | None = None, documents: Tensor | None = None
+) -> Tensor:
+    """Gates that enter the first layer of a stage: [R, B, T] draws of the random policy, else a placeholder of ones.
+
+    Args:
+        split: input_ids are this rank's tokens of split windows; documents: as `document_boundaries` gives them.
+    """
     B, T = input_ids.shape
     if kvcat.policy != "random":
         return torch.ones(1, B, T, device=input_ids.device)
-    ids = prefix_ids(input_ids)
-    draws = [
-        random_gate(ids, keep=kvcat.target_keep_fraction, seed=kvcat.seed, group=group)
-        for group in range(kvcat.num_groups)
-    ]
-    return torch.stack(draws)
+    if split is not None:
+        input_ids = split.whole(input_ids)  # a slot's draw depends on the window up to it
+    position_BT = None
+    if documents is not None:
+        position_BT = document_positions(input_ids.numel(), documents)[0].view(input_ids.shape)
+    ids = prefix_ids(input_ids, position_BT)
+    draw = {"keep": kvcat.target_keep_fraction, "seed": kvcat.seed, "position_BT": position_BT}
+    draws = [random_gate(ids, group=group, **draw) for group in range(kvcat.num_groups)]
+    return torch.stack(draws if split is None else [split.own(gate) for gate in draws])

@@ -6,6 +6,7 @@ the usual 6·N FLOPs per token; both count the two passes of a paired batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvcat_nemo.kernels.token_loss import LOSS_MEMORY_MIB
@@ -24,6 +25,9 @@ class Layout:
     micro_batch_size: int
     global_batch_size: int
     seq_length: int
+    context: int = 1
+    """Ranks that share each window."""
+    packed_documents: bool = False
 
     @property
     def data(self) -> int:
@@ -32,11 +36,12 @@ class Layout:
         Raises:
             ValueError: when the processes do not divide into model replicas, or the batch into micro-batches.
         """
-        replica = self.tensor * self.pipeline
+        replica = self.tensor * self.pipeline * self.context
         if self.world_size % replica:
+            context = f" × context {self.context}" if self.context > 1 else ""
             raise ValueError(
                 f"{self.world_size} processes (trainer.devices × trainer.num_nodes) do not divide into replicas of {replica} "
-                f"(tensor {self.tensor} × pipeline {self.pipeline}); change one of them"
+                f"(tensor {self.tensor} × pipeline {self.pipeline}{context}); change one of them"
             )
         data = self.world_size // replica
         if self.global_batch_size % (data * self.micro_batch_size):
@@ -49,6 +54,48 @@ class Layout:
     @property
     def num_microbatches(self) -> int:
         return self.global_batch_size // (self.data * self.micro_batch_size)
+
+    def check(self, config) -> None:
+        """Refuse what does not fit a model configuration (engine.config.validate_model_config sees no batch).
+
+        Raises:
+            ValueError: naming the field, the value and the fix.
+        """
+        _ = self.data
+        if self.context > 1 and self.packed_documents:
+            raise ValueError(
+                f"data.packed_documents=True: not supported with context_parallel_size={self.context}; set it to False, or "
+                "trainer.strategy.context_parallel_size=1"
+            )
+        slices = self.tensor if self.sequence_parallel else 1
+        unit = slices if self.context == 1 else math.lcm(2 * self.context, slices * self.context)
+        if self.seq_length % unit:
+            why = [
+                f"context parallelism cuts windows into 2 · {self.context} chunks"
+                if self.context > 1
+                else "",
+                f"sequence parallelism splits them over tensor_model_parallel_size={slices}"
+                if slices > 1
+                else "",
+            ]
+            raise ValueError(
+                f"data.seq_length={self.seq_length}: {' and '.join(filter(None, why))}, for which it must be a multiple of "
+                f"{unit}; use {-(-self.seq_length // unit) * unit}"
+            )
+        if not config.virtual_pipeline_model_parallel_size:
+            return
+        # The schedule runs micro-batches of a chunk in groups, by default as many as there are stages.
+        group = getattr(config, "microbatch_group_size_per_vp_stage", None) or self.pipeline
+        if group < self.pipeline:
+            raise ValueError(
+                f"model.config.microbatch_group_size_per_vp_stage={group}: fewer than the {self.pipeline} stages; set it to None"
+            )
+        if group > self.num_microbatches or 0 < self.num_microbatches % group < self.pipeline:
+            unit = self.data * self.micro_batch_size * group
+            raise ValueError(
+                f"data.global_batch_size={self.global_batch_size}: interleaved stages take micro-batches in groups of {group}, and "
+                f"{self.num_microbatches} do not divide into them; use {-(-self.global_batch_size // unit) * unit}"
+            )
 
 
 def parameters(config) -> dict[str, int]:
@@ -79,7 +126,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
     """Bytes on the fullest GPU in bf16 training, by part, and their `total`.
 
     Weights in bf16, gradients summed in float32, Adam's two moments and the float32 master weights (divided over
-    data-parallel ranks by a distributed optimizer). Activations without recomputation: 34 bytes per token, channel and
+    data-parallel and context-parallel ranks by a distributed optimizer). Activations without recomputation: 34 bytes per token, channel and
     layer and pass. The loss holds a chunk's logits and the output weight's gradient in float32 (kernels.token_loss).
     """
     parts = parameters(config)
@@ -90,7 +137,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
         ends = max(parts["embedding"], parts["output"] or parts["embedding"]) / layout.tensor
     local = layers + ends + parts["norm"]
     passes = 2 if config.kvcat.paired else 1
-    tokens = layout.micro_batch_size * layout.seq_length
+    tokens = layout.micro_batch_size * layout.seq_length / layout.context
     in_flight = min(layout.pipeline, layout.num_microbatches)  # micro-batches the first stage holds in 1F1B
     split = 34 / layout.tensor if layout.sequence_parallel else 10 + 24 / layout.tensor
     activations = (
@@ -102,7 +149,7 @@ def memory_per_gpu(config, layout: Layout) -> dict[str, int]:
     out = {
         "weights": 2 * local,
         "gradients": 4 * local,
-        "optimizer": 12 * local / (layout.data if layout.distributed_optimizer else 1),
+        "optimizer": 12 * local / (layout.data * layout.context if layout.distributed_optimizer else 1),
         "activations": activations,
         "loss": loss,
     }

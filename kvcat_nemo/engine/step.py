@@ -27,19 +27,28 @@ def microbatch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchor and distillation terms of a micro-batch (the budget term rides on the layers, engine.layer).
 
+    Of windows that are split over context-parallel ranks each rank has its tokens' part. Megatron divides the loss by the
+    number of tokens and averages gradients over those ranks too, so the number returned is that of whole windows, and the
+    part is multiplied by the number of ranks.
+
     Args:
         metrics_KBT: token metrics of the model's last stage; loss_mask_BT: 1 where a token counts.
 
     Returns:
-        weighted loss summed over tokens, number of tokens (int), and the sums of every token metric [K + 1], the last
-        being the number of tokens.
+        weighted loss summed over tokens, number of tokens (int), and the sums of every token metric [K + 1] over this
+        rank's tokens, the last being their number.
     """
     mask = loss_mask_BT.to(metrics_KBT.dtype)
     sums = (metrics_KBT.detach() * mask).sum((1, 2))
     tokens = mask.sum()
     weights = token_loss_weights(mask, kvcat).to(mask.dtype)
     loss = (metrics_KBT[: len(weights)] * weights).sum()
-    return loss, tokens.to(torch.int), torch.cat([sums, tokens[None]])
+    counted = tokens.to(torch.int)
+    group = parallel_state.get_context_parallel_group(check_initialized=False)
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(counted, group=group)
+        loss = loss * group.size()
+    return loss, counted, torch.cat([sums, tokens[None]])
 
 
 def step_metrics(
@@ -69,7 +78,10 @@ def step_metrics(
                     if value is not None:
                         group_sums[stats.group, i] += torch.stack([value, torch.ones_like(value)]).to(sums)
     torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    # Context-parallel ranks each have some of the tokens, and all of a group's figures, which are means in the end.
+    torch.distributed.all_reduce(
+        sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
     return _name(sums, token_names, group_sums, kvcat)
 
 

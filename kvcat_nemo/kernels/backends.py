@@ -55,6 +55,7 @@ def select_backend(
     gated: bool = True,
     recent_window: int = 1,
     packed: bool = False,
+    split: bool = False,
 ) -> str:
     """Resolve `auto` and refuse what the backend cannot do.
 
@@ -62,7 +63,7 @@ def select_backend(
         name: one of BACKENDS or `auto`: `cpu` for tensors there; on CUDA `te` where Transformer Engine is installed,
             else `flash` where flash-attn is.
         gated: whether gates take part, or plain causal attention is meant; recent_window: of the gated call.
-        packed: several documents in one window.
+        packed: several documents in one window; split: one window on several ranks.
 
     Returns:
         a name of BACKENDS.
@@ -70,6 +71,11 @@ def select_backend(
     Raises:
         ValueError: that names what does not fit, and the fix.
     """
+    if packed and split:
+        raise ValueError(
+            "packed documents in a window that is split over context-parallel ranks are not supported: set "
+            "data.packed_documents=False, or context_parallel_size=1"
+        )
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     device = torch.device(device)
@@ -82,7 +88,7 @@ def select_backend(
     if name == "oracle":
         return name
     chosen = kernel(name)
-    for widths, window in _calls(chosen, head_dim, dtype, gated, recent_window):
+    for widths, window, causal in _calls(chosen, head_dim, dtype, gated, recent_window, split):
         chosen.check(
             head_dim_qk=widths[0],
             head_dim_v=widths[1],
@@ -90,20 +96,27 @@ def select_backend(
             device=device,
             window=window,
             packed=packed,
+            causal=causal,
         )
     return name
 
 
-def _calls(chosen: FusedKernel, head_dim: int, dtype: torch.dtype, gated: bool, recent_window: int):
-    """(widths, window) of the kernel calls that one attention makes."""
-    from kvcat_nemo.kernels.algebra import extra_columns
+def _calls(
+    chosen: FusedKernel, head_dim: int, dtype: torch.dtype, gated: bool, recent_window: int, split: bool
+):
+    """(widths, window, causal) of the kernel calls that one attention makes."""
+    from kvcat_nemo.kernels.earlier import extra_columns
 
-    plain = chosen.widths(head_dim, head_dim)
-    if not gated:
-        return [(plain, None)]
-    qk, v = extra_columns(dtype)
-    calls = [(chosen.widths(head_dim + qk, head_dim + v), None)]
-    return calls if recent_window == 1 else [*calls, (plain, recent_window)]
+    plain = wide = chosen.widths(head_dim, head_dim)
+    if gated:
+        qk, v = extra_columns(dtype)
+        wide = chosen.widths(head_dim + qk, head_dim + v)
+    calls = [(wide, None, True)]
+    if split:
+        calls.append((wide, None, False))
+    if gated and recent_window > 1:
+        calls.append((plain, recent_window, True))
+    return calls
 
 
 def _automatic(device: torch.device) -> str:

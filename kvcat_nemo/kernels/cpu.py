@@ -31,7 +31,9 @@ class CpuKernel:
     name = "cpu"
     takes_key_bias = True
 
-    def check(self, *, head_dim_qk, head_dim_v, dtype, device, window=None, packed=False) -> None:
+    def check(
+        self, *, head_dim_qk, head_dim_v, dtype, device, window=None, packed=False, causal=True
+    ) -> None:
         if torch.device(device).type != "cpu":
             raise ValueError(f"attention_backend=cpu: tensors are on {device}; use auto, te or flash there")
         if dtype not in DTYPES:
@@ -42,13 +44,15 @@ class CpuKernel:
         width = -(-width // MULTIPLE) * MULTIPLE
         return width, width
 
-    def forward(self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, key_bias_BTG=None):
+    def forward(
+        self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, key_bias_BTG=None, causal=True
+    ):
         if window is not None and window < q_BTHD.shape[1]:
             return self._window_forward(q_BTHD, k_BTGD, v_BTGE, scale, window, cu_seqlens)
         if cu_seqlens is None:
             q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGE))
             mask = None if key_bias_BTG is None else _rows_alike(key_bias_BTG, q.shape[1])
-            o, lse = _forward(q, k, v, 0.0, True, attn_mask=mask, scale=scale)
+            o, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
             return o.transpose(1, 2), lse, None
         parts = [
             self.forward(
@@ -61,7 +65,19 @@ class CpuKernel:
         return torch.cat([o for o, _, _ in parts], 1), torch.cat([lse for _, lse, _ in parts], 2), None
 
     def backward(
-        self, do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, saved, *, scale, window=None, cu_seqlens=None
+        self,
+        do_BTHE,
+        q_BTHD,
+        k_BTGD,
+        v_BTGE,
+        o_BTHE,
+        lse_BHT,
+        saved,
+        *,
+        scale,
+        window=None,
+        cu_seqlens=None,
+        causal=True,
     ):
         if window is not None and window < q_BTHD.shape[1]:
             return self._window_backward(
@@ -69,7 +85,7 @@ class CpuKernel:
             )
         if cu_seqlens is None:
             do, q, k, v, o = (x.transpose(1, 2) for x in (do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE))
-            grads = _backward(do, q, k, v, o, lse_BHT, 0.0, True, scale=scale)
+            grads = _backward(do, q, k, v, o, lse_BHT, 0.0, causal, scale=scale)
             return tuple(x.transpose(1, 2) for x in grads)
         tensors = (do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE)
         parts = [

@@ -115,6 +115,7 @@ class FlashKernel:
         device,
         window: int | None = None,
         packed: bool = False,
+        causal: bool = True,
     ) -> None:
         """See FusedKernel.check."""
         device = torch.device(device)
@@ -147,20 +148,20 @@ class FlashKernel:
         return width, width
 
     def forward(
-        self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None
+        self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, causal=True
     ) -> tuple[Tensor, Tensor, Any]:
         """See FusedKernel.forward."""
         E = v_BTGE.shape[-1]
         generation = self._generation(q_BTHD.device)
         q, k, v = _one_width(q_BTHD, k_BTGD, v_BTGE)
         length = None if cu_seqlens is None else longest(cu_seqlens)
-        call = _settings(scale, window)
+        call = _settings(scale, window, causal)
         module = functions(generation)
         if generation == 2:
-            call |= {"dropout_p": 0.0, "causal": True, "alibi_slopes": None, "return_softmax": False}
+            call |= {"dropout_p": 0.0, "causal": causal, "alibi_slopes": None, "return_softmax": False}
             function = module._flash_attn_forward if length is None else module._flash_attn_varlen_forward
         else:
-            call["causal"] = True
+            call["causal"] = causal
             function = module._flash_attn_forward
         if length is None:
             o, lse_BHT, *rest = function(q, k, v, **call)
@@ -170,7 +171,19 @@ class FlashKernel:
         return o[..., :E], lse_BHT, (length, rest[-1] if generation == 2 else None)
 
     def backward(
-        self, do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, saved, *, scale, window=None, cu_seqlens=None
+        self,
+        do_BTHE,
+        q_BTHD,
+        k_BTGD,
+        v_BTGE,
+        o_BTHE,
+        lse_BHT,
+        saved,
+        *,
+        scale,
+        window=None,
+        cu_seqlens=None,
+        causal=True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See FusedKernel.backward."""
         D, E = q_BTHD.shape[-1], v_BTGE.shape[-1]
@@ -180,7 +193,7 @@ class FlashKernel:
         length, random_state = saved
         tensors = [do, q, k, v, o]
         lse = lse_BHT
-        call = _settings(scale, window)
+        call = _settings(scale, window, causal)
         call["deterministic"] = torch.are_deterministic_algorithms_enabled()
         if length is not None:
             tensors, lse = [x[0] for x in tensors], lse_BHT[0]
@@ -190,10 +203,10 @@ class FlashKernel:
         call |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
         module = functions(generation)
         if generation == 2:
-            call |= {"dropout_p": 0.0, "causal": True, "alibi_slopes": None, "rng_state": random_state}
+            call |= {"dropout_p": 0.0, "causal": causal, "alibi_slopes": None, "rng_state": random_state}
             function = module._flash_attn_backward if length is None else module._flash_attn_varlen_backward
         else:
-            call["is_causal"] = True
+            call["is_causal"] = causal
             function = module._flash_attn_backward
         function(*tensors, lse.contiguous(), **call)
         if length is not None:
@@ -208,11 +221,11 @@ def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
 
 
-def _settings(scale: float, window: int | None) -> dict[str, Any]:
+def _settings(scale: float, window: int | None, causal: bool) -> dict[str, Any]:
     return {
         "softmax_scale": scale,
         "window_size_left": left_of(window),
-        "window_size_right": 0,
+        "window_size_right": 0 if causal else -1,
         "softcap": 0.0,
     }
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from kvcat_nemo.kernels.algebra import GatedAttention
 from kvcat_nemo.kernels.backends import kernel, select_backend
 from kvcat_nemo.kernels.protocol import FusedKernel
-from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, document_positions, gated_attention_reference
+from kvcat_nemo.kernels.split_kernel import SplitKernel
+from kvcat_nemo.kernels.window_split import Whole, WindowSplit
+from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, gated_attention_reference
 
 
 def gated_attention(
@@ -25,6 +27,7 @@ def gated_attention(
     recent_window: int = 1,
     gradient_cap: float = GATE_GRADIENT_CAP,
     cu_seqlens: Tensor | None = None,
+    split: WindowSplit | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention in which a query sees slot j with weight gate_j (METHOD: gate inside attention).
@@ -40,6 +43,8 @@ def gated_attention(
         gradient_cap: logarithm of the most that a dropped slot's weight e^{s_ij}/Z_i may be in its gate's gradient, all
             queries that see it through its gate together; above, the gradient is scaled down.
         cu_seqlens: [n + 1] integers, boundaries 0 … T of documents packed into one window (B = 1); no attention across.
+        split: all tensors hold this rank's tokens of windows that are split over a process group; a collective call,
+            also in backward. Gates' gradients (the cap included) are those of the whole window.
         backend: a name of kernels.backends.BACKENDS, or `auto`.
 
     Returns:
@@ -54,19 +59,15 @@ def gated_attention(
     if recent_window < 1:
         raise ValueError(f"recent_window={recent_window}: give at least 1: a query always sees its own slot")
     q, k, v = q_BTHD, k_BTGD, v_BTGD
-    backend = _select(backend, q, recent_window=recent_window, packed=cu_seqlens is not None)
+    backend = _select(
+        backend, q, recent_window=recent_window, packed=cu_seqlens is not None, split=split is not None
+    )
     if backend == "oracle":
-        q, k, v, gate = (x.double() for x in (q, k, v, gate_BTG))
         settings = {"sinks": sinks, "recent_window": recent_window, "gradient_cap": gradient_cap}
-        out = gated_attention_reference(q, k, v, gate, scale=scale, cu_seqlens=cu_seqlens, **settings)
-        return out.to(q_BTHD.dtype)
-    gate = gate_BTG.to(torch.promote_types(q.dtype, torch.float32))
-    if sinks:
-        position, _ = document_positions(T, cu_seqlens, q.device)
-        gate = torch.where(position[:, None] < sinks, 1.0, gate)
-    gate = gate.expand(B, T, G)
+        return _oracle(q, k, v, gate_BTG, split, scale=scale, cu_seqlens=cu_seqlens, **settings)
+    gate = gate_BTG.to(torch.promote_types(q.dtype, torch.float32)).expand(B, T, G)
     return GatedAttention.apply(
-        q, k, v, gate, kernel(backend), scale, recent_window, gradient_cap, cu_seqlens
+        q, k, v, gate, kernel(backend), scale, recent_window, gradient_cap, cu_seqlens, sinks, split
     )
 
 
@@ -77,6 +78,7 @@ def causal_attention(
     *,
     scale: float,
     cu_seqlens: Tensor | None = None,
+    split: WindowSplit | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Plain causal attention by the same backends, [B, T, H, D]: the dense half of a paired pass.
@@ -84,33 +86,47 @@ def causal_attention(
     Arguments and errors as gated_attention's.
     """
     B, T, _ = _check_shapes(q_BTHD, k_BTGD, v_BTGD, cu_seqlens)
-    backend = _select(backend, q_BTHD, gated=False, packed=cu_seqlens is not None)
+    backend = _select(backend, q_BTHD, gated=False, packed=cu_seqlens is not None, split=split is not None)
     if backend == "oracle":
-        q, k, v = (x.double() for x in (q_BTHD, k_BTGD, v_BTGD))
-        gate = q.new_ones(B, T, 1)
-        return gated_attention_reference(q, k, v, gate, scale=scale, cu_seqlens=cu_seqlens).to(q_BTHD.dtype)
-    return _Causal.apply(q_BTHD, k_BTGD, v_BTGD, kernel(backend), scale, cu_seqlens)
+        gate = q_BTHD.new_ones(B, T, 1)
+        return _oracle(q_BTHD, k_BTGD, v_BTGD, gate, split, scale=scale, cu_seqlens=cu_seqlens)
+    return _Causal.apply(q_BTHD, k_BTGD, v_BTGD, kernel(backend), scale, cu_seqlens, split)
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, fused: FusedKernel, scale, cu_seqlens):
+    def forward(ctx, q, k, v, fused: FusedKernel, scale, cu_seqlens, split: WindowSplit | None):
         D, E = q.shape[-1], v.shape[-1]
+        fused = fused if split is None else SplitKernel(fused, split)
         widths = fused.widths(D, E)
         q, k, v = _padded(q, widths[0]), _padded(k, widths[0]), _padded(v, widths[1])
         ctx.settings = {"scale": scale, "cu_seqlens": cu_seqlens}
-        out, lse, ctx.saved = fused.forward(q, k, v, **ctx.settings)
+        slots = (k, v) if split is None else (split.whole(k), split.whole(v))
+        out, lse, ctx.saved = fused.forward(q, *slots, **ctx.settings)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.fused, ctx.widths = fused, (D, E)
+        ctx.fused, ctx.widths, ctx.split = fused, (D, E), split
         return out[..., :E]
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
-        D, E = ctx.widths
+        (D, E), split = ctx.widths, ctx.split
         do = _padded(do, v.shape[-1])
-        dq, dk, dv = ctx.fused.backward(do, q, k, v, out, lse, ctx.saved, **ctx.settings)
-        return dq[..., :D], dk[..., :D], dv[..., :E], None, None, None
+        # A rank keeps its own keys and values alone: the whole window's are fetched again.
+        slots = (k, v) if split is None else (split.whole(k), split.whole(v))
+        dq, dk, dv = ctx.fused.backward(do, q, *slots, out, lse, ctx.saved, **ctx.settings)
+        if split is not None:
+            dk, dv = (split.sum_to_owner(x.to(k.dtype)) for x in (dk, dv))
+        return dq[..., :D], dk[..., :D], dv[..., :E], None, None, None, None
+
+
+def _oracle(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, split: WindowSplit | None, **settings) -> Tensor:
+    """method.attention.gated_attention_reference in float64; of a split window, computed whole on every rank."""
+    whole = (x.double() for x in (q, k, v, gate))
+    if split is not None:
+        whole = (Whole.apply(x, split) for x in whole)
+    out = gated_attention_reference(*whole, **settings).to(q.dtype)
+    return out if split is None else split.own(out)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class FusedKernel(Protocol):
-    """A fused forward and backward of plain, always causal, attention."""
+    """A fused forward and backward of plain attention, causal unless said otherwise."""
 
     name: str
     """As in BACKENDS and in the configuration."""
@@ -37,12 +37,13 @@ class FusedKernel(Protocol):
         device: torch.device,
         window: int | None = None,
         packed: bool = False,
+        causal: bool = True,
     ) -> None:
         """Raise a ValueError that names what does not fit: package, device, dtype, widths, window, packing.
 
         Args:
             head_dim_qk, head_dim_v: widths as they would be handed over, i.e. after `widths`.
-            window: as in `forward`; packed: whether cu_seqlens would be given.
+            window, causal: as in `forward`; packed: whether cu_seqlens would be given.
         """
 
     def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
@@ -61,6 +62,7 @@ class FusedKernel(Protocol):
         scale: float,
         window: int | None = None,
         cu_seqlens: Tensor | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Any]:
         """Causal attention.
 
@@ -71,6 +73,8 @@ class FusedKernel(Protocol):
             window: w: a query sees its last w slots, its own included; None: all earlier ones.
             cu_seqlens: [n + 1] int32 on the tensors' device, the documents' boundaries 0 … T; B is 1 then. No
                 attention across them.
+            causal: False: every query sees every slot, and k and v may have another number of tokens than q; window and
+                cu_seqlens are None then.
 
         Returns:
             o_BTHE in the inputs' dtype, lse_BHT (natural logarithm of the scaled logits' sum of exponentials; float32
@@ -90,6 +94,7 @@ class FusedKernel(Protocol):
         scale: float,
         window: int | None = None,
         cu_seqlens: Tensor | None = None,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq_BTHD, dk_BTGD, dv_BTGE in the inputs' dtype, by the two formulas of the module's docstring.
 

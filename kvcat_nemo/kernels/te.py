@@ -53,6 +53,7 @@ class TransformerEngineKernel:
         device,
         window: int | None = None,
         packed: bool = False,
+        causal: bool = True,
     ) -> None:
         """See FusedKernel.check."""
         device = torch.device(device)
@@ -68,7 +69,9 @@ class TransformerEngineKernel:
         if window is not None and window < 1:
             raise ValueError(f"window={window}: give at least 1, a query's own slot")
         packing = {"documents": 2, "longest": 2048} if packed else {}
-        choice = self.selection.choose(head_dim_qk, head_dim_v, dtype=dtype, window=window, **packing)
+        choice = self.selection.choose(
+            head_dim_qk, head_dim_v, dtype=dtype, window=window, causal=causal, **packing
+        )
         self.selection.require(choice, head_dim_qk, head_dim_v, packed)
         if choice.kernel is not None:
             choice.kernel.check(
@@ -78,6 +81,7 @@ class TransformerEngineKernel:
                 device=device,
                 window=window,
                 packed=packed,
+                causal=causal,
             )
 
     def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
@@ -85,7 +89,7 @@ class TransformerEngineKernel:
         return self.selection.widths(head_dim_qk, head_dim_v)
 
     def forward(
-        self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None
+        self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, causal=True
     ) -> tuple[Tensor, Tensor, Any]:
         """See FusedKernel.forward."""
         B, T, H, D = q_BTHD.shape
@@ -98,9 +102,11 @@ class TransformerEngineKernel:
             dtype=q_BTHD.dtype,
             batch=B,
             tokens=T,
+            slots=k_BTGD.shape[1],
             heads=H,
             groups=G,
             window=window,
+            causal=causal,
             scale=scale,
             **packing,
         )
@@ -108,11 +114,13 @@ class TransformerEngineKernel:
         self.last = choice
         if choice.kernel is not None:
             o, lse, saved = choice.kernel.forward(
-                q_BTHD, k_BTGD, v_BTGE, scale=scale, window=window, cu_seqlens=cu_seqlens
+                q_BTHD, k_BTGD, v_BTGE, scale=scale, window=window, cu_seqlens=cu_seqlens, causal=causal
             )
             return o, lse, (choice, saved)
         fused_attn, _, _ = engine()
-        shared, optional, cu_seqlens = _arguments(q_BTHD, choice, scale, window, cu_seqlens, length)
+        shared, optional, cu_seqlens = _arguments(
+            q_BTHD, k_BTGD.shape[1], choice, scale, window, cu_seqlens, length, causal
+        )
         q, k, v = (_laid_out(x, length) for x in (q_BTHD, k_BTGD, v_BTGE))
         o, aux, *_ = call(
             fused_attn.fused_attn_fwd, {"is_training": True, "q": q, "k": k, "v": v} | shared, optional
@@ -122,17 +130,32 @@ class TransformerEngineKernel:
         return (o if length is None else o[None]), lse, (choice, (length, stats.shape, stats.dtype, rest))
 
     def backward(
-        self, do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, saved, *, scale, window=None, cu_seqlens=None
+        self,
+        do_BTHE,
+        q_BTHD,
+        k_BTGD,
+        v_BTGE,
+        o_BTHE,
+        lse_BHT,
+        saved,
+        *,
+        scale,
+        window=None,
+        cu_seqlens=None,
+        causal=True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See FusedKernel.backward."""
         choice, kept = saved
         if choice.kernel is not None:
             return choice.kernel.backward(
-                do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, kept, scale=scale, window=window, cu_seqlens=cu_seqlens
+                do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, kept, scale=scale, window=window, cu_seqlens=cu_seqlens,
+                causal=causal,
             )  # fmt: skip
         length, shape, dtype, rest = kept
         fused_attn, _, constants = engine()
-        shared, optional, cu_seqlens = _arguments(q_BTHD, choice, scale, window, cu_seqlens, length)
+        shared, optional, cu_seqlens = _arguments(
+            q_BTHD, k_BTGD.shape[1], choice, scale, window, cu_seqlens, length, causal
+        )
         do, q, k, v, o = (_laid_out(x, length) for x in (do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE))
         stats = _stats_from_rows(lse_BHT.to(dtype), shape, cu_seqlens, length)
         layout = shared["qkv_layout"]
@@ -157,17 +180,24 @@ def _laid_out(x_BTHD: Tensor, length: int | None) -> Tensor:
     return (x_BTHD if length is None else x_BTHD[0]).contiguous()
 
 
-def _arguments(q_BTHD: Tensor, choice: Choice, scale, window, cu_seqlens, length):
-    """What both directions take: (arguments every version knows, those that came later, cu_seqlens)."""
+def _arguments(q_BTHD: Tensor, slots: int, choice: Choice, scale, window, cu_seqlens, length, causal: bool):
+    """What both directions take: (arguments every version knows, those that came later, the queries' cu_seqlens).
+
+    slots: tokens of k and v, those of q where attention is causal.
+    """
     B, T = q_BTHD.shape[:2]
     packed = length is not None
+    cu_seqlens_kv = cu_seqlens
     if not packed:
-        cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q_BTHD.device)
+        cu_seqlens, cu_seqlens_kv = (
+            torch.arange(0, (B + 1) * n, n, dtype=torch.int32, device=q_BTHD.device) for n in (T, slots)
+        )
+    mask = ("padding_causal" if packed else "causal") if causal else "no_mask"
     shared = {
         "max_seqlen_q": length if packed else T,
-        "max_seqlen_kv": length if packed else T,
+        "max_seqlen_kv": length if packed else slots,
         "cu_seqlens_q": cu_seqlens,
-        "cu_seqlens_kv": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens_kv,
         "cu_seqlens_q_padded": cu_seqlens if packed else None,
         "cu_seqlens_kv_padded": cu_seqlens if packed else None,
         "fake_dtype": q_BTHD.dtype,
@@ -176,8 +206,8 @@ def _arguments(q_BTHD: Tensor, choice: Choice, scale, window, cu_seqlens, length
         "dropout": 0.0,
         "qkv_layout": "thd_thd_thd" if packed else "bshd_bshd_bshd",
         "attn_bias_type": "no_bias",
-        "attn_mask_type": "padding_causal" if packed else "causal",
-        "window_size": (left_of(window), 0),
+        "attn_mask_type": mask,
+        "window_size": (left_of(window), 0 if causal else -1),
     }
     later = {
         "o_format": "thd" if packed else "bshd",

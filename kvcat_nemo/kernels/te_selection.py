@@ -111,44 +111,52 @@ class Selection:
         dtype: torch.dtype = torch.bfloat16,
         batch: int = 1,
         tokens: int = 4096,
+        slots: int | None = None,
         heads: int = 16,
         groups: int = 16,
         window: int | None = None,
+        causal: bool = True,
         documents: int = 0,
         longest: int = 0,
         scale: float = 1.0,
     ) -> Choice:
-        """Ask Transformer Engine for a training backend; documents > 0: packed, `longest` tokens at most."""
+        """Ask Transformer Engine for a training backend.
+
+        Args:
+            slots: tokens of keys and values, if not as many as queries; documents > 0: packed, `longest` tokens at most.
+        """
+        slots = tokens if slots is None else slots
         key = (
             head_dim_qk,
             head_dim_v,
             dtype,
             batch,
             tokens,
+            slots,
             heads,
             groups,
             window,
+            causal,
             documents,
             longest,
             scale,
         )
         if key not in self._choices:
             _, utils, _ = engine()
-            at_most = longest if documents else tokens
             known = {
                 "qkv_dtype": dtype,
                 "qkv_layout": "thd_thd_thd" if documents else "bshd_bshd_bshd",
                 "batch_size": documents or batch,
                 "num_heads": heads,
                 "num_gqa_groups": groups,
-                "max_seqlen_q": at_most,
-                "max_seqlen_kv": at_most,
+                "max_seqlen_q": longest if documents else tokens,
+                "max_seqlen_kv": longest if documents else slots,
                 "num_tokens_q": tokens if documents else 0,
                 "num_tokens_kv": tokens if documents else 0,
                 "head_dim_qk": head_dim_qk,
                 "head_dim_v": head_dim_v,
-                "attn_mask_type": "padding_causal" if documents else "causal",
-                "window_size": (left_of(window), 0),
+                "attn_mask_type": ("padding_causal" if documents else "causal") if causal else "no_mask",
+                "window_size": (left_of(window), 0 if causal else -1),
                 "bottom_right_diagonal": False,
                 # Its default claims a bias that wants a gradient, which rules out a deterministic cuDNN.
                 "core_attention_bias_requires_grad": False,

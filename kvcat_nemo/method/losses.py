@@ -49,7 +49,11 @@ def budget_loss(p: Tensor, hard: Tensor, keep: float) -> Tensor:
         p: keep probabilities of one router and micro-batch, any shape; hard: the gates 1{p > ½}.
         keep: ρ.
     """
-    kept, probability = hard.detach().mean(), p.mean()
+    return budget_of_means(hard.detach().mean(), p.mean(), keep)
+
+
+def budget_of_means(kept: Tensor, probability: Tensor, keep: float) -> Tensor:
+    """`budget_loss` from F = `kept` and G = `probability`, wherever their tokens are."""
     return kept * probability / keep + (1 - kept) * (1 - probability) / (1 - keep)
 
 

@@ -27,32 +27,41 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ shifted(x, 31)
 
 
-def prefix_ids(tokens_BT: Tensor) -> Tensor:
-    """A number for each token, from the window up to it: the same on every rank and layout, and after every resume.
+def prefix_ids(tokens_BT: Tensor, position_BT: Tensor | None = None) -> Tensor:
+    """A number for each token, from its document up to it: the same on every rank and layout, and after every resume.
 
     Args:
-        tokens_BT: integer token ids.
+        tokens_BT: integer token ids of whole windows.
+        position_BT: each token's place in its document; None: a window is one document.
 
     Returns:
-        [B, T] int64; a later token changes none of the earlier numbers.
+        [B, T] int64; a later token changes none of the earlier numbers, nor does another document.
     """
-    position = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    return _mix(_mix(position) ^ tokens_BT.to(torch.int64)).cumsum(1)
+    place = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    position = place if position_BT is None else position_BT
+    terms = _mix(_mix(position) ^ tokens_BT.to(torch.int64))
+    sums = terms.cumsum(1)
+    if position_BT is None:
+        return sums
+    first = place - position_BT
+    return sums - (sums - terms).gather(1, first)  # integers: exact, wrapped around or not
 
 
-def random_gate(prefix_ids_BT: Tensor, *, keep: float, seed: int, group: int) -> Tensor:
-    """Each slot is kept with probability `keep`, from a hash of (seed, group, window up to the slot, position).
+def random_gate(
+    prefix_ids_BT: Tensor, *, keep: float, seed: int, group: int, position_BT: Tensor | None = None
+) -> Tensor:
+    """Each slot is kept with probability `keep`, from a hash of (seed, group, document up to the slot, position).
 
     No generator state: every layout, rank and recomputation draws the same mask for the same window.
 
     Args:
-        prefix_ids_BT: int64, a number per token (`prefix_ids`).
+        prefix_ids_BT: int64, a number per token (`prefix_ids`); position_BT: as there.
 
     Returns:
         [B, T] float32 of zeros and ones.
     """
     ids = prefix_ids_BT.to(torch.int64)
-    position = torch.arange(ids.shape[1], device=ids.device)
+    position = torch.arange(ids.shape[1], device=ids.device) if position_BT is None else position_BT
     stream = _mix(ids + _mix(torch.tensor(seed * 1000003 + group, device=ids.device)))
     bits = _mix(stream + position * -7046029254386353131)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)
@@ -60,25 +69,63 @@ def random_gate(prefix_ids_BT: Tensor, *, keep: float, seed: int, group: int) ->
 
 
 @torch.no_grad()
-def accumulated_attention(q_BTHD: Tensor, k_BTGD: Tensor, *, scale: float, block: int = 512) -> Tensor:
-    """Attention mass that each slot receives from all queries of the window, summed over heads, [B, T].
+def accumulated_attention(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    *,
+    scale: float,
+    block: int = 512,
+    places_T: Tensor | None = None,
+    position_BT: Tensor | None = None,
+) -> Tensor:
+    """Attention mass that each slot receives from the given queries, summed over heads, [B, T of the slots].
 
     Computed in blocks of queries, so that no T×T matrix exists per head.
+
+    Args:
+        q_BTHD, k_BTGD: queries, and the whole window's keys.
+        places_T: each query's place in the window; None: there is a query for every slot.
+        position_BT: each slot's place in its document, [B, T of the slots]; no attention across documents.
     """
-    B, T, H, D = q_BTHD.shape
-    G = k_BTGD.shape[2]
-    k = k_BTGD.float().permute(0, 2, 3, 1)[:, :, None]
-    mass = q_BTHD.new_zeros(B, T, dtype=torch.float32)
+    B, queries, H, D = q_BTHD.shape
+    T, G = k_BTGD.shape[1:3]
+    wide = torch.promote_types(q_BTHD.dtype, torch.float32)
+    k = k_BTGD.to(wide).permute(0, 2, 3, 1)[:, :, None]
+    mass = q_BTHD.new_zeros(B, T, dtype=wide)
     j = torch.arange(T, device=q_BTHD.device)
-    for start in range(0, T, block):
-        q = q_BTHD[:, start : start + block].float().view(B, -1, G, H // G, D).permute(0, 2, 3, 1, 4)
-        i = torch.arange(start, start + q.shape[3], device=q.device)
-        s = (q @ k * scale).masked_fill(j > i[:, None], float("-inf"))
+    places = j if places_T is None else places_T
+    for start in range(0, queries, block):
+        q = q_BTHD[:, start : start + block].to(wide).view(B, -1, G, H // G, D).permute(0, 2, 3, 1, 4)
+        i = places[start : start + block, None]
+        hidden = j > i
+        if position_BT is not None:
+            hidden = hidden | (j < i - position_BT[:, i[:, 0], None])
+            hidden = hidden[:, None, None]
+        s = (q @ k * scale).masked_fill(hidden, float("-inf"))
         mass += s.softmax(-1).sum((1, 2, 3))
     return mass
 
 
-def attention_gate(mass_BT: Tensor, keep: float) -> Tensor:
-    """Keep the ⌈keep·T⌉ slots of largest mass. The mass is of the whole window, so this gate, unlike the router's, looks ahead."""
-    kept = math.ceil(keep * mass_BT.shape[1])
-    return torch.zeros_like(mass_BT).scatter(1, mass_BT.topk(kept, dim=1).indices, 1.0)
+def attention_gate(mass_BT: Tensor, keep: float, position_BT: Tensor | None = None) -> Tensor:
+    """Keep the ⌈keep·T⌉ slots of largest mass, of each document of T tokens (position_BT: places in them).
+
+    The mass is of the whole document, so this gate, unlike the router's, looks ahead.
+    """
+    if position_BT is None:
+        kept = math.ceil(keep * mass_BT.shape[1])
+        return torch.zeros_like(mass_BT).scatter(1, mass_BT.topk(kept, dim=1).indices, 1.0)
+    document = (position_BT == 0).cumsum(1)
+    # By document, and in it by mass: the second sort keeps the first one's order.
+    order = mass_BT.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, document.gather(1, order).argsort(dim=1, stable=True))
+    # Documents keep their places, so position_BT ranks the sorted ones too.
+    length = _document_lengths(position_BT)
+    kept = position_BT < torch.ceil(keep * length)
+    return torch.zeros_like(mass_BT).scatter(1, order, kept.to(mass_BT.dtype))
+
+
+def _document_lengths(position_BT: Tensor) -> Tensor:
+    """Tokens of each token's document, [B, T] float64."""
+    document = (position_BT == 0).cumsum(1)
+    same = torch.zeros_like(document).scatter_add_(1, document - 1, torch.ones_like(document))
+    return same.gather(1, document - 1).double()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.linear_attention import chunked_linear_attention
+from kvcat_nemo.method.linear_attention import Segments, chunked_linear_attention
 
 
 @dataclass
@@ -70,12 +70,20 @@ class Router(nn.Module):
         # Follow moves between devices, but not casts to half precision.
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
 
-    def forward(self, h_BTM: Tensor) -> Routing:
-        """Hidden states entering the group's first layer, [batch, tokens, width] → `Routing`."""
+    def forward(
+        self, h_BTM: Tensor, segments: Segments | None = None, position_BT: Tensor | None = None
+    ) -> Routing:
+        """Hidden states entering the group's first layer, [batch, tokens, width] → `Routing` of the same tokens.
+
+        Args:
+            segments: how these tokens are parts of a longer window (method.linear_attention); None: they are all of it.
+            position_BT: each token's place in its document; None: a window is one document.
+        """
         with torch.autocast(h_BTM.device.type, enabled=False):
             h = h_BTM.to(self.proposal.weight.dtype)
             x = self.norm(h)
-            a = self.o(chunked_linear_attention(elu_plus_one(self.q(x)), elu_plus_one(self.k(x)), self.v(x)))
+            q, k, v = elu_plus_one(self.q(x)), elu_plus_one(self.k(x)), self.v(x)
+            a = self.o(chunked_linear_attention(q, k, v, segments=segments, position_BT=position_BT))
             u = F.normalize(self.proposal(h), dim=-1)
             w = F.normalize(h + self.alpha * a, dim=-1)
             p = (1 - (u * w).sum(-1)) / 2

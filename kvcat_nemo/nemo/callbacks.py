@@ -2,16 +2,23 @@
 
 import json
 import math
+import os
 import time
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.utils import logging
 
-from kvcat_nemo.engine import host
+from kvcat_nemo.engine import agreement, host
 from kvcat_nemo.engine.grad_norm import gradient_norms
 from kvcat_nemo.engine.step import step_metrics
+from kvcat_nemo.nemo.guard import KVCatGuard
+from kvcat_nemo.nemo.random_state import random_state_callback
 from kvcat_nemo.nemo.records import tflops_per_gpu
+from kvcat_nemo.nemo.stop import stop_requested
 from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile, MLflowTracker, run_folder, write_atomically
 
 STUCK_KEEP_RATE = 0.99
@@ -31,12 +38,26 @@ class KVCatMetrics(pl.Callback):
         self.warn_after = warn_after
         self.train: dict[str, float] = {}
         self.validation: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
+        """Gradient norms of the step that is under way."""
+        self.local_loss_finite = True
+        """Of this rank's own micro-batches, in the step that is under way."""
+        self.skipped = False
+        """The guard has left the update of this step out."""
+        self.consumed_tokens = 0
+        """Tokens that counted in a loss, over the whole run."""
         self._batches: list[dict[str, float]] = []
-        self._norms: dict[str, float] = {}
         self._validated_at = -1
         self._file: MetricsFile | None = None
+        self._waiting: list[tuple[str, int, dict[str, float]]] = []
         self._started = 0.0
         self._warned = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_tokens": self.consumed_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.consumed_tokens = state_dict.get("consumed_tokens", 0)
 
     # --- figures ---
 
@@ -45,27 +66,43 @@ class KVCatMetrics(pl.Callback):
         kvcat = step.pl_module.config.kvcat
         sums = [micro["token_sums"] for micro in microbatch_outputs or []]
         metrics = step_metrics(sums, list(step.pipeline), kvcat, device=host.device())
+        samples = step.pl_module.samples.take(parallel_state.get_data_parallel_group())
         if step.forward_only:
             self._batches.append(metrics)
         else:
-            self.train = metrics
+            self.local_loss_finite = all(bool(torch.isfinite(s).all()) for s in sums)
+            self.train = metrics | {"samples": samples}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._started = time.perf_counter()
+        self.skipped = False
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self._norms = gradient_norms(chunk.module for chunk in trainer.strategy.megatron_parallel)
+        self.norms = gradient_norms(chunk.module for chunk in trainer.strategy.megatron_parallel)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         seconds = time.perf_counter() - self._started
         step = trainer.global_step
-        self.train |= {f"grad_norm/{name}": value for name, value in self._norms.items()}
+        self.consumed_tokens += int(self.train["tokens"])
+        self.train |= {f"grad_norm/{name}": value for name, value in self.norms.items()}
         self.train |= {
+            "consumed_tokens": self.consumed_tokens,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": self.train["tokens"] / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": float(host.peak_memory_bytes()),
         } | tflops_per_gpu(trainer, pl_module, seconds)
+        guard = next((c for c in trainer.callbacks if isinstance(c, KVCatGuard)), None)
+        if self.skipped:
+            # Figures that are no numbers are left out of records: without this word the step would look like any other.
+            self.train["skipped"] = 1
+        if guard is not None and guard.skipped_steps:
+            self.train["skipped_steps"] = guard.skipped_steps
+        if failed := getattr(trainer.checkpoint_callback, "failed", 0):
+            self.train["failed_saves"] = failed
+        random_state = random_state_callback(trainer)
+        if random_state is not None:
+            self.train["rng"] = agreement.sum_over_ranks(random_state.digest()) & ((1 << 53) - 1)
         self._log(trainer, "train", step, self.train)
         self._warn_if_nothing_is_masked(step)
 
@@ -93,11 +130,22 @@ class KVCatMetrics(pl.Callback):
             done = trainer.fit_loop.epoch_loop.batch_progress.current
             done.ready = done.started = done.processed = done.completed = trainer.global_step
         if trainer.is_global_zero:
-            self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=trainer.global_step)
-        if self.validate_at_ends and trainer.global_step == 0:
+            # A run that begins anew after a life without a save keeps nothing, the validation before its first step neither.
+            resumed_at = trainer.global_step or -1
+            self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=resumed_at)
+        if (self.validate_at_ends and trainer.global_step == 0) or self._validation_was_lost(trainer):
             self._validate(trainer)
 
+    def _validation_was_lost(self, trainer) -> bool:
+        """Whether the run ended between the save that it goes on from and the validation of the same step."""
+        every = trainer.val_check_interval
+        due = isinstance(every, int) and every > 0 and trainer.global_step % every == 0
+        known = self._file is not None and ("validation", trainer.global_step) in self._file.steps
+        return agreement.any_rank(trainer.is_global_zero and trainer.global_step > 0 and due and not known)
+
     def on_train_end(self, trainer, pl_module) -> None:
+        if stop_requested(trainer):
+            return  # the time may be short; the resumed run makes up for it
         if self.validate_at_ends and self._validated_at != trainer.global_step:
             self._validate(trainer)
 
@@ -138,9 +186,26 @@ class KVCatMetrics(pl.Callback):
             return
         metrics = metrics | {"time": time.time()}
         if self._file is not None:
-            self._file.write(kind, step, metrics)
+            self._write(kind, step, metrics)
         for logger in trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 logger.log_line({"kind": kind, "step": step} | metrics)
             else:
                 logger.log_metrics({f"{kind}/{name}": value for name, value in metrics.items()}, step)
+
+    def _write(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        """A line of the metrics file; on a full disk lines wait in memory for the next try, and training goes on."""
+        assert self._file is not None
+        self._waiting.append((kind, step, metrics))
+        path = self._file.path
+        while self._waiting:
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                self._file.write(*self._waiting[0])
+            except OSError as error:
+                if path.exists():
+                    os.truncate(path, size)  # half a line would hide those after it
+                if len(self._waiting) == 1:
+                    logging.error(f"kvcat: {path} cannot be written ({error}); its lines wait in memory")
+                return
+            self._waiting.pop(0)

@@ -37,6 +37,9 @@ class KVCatModelConfig(KVCatFields):
             for name in _FUSIONS:
                 setattr(self, name, False)
             self.use_cpu_initialization = True
+            self.deallocate_pipeline_outputs = (
+                False  # gloo may still be reading what an overlapped exchange frees
+            )
             self.bf16 = self.fp16 = False
             self.params_dtype = self.pipeline_dtype = self.autocast_dtype = torch.float32
         elif not has_transformer_engine():

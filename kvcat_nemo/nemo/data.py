@@ -14,6 +14,7 @@ from nemo.lightning.io import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
 
+from kvcat_nemo.data.indexed_check import check_indexed
 from kvcat_nemo.nemo.base import tokenizer_dir
 
 
@@ -28,7 +29,9 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
     Raises:
         ValueError: when a file is missing, naming it and how to make it.
     """
-    if isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
+    # Megatron keeps its indices in a folder named as the prefix: after the first run both are there.
+    is_prefix = isinstance(paths, str | os.PathLike) and Path(f"{paths}.idx").is_file()
+    if isinstance(paths, str | os.PathLike) and Path(paths).is_dir() and not is_prefix:
         folder = Path(paths)
         train, held = str(folder / "train"), str(folder / "heldout")
         out: dict[str, list[str]] | list[str] = {"train": [train], "validation": [held], "test": [held]}
@@ -43,15 +46,17 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
                 raise ValueError(f"data.paths={paths!r}: the dict needs train and validation")
     else:
         out = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(x) for x in paths]
-    for prefix in [p for part in (out.values() if isinstance(out, dict) else [out]) for p in part]:
+    parts = out.values() if isinstance(out, dict) else [out]
+    for prefix in dict.fromkeys(p for part in parts for p in part):
         if _is_number(prefix):
             continue  # a weight in a list of weights and prefixes
-        for ending in (".bin", ".idx"):
-            if not Path(prefix + ending).is_file():
-                raise ValueError(
-                    f"data.paths={paths!r}: {prefix}{ending} does not exist. Build a dataset: "
-                    "kvcat data build SOURCE --tokenizer HF_DIR --out DIR, and give DIR"
-                )
+        try:
+            check_indexed(prefix)
+        except ValueError as error:
+            raise ValueError(
+                f"data.paths={paths!r}: {error}. Build a dataset: "
+                "kvcat data build SOURCE --tokenizer HF_DIR --out DIR, and give DIR"
+            ) from None
     return out
 
 
@@ -72,6 +77,21 @@ class PairedDataSampler(MegatronDataSampler):
         return dataclasses.replace(step, micro_batch_size=windows)
 
 
+class NumberedDataset(Dataset):
+    """A dataset whose items carry their number (`sample_id`), so that a run can say which windows it has seen."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        if hasattr(dataset, "collate_fn"):
+            self.collate_fn = dataset.collate_fn
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**self.dataset[index], "sample_id": torch.tensor(index)}
+
+
 class KVCatDataModule(PreTrainingDataModule):
     """NeMo's pretraining data on Megatron's GPTDataset, with the same validation windows at every validation.
 
@@ -80,6 +100,10 @@ class KVCatDataModule(PreTrainingDataModule):
         base: a converted base model (its tokenizer is used), or None when `tokenizer` is given.
         tokenizer: a Hugging Face tokenizer folder, or a NeMo tokenizer; overrides the base's.
         seq_length: tokens of a window; micro_batch_size, global_batch_size: windows.
+        packed_documents: a window's documents, of which each ends with the end-of-document token, see nothing of one
+            another: attention, routers, sinks, positions and random masks begin anew at each. False: a window is one text.
+        eod_mask_loss: leave out the loss where the input is an end-of-document token (its label is the next document's
+            first token).
         others: as NeMo's PreTrainingDataModule.
     """
 
@@ -95,6 +119,8 @@ class KVCatDataModule(PreTrainingDataModule):
         seed: int = 1234,
         split: str = "980,20,0",
         index_mapping_dir: Optional[str] = None,
+        packed_documents: bool = False,
+        eod_mask_loss: bool = False,
     ):
         if paths is None:
             raise ValueError("data.paths=None: give a folder made by kvcat data build, or dataset prefixes")
@@ -116,8 +142,11 @@ class KVCatDataModule(PreTrainingDataModule):
             seed=seed,
             split=split,
             index_mapping_dir=index_mapping_dir,
+            reset_position_ids=packed_documents,
+            reset_attention_mask=packed_documents,  # no mask is made of it, see below
+            eod_mask_loss=eod_mask_loss,
         )
-        self.base, self.paths = base, paths
+        self.base, self.paths, self.packed_documents = base, paths, packed_documents
         self.data_sampler = PairedDataSampler(
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
@@ -137,16 +166,20 @@ class KVCatDataModule(PreTrainingDataModule):
         )  # "validate every so many steps": the set is then sized for a single validation
         super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
 
+    def _create_dataloader(self, dataset, mode, **kwargs) -> WrappedDataLoader:
+        return super()._create_dataloader(NumberedDataset(dataset), mode, **kwargs)
+
 
 class RecallDataset(Dataset):
     """Windows in which late tokens repeat early ones: key–value pairs, then the keys asked again in another order.
 
     Predicting the second half needs the KV slots of the first, so compressing them costs something. Window i is drawn
-    from seed and i alone.
+    from seed and i alone. In `documents` parts of about equal length positions begin anew, as if each were a document.
     """
 
-    def __init__(self, size: int, seq_length: int, vocab_size: int, seed: int):
+    def __init__(self, size: int, seq_length: int, vocab_size: int, seed: int, documents: int = 1):
         self.size, self.seq_length, self.vocab_size, self.seed = size, seq_length, vocab_size, seed
+        self.documents = documents
 
     def __len__(self) -> int:
         return self.size
@@ -168,7 +201,12 @@ class RecallDataset(Dataset):
             "tokens": tokens[:-1],
             "labels": tokens[1:],
             "loss_mask": torch.ones(self.seq_length),
-            "position_ids": torch.arange(self.seq_length),
+            "position_ids": torch.cat(
+                [
+                    torch.arange(len(part))
+                    for part in torch.arange(self.seq_length).tensor_split(self.documents)
+                ]
+            ),
         }
 
 
@@ -181,7 +219,10 @@ class _NumberTokenizer:
 
 
 class SyntheticDataModule(pl.LightningDataModule, IOMixin):
-    """Endless `RecallDataset` windows; needs no file. For kvcat_tiny and tests."""
+    """Endless `RecallDataset` windows; needs no file. For kvcat_tiny and tests.
+
+    packed_documents: windows are cut into three documents, which see nothing of one another.
+    """
 
     def __init__(
         self,
@@ -190,8 +231,10 @@ class SyntheticDataModule(pl.LightningDataModule, IOMixin):
         micro_batch_size: int = 2,
         global_batch_size: int = 4,
         seed: int = 1234,
+        packed_documents: bool = False,
     ):
         super().__init__()
+        self.packed_documents = packed_documents
         self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.tokenizer = _NumberTokenizer(vocab_size)
@@ -201,8 +244,9 @@ class SyntheticDataModule(pl.LightningDataModule, IOMixin):
 
     def _loader(self, mode: str, size: int, seed: int) -> WrappedDataLoader:
         self.data_sampler.init_global_step = self.trainer.global_step
-        dataset = RecallDataset(size, self.seq_length, self.vocab_size, seed)
-        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0)
+        documents = 3 if self.packed_documents else 1
+        dataset = RecallDataset(size, self.seq_length, self.vocab_size, seed, documents)
+        return WrappedDataLoader(mode=mode, dataset=NumberedDataset(dataset), num_workers=0)
 
     def train_dataloader(self) -> WrappedDataLoader:
         return self._loader("train", max(self.trainer.max_steps, 1) * self.global_batch_size, self.seed)

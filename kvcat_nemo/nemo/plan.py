@@ -20,28 +20,11 @@ def plan(recipe) -> dict[str, Any]:
     Raises:
         ValueError: when a setting does not fit, naming the field, the value and the fix.
     """
-    strategy, trainer, data = recipe.trainer.strategy, recipe.trainer, recipe.data
+    trainer = recipe.trainer
     config = fdl.build(recipe.model.config)
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "sequence_parallel",
-    ):
-        setattr(config, name, getattr(strategy, name))
-    validate_model_config(config)
-    layout = Layout(
-        world_size=trainer.devices * trainer.num_nodes,
-        tensor=strategy.tensor_model_parallel_size,
-        pipeline=strategy.pipeline_model_parallel_size,
-        sequence_parallel=bool(strategy.sequence_parallel),
-        distributed_optimizer=bool(recipe.optim.config.use_distributed_optimizer),
-        micro_batch_size=data.micro_batch_size,
-        global_batch_size=data.global_batch_size,
-        seq_length=data.seq_length,
+    layout = checked_layout(
+        config, trainer.strategy, recipe.data, recipe.optim.config, trainer.devices * trainer.num_nodes
     )
-    _check_divisions(config, layout)
     tokens = layout.global_batch_size * layout.seq_length
     return {
         "parameters": parameters(config),
@@ -59,23 +42,76 @@ def plan(recipe) -> dict[str, Any]:
     }
 
 
-def _check_divisions(config, layout: Layout) -> None:
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(config, name)
-        if value % layout.tensor:
+def checked_layout(config, strategy, data, optimizer, world_size: int) -> Layout:
+    """The layout of a run whose parts fit together.
+
+    Args:
+        config: a model configuration; it gets the strategy's parallel sizes.
+        strategy, data, optimizer: the strategy, the data module and the optimizer's settings, built or still to be built.
+
+    Raises:
+        ValueError: when a setting does not fit, naming the field, the value and the fix.
+    """
+    for name in PARALLEL_FIELDS:
+        setattr(config, name, getattr(strategy, name))
+    group = strategy.microbatch_group_size_per_vp_stage
+    config.microbatch_group_size_per_vp_stage = group or strategy.pipeline_model_parallel_size
+    _refuse_untested(strategy, optimizer)
+    validate_model_config(config)
+    layout = Layout(
+        world_size=world_size,
+        tensor=strategy.tensor_model_parallel_size,
+        pipeline=strategy.pipeline_model_parallel_size,
+        sequence_parallel=bool(strategy.sequence_parallel),
+        distributed_optimizer=bool(optimizer.use_distributed_optimizer),
+        micro_batch_size=data.micro_batch_size,
+        global_batch_size=data.global_batch_size,
+        seq_length=data.seq_length,
+        context=strategy.context_parallel_size,
+        packed_documents=bool(getattr(data, "packed_documents", False)),
+    )
+    layout.check(config)
+    return layout
+
+
+PARALLEL_FIELDS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "expert_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+"""What a strategy decides about a model configuration, as far as checks go."""
+
+
+def _refuse_untested(strategy, optimizer) -> None:
+    ddp = getattr(strategy, "ddp_config", None) or getattr(
+        strategy, "ddp", None
+    )  # built, or still to be built
+    instances = strategy.num_distributed_optimizer_instances
+    if instances > 1:
+        raise ValueError(
+            f"trainer.strategy.num_distributed_optimizer_instances={instances}: gradient norms would count every instance; set it to 1"
+        )
+    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
+        if getattr(ddp, name, False):
             raise ValueError(
-                f"trainer.strategy.tensor_model_parallel_size={layout.tensor}: does not divide model.config.{name}={value}; "
-                f"use {' or '.join(str(t) for t in range(1, value + 1) if value % t == 0 and t <= 16)}"
+                f"trainer.strategy.ddp.{name}=True: sharded parameters are not supported; set it to False "
+                "(optim.config.use_distributed_optimizer=True shards the optimizer)"
             )
-    if config.num_layers % layout.pipeline:
+    if getattr(optimizer, "overlap_param_gather_with_optimizer_step", False):
         raise ValueError(
-            f"trainer.strategy.pipeline_model_parallel_size={layout.pipeline}: does not divide model.config.num_layers={config.num_layers}"
+            "optim.config.overlap_param_gather_with_optimizer_step=True: the second half of the parameters would be gathered "
+            "during the next forward without a test that it is in time; set it to False"
         )
-    if layout.sequence_parallel and layout.tensor == 1:
+    if getattr(ddp, "overlap_param_gather", False) and not optimizer.use_distributed_optimizer:
         raise ValueError(
-            "trainer.strategy.sequence_parallel=True: needs tensor_model_parallel_size above 1; set it to False"
-        )
-    if layout.sequence_parallel and layout.seq_length % layout.tensor:
-        raise ValueError(
-            f"data.seq_length={layout.seq_length}: not a multiple of tensor_model_parallel_size={layout.tensor}"
+            "trainer.strategy.ddp.overlap_param_gather=True: only a distributed optimizer gathers parameters; set it to False, "
+            "or optim.config.use_distributed_optimizer=True"
         )

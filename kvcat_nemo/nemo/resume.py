@@ -1,4 +1,4 @@
-"""Where a run starts: its own last checkpoint, a base model, or nothing."""
+"""Where a run starts: its own newest complete checkpoint, a base model, or nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,45 +8,79 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
+from kvcat_nemo.data.seal import survey
+
 
 @dataclass(kw_only=True)
 class KVCatResume(nl.AutoResume):
-    """NeMo's AutoResume with a base model to start from, and a word on what it decided."""
+    """NeMo's AutoResume with a base model to start from, checkpoints that are looked at first, and a word on what it decided."""
 
     base: Optional[str] = None
     """A converted base model (kvcat convert import) or a training checkpoint whose weights a new run starts from."""
     mode: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the run's last checkpoint if there is one; must: fail without one; never: fail with one."""
+    """auto: go on from the run's newest complete checkpoint if there is one; must: fail without one; never: fail with one."""
+    verify: Literal["hashes", "sizes"] = "hashes"
+    """What of a checkpoint's files is compared with its seal before it is loaded; hashes read every file once more."""
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     resume_past_end: bool = True
 
     def setup(self, trainer, model=None) -> None:
-        """Set the trainer's starting point.
+        """Set the trainer's starting point and print it.
 
         Raises:
-            ValueError: when the mode and what is on disk do not fit, or the base does not exist.
+            ValueError: when the mode and what is on disk do not fit, when every checkpoint that was complete once is
+                damaged, or when the base does not exist.
         """
         if self.mode not in ("auto", "must", "never"):
             raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
+        if self.verify not in ("hashes", "sizes"):
+            raise ValueError(f"resume.verify={self.verify!r}: choose hashes or sizes")
         if self.base is not None:
             if not (Path(self.base) / "weights").is_dir():
                 raise ValueError(
                     f"resume.base={self.base!r}: no checkpoint there (no weights/). Make one: kvcat convert import HF_DIR {self.base}"
                 )
             self.restore_config = RestoreConfig(path=str(self.base), load_artifacts=False)
-        log_dir = AppState().log_dir
-        found = self._find_trainer_ckpt_path()
+        self._candidates = self._find()
+        found = self._candidates[0] if self._candidates else None
         if self.mode == "must" and found is None:
             raise ValueError(
-                f"resume.mode='must': no complete checkpoint in {log_dir}; set resume.mode=auto to start a new run"
+                f"resume.mode='must': no complete checkpoint in {self._folder()}; set resume.mode=auto to start a new run"
             )
         if self.mode == "never" and found is not None:
             raise ValueError(
                 f"resume.mode='never': {found} exists; give the run another log.name, or set resume.mode=auto"
             )
         super().setup(trainer, model)
+        # Contents are compared when the process group is up, by all ranks together (KVCatStrategy.load_checkpoint).
+        trainer.strategy.resume_from(self._candidates, verify_hashes=self.verify == "hashes")
         start = found or self.base
         logging.info(
-            f"kvcat: {'resuming from' if found else 'starting from'} {start or 'random initialisation'}"
+            f"kvcat: {'resuming from' if found else 'starting from'} {start or 'random initialisation'} (resume.mode={self.mode})"
         )
+
+    def _folder(self) -> Path:
+        return Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
+
+    def _find(self) -> list[Path]:
+        """Complete checkpoints, newest first; what is passed over is named."""
+        if self.resume_from_path:
+            return [Path(self.resume_from_path)]
+        checkpoints = survey(self._folder())
+        for one in checkpoints:
+            if one.why_not:
+                logging.warning(
+                    f"kvcat: passed over {'a damaged' if one.damaged else 'an incomplete'} checkpoint: {one.why_not}"
+                )
+        usable = [one.path for one in checkpoints if not one.why_not]
+        damaged = [one for one in checkpoints if one.damaged]
+        if damaged and not usable and self.mode != "never":
+            raise ValueError(
+                f"resume.mode={self.mode!r}: no checkpoint in {self._folder()} is whole, and {damaged[0].path} was once: "
+                f"{damaged[0].why_not}. Put it back from a copy, or move the folder away to start a new run"
+            )
+        return usable
+
+    def _find_trainer_ckpt_path(self) -> Optional[Path]:
+        return self._candidates[0] if self._candidates else None

@@ -1,34 +1,62 @@
 """NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
 
+import copy
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, Optional
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import logging
 
 from kvcat_nemo.engine import host
 from kvcat_nemo.nemo.base import check_base
+from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
+from kvcat_nemo.nemo.guard import GuardedOptimizer
+from kvcat_nemo.nemo.plan import checked_layout
+from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
+from kvcat_nemo.nemo.verify import first_whole
+from kvcat_nemo.processes import children_die_with_us
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
 
 
 class KVCatStrategy(nl.MegatronStrategy):
-    """MegatronStrategy that also runs on a CPU host and starts from base checkpoints, which hold no routers."""
+    """MegatronStrategy that also runs on a CPU host, starts from base checkpoints, which hold no routers, and looks at
+    a checkpoint's files before it loads them.
+    """
+
+    # No __init__ of its own: NeMo stores the arguments of this class by its signature.
+    _candidates: tuple[Path, ...] = ()
+    _verify_hashes = True
 
     def connect(self, model) -> None:
         if not host.is_cuda():
             self._fit_cpu(model)
+        self._check(model)
         super().connect(model)
+
+    def _check(self, model) -> None:
+        """Refuse a run that does not fit, while nothing but this process has started."""
+        trainer = model.trainer
+        if trainer.datamodule is None:
+            return
+        world_size = trainer.num_devices * trainer.num_nodes
+        checked_layout(copy.copy(model.config), self, trainer.datamodule, model.optim.config, world_size)
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
         self._process_group_backend = host.process_group_backend()
-        self.async_save = self.parallel_load = False
+        # Forked writers work here too, but training has no idle core for them: for tests alone.
+        self.async_save = self.async_save and os.environ.get("KVCAT_ASYNC_SAVE_ON_CPU") == "1"
+        self.parallel_load = False
         self.pipeline_dtype = torch.float32
         self.ddp_config.overlap_grad_reduce = self.ddp_config.overlap_param_gather = False
         # Its checkpoint layout expects the fused Adam of CUDA hosts; on the CPU every rank holds the whole state.
@@ -36,7 +64,51 @@ class KVCatStrategy(nl.MegatronStrategy):
         # The progress printer gathers a table of timers from all ranks, which never ends on gloo when it is empty.
         self.timers = None
 
+    @property
+    def checkpoint_io(self):
+        if not self._checkpoint_io:
+            self._checkpoint_io = make_checkpoint_io(
+                save_ckpt_format=self.save_ckpt_format,
+                async_save=self.async_save,
+                torch_dist_multiproc=self.torch_dist_multiproc,
+                assume_constant_structure=self.assume_constant_structure,
+                parallel_save=self.parallel_save,
+                parallel_save_within_dp=self.parallel_save_within_dp,
+                parallel_load=self.parallel_load,
+                load_directly_on_device=self.load_directly_on_device,
+            )
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io) -> None:
+        self._checkpoint_io = io
+
+    def resume_from(self, candidates: list[Path], *, verify_hashes: bool) -> None:
+        """Checkpoints to resume from, the first choice first (KVCatResume)."""
+        self._candidates, self._verify_hashes = tuple(candidates), verify_hashes
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
+        """As NeMo's, with every rank's random state."""
+        if "optimizer_states" in checkpoint:  # not when the weights alone are saved
+            checkpoint |= random_state_entry(self.trainer)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path, selective_restore: bool = False):
+        """As NeMo's, from the newest of the candidates whose files are what their seal says.
+
+        Raises:
+            ValueError: when there is none; names every damaged file.
+        """
+        if not selective_restore and self._candidates:
+            checkpoint_path = first_whole(self._candidates, hashes=self._verify_hashes)
+        weights = ckpt_to_weights_subdir(Path(checkpoint_path), is_saving=False)
+        loaded = super().load_checkpoint(weights, selective_restore)
+        if not selective_restore:
+            load_random_state(self.trainer, weights)
+        return loaded
+
     def setup_distributed(self) -> None:
+        children_die_with_us()
         super().setup_distributed()
         if not host.is_cuda():  # NeMo seeds Megatron's tracker only where it counts GPUs
             state = torch.get_rng_state()
@@ -115,10 +187,34 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
 
 
 class KVCatOptimizerModule(MegatronOptimizerModule):
-    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`."""
+    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`.
+
+    Args:
+        nonfinite: what a step leads to whose loss or gradient is NaN or infinite: `stop` ends the run, `skip` leaves the
+            update out (kvcat_nemo.nemo.guard).
+        max_skipped: skipped steps in a row after which `skip` stops as well.
+        others: as NeMo's.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        lr_scheduler: Optional[LRSchedulerModule] = None,
+        no_weight_decay_cond: Optional[Callable] = None,
+        scale_lr_cond: Optional[Callable] = None,
+        lr_mult: float = 1.0,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: int = 10,
+    ):
+        if nonfinite not in ("stop", "skip"):
+            raise ValueError(f"optim.nonfinite={nonfinite!r}: choose stop or skip")
+        if max_skipped < 1:
+            raise ValueError(f"optim.max_skipped={max_skipped!r}: give at least 1")
+        super().__init__(config, lr_scheduler, no_weight_decay_cond, scale_lr_cond, lr_mult)
+        self.nonfinite, self.max_skipped = nonfinite, max_skipped
 
     def optimizers(self, model):
         kvcat = model.module.config.kvcat
         self.lr_mult = kvcat.router_lr_mult
         self.scale_lr_cond = lambda name, parameter: ".router." in name
-        return super().optimizers(model)
+        return [GuardedOptimizer(optimizer.mcore_optimizer) for optimizer in super().optimizers(model)]

@@ -74,7 +74,7 @@ def test_two_passes_double_what_is_shared():
 
 
 def test_widths_are_those_of_the_kernels():
-    from kvcat_nemo.kernels.algebra import extra_columns
+    from kvcat_nemo.kernels.earlier import extra_columns
     from kvcat_nemo.kernels.flash import FlashKernel
 
     more = extra_columns(torch.bfloat16)

@@ -11,7 +11,7 @@ from hf_models import small_model, tokens
 from kvcat_nemo.compress import Budget, LayerCache, make, next_logits, prefill
 from kvcat_nemo.compress.attention_matching import AttentionMatching, pieces_to_read, turned
 from kvcat_nemo.compress.bounded import bounded_least_squares
-from kvcat_nemo.compress.matching import HIGH, LOW, attend, fit_values, fit_weights, match, reference
+from kvcat_nemo.compress.matching import HIGH, LOW, attend, fit_values, fit_weights, match, reference, scores
 from kvcat_nemo.compress.omp import pursue
 
 SCALE = 0.35
@@ -50,6 +50,14 @@ def test_scores_are_the_root_mean_square_of_attention_over_the_groups_queries():
     a, y = dense(q, k, v)
     got = reference(q, k, v, SCALE)
     torch.testing.assert_close(got.score_GT, a.square().mean(1).sqrt(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(scores(q, k, SCALE), got.score_GT)
+    places = torch.tensor([[3, 17, 5], [0, 29, 11]])
+    torch.testing.assert_close(
+        reference(q, k, v, SCALE, places).masses_GQK,
+        torch.stack([a[g][:, places[g]] for g in range(2)]),
+        rtol=0,
+        atol=1e-14,
+    )
     torch.testing.assert_close(got.output_GQE, y, rtol=0, atol=1e-13)
     torch.testing.assert_close(got.lse_GQ, torch.logsumexp(SCALE * q @ k.transpose(1, 2), -1))
 
@@ -185,7 +193,7 @@ def test_a_single_slot_takes_the_mean_output():
     torch.testing.assert_close(values[:, 0], target.output_GQE.mean(1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("selection", ["highest", "omp"])
+@pytest.mark.parametrize("selection", ["highest", "omp", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_keys_and_fewer_queries_than_slots_stay_finite(selection, dtype):
     compressor = AttentionMatching(selection=selection)
@@ -349,6 +357,24 @@ def test_better_than_selection_on_the_same_slots():
     assert error(make("attention-matching").compress(prefilled, Budget(tokens=16))) < 0.8 * heavy
 
 
+def test_auto_takes_omp_for_few_slots_and_the_highest_keys_of_half_the_tokens_for_many():
+    few, many = (AttentionMatching().resolved(slots) for slots in (128, 129))
+    assert (few.selection, few.reference_tokens) == ("omp", 1024)
+    assert (many.selection, many.reference_tokens) == ("highest", 512)
+    assert AttentionMatching(reference_tokens=0).resolved(500).reference_tokens == 0  # all stays all
+    given = AttentionMatching(selection="omp")
+    assert given.resolved(500) is given
+    sculpt = make("kvsculpt:selection=auto:rounds=3").resolved(500)
+    assert (sculpt.selection, sculpt.rounds) == ("highest", 3)
+    prefilled = prefill(small_model(), [list(range(40))], needs=("queries",))
+    by_default, by_omp = (
+        make(f"attention-matching{spec}").compress(prefilled, Budget(tokens=10))
+        for spec in ("", ":selection=omp")
+    )
+    for one, other in zip(by_default.layers, by_omp.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.read(), other.read(), strict=True))
+
+
 def test_long_contexts_are_read_again_in_pieces():
     model = small_model()  # 512 positions
     ids = torch.arange(400)
@@ -370,7 +396,7 @@ def test_long_contexts_are_read_again_in_pieces():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="selection='best': choose among highest, omp"):
+    with pytest.raises(ValueError, match="selection='best': choose among auto, highest, omp"):
         make("attention-matching:selection=best")
     with pytest.raises(ValueError, match="queries='none': choose among mixed, on-policy"):
         make("attention-matching:queries=none")

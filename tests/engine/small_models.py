@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 TOKENS, WINDOWS, MICROBATCHES = 8, 2, 4
@@ -62,7 +64,7 @@ def transformer_config(name="router, tied, q/k norms", kvcat=None, dtype=torch.f
     return KVCatTransformerConfig(**base | more | fields)
 
 
-def build(config, tied=True, vp_stage=None, cls=None, **gpt):
+def build(config, tied=True, vp_stage=None, cls=None, padded_vocab=PADDED_VOCAB, max_tokens=TOKENS, **gpt):
     """KVCatGPTModel (or `cls`) of this rank's stage. Routers follow the model to float64, which casts never do."""
     from megatron.core import parallel_state
 
@@ -75,8 +77,8 @@ def build(config, tied=True, vp_stage=None, cls=None, **gpt):
     model = cls(
         config,
         kvcat_block_spec(config, vp_stage),
-        vocab_size=PADDED_VOCAB,
-        max_sequence_length=TOKENS,
+        vocab_size=padded_vocab,
+        max_sequence_length=max_tokens,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=tied,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
@@ -104,12 +106,57 @@ def enliven(model, seed=0):
             parameter.copy_(noise * parameter.shape[1] ** -0.5)
 
 
-def microbatches():
-    """The global batch, the same for every layout: MICROBATCHES × (tokens, labels, loss mask)."""
-    rng = torch.Generator().manual_seed(11)
-    for _ in range(MICROBATCHES):
-        text = torch.randint(0, VOCAB, (WINDOWS, TOKENS + 1), generator=rng)
-        yield text[:, :-1], text[:, 1:], (torch.rand(WINDOWS, TOKENS, generator=rng) < 0.8).double()
+def microbatches(step=0, tokens=TOKENS, windows=WINDOWS, count=MICROBATCHES):
+    """A step's global batch, the same for every layout: `count` × (tokens, labels, loss mask), [windows, tokens] each."""
+    rng = torch.Generator().manual_seed(11 + step)
+    for _ in range(count):
+        text = torch.randint(0, VOCAB, (windows, tokens + 1), generator=rng)
+        yield text[:, :-1], text[:, 1:], (torch.rand(windows, tokens, generator=rng) < 0.8).double()
+
+
+def packed_positions(windows, tokens, number):
+    """Places of the tokens in their documents, [windows, tokens]: about four documents a window, of any length."""
+    rng = torch.Generator().manual_seed(100 + number)
+    begins = torch.rand(windows, tokens, generator=rng) < 4 / tokens
+    begins[:, 0] = True
+    place = torch.arange(tokens).expand(windows, -1)
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
+@contextlib.contextmanager
+def recorded_masks(chunks):
+    """While it lasts, a dict layer → [(gate [B, T] that its masked attention got, whether gradients were on), …].
+
+    Taken where attention takes them, so those that a policy makes inside attention are seen as well.
+    """
+    from kvcat_nemo.engine import attention
+    from kvcat_nemo.engine.layer import kvcat_layers
+
+    masks: dict[int, list] = {}
+    running: list[int] = []
+    hooks = []
+    for chunk in chunks:
+        for layer in kvcat_layers(chunk):
+            core = layer.self_attention.core_attention
+            number = layer.layer_number
+            hooks.append(
+                core.register_forward_pre_hook(lambda *unused, number=number: running.append(number))
+            )
+            hooks.append(core.register_forward_hook(lambda *unused: running.pop() and None))
+    plain = attention.gated_attention
+
+    def keep(q, k, v, gate_BTG, **settings):
+        gate = gate_BTG.detach()[..., 0].clone()  # windows of packed documents come end to end
+        masks.setdefault(running[-1], []).append((gate, torch.is_grad_enabled()))
+        return plain(q, k, v, gate_BTG, **settings)
+
+    attention.gated_attention = keep
+    try:
+        yield masks
+    finally:
+        attention.gated_attention = plain
+        for hook in hooks:
+            hook.remove()
 
 
 def record_gates(chunks) -> dict[int, list]:
@@ -130,11 +177,14 @@ def record_gates(chunks) -> dict[int, list]:
     return gates
 
 
-def train_step(chunks, config, dp_rank=0, dp=1):
+def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None, packed=False):
     """Forward and backward of the global batch by Megatron's schedule; gradients are final afterwards.
 
     Args:
         chunks: this rank's model chunks in the DDP wrapper.
+        batch: micro-batches; None: those of `microbatches`.
+        held: which tokens of every window this rank holds (context parallelism); None: all.
+        packed: windows are several documents (`packed_positions`).
 
     Returns:
         named figures of the step.
@@ -143,30 +193,38 @@ def train_step(chunks, config, dp_rank=0, dp=1):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from kvcat_nemo.engine.collectives import set_router_loss_scale
+    from kvcat_nemo.engine.model import document_boundaries
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
-    mine = list(microbatches())[dp_rank::dp]
+    mine = list(enumerate(microbatches() if batch is None else batch))[dp_rank::dp]
+    windows, length = mine[0][1][0].shape
     config.finalize_model_grads_func = finalize_model_grads
-    position = torch.arange(TOKENS).expand(WINDOWS, TOKENS)
+    position = torch.arange(length).expand(windows, length)
 
     def forward_step(iterator, model):
         number, (tokens, labels, loss_mask) = next(iterator)
         set_router_loss_scale(config, len(mine))
+        place, documents = position, None
+        if packed:
+            place = packed_positions(windows, length, number)
+            documents = document_boundaries(place)
+        if held is not None:
+            tokens, labels, loss_mask, place = (x[:, held] for x in (tokens, labels, loss_mask, place))
         # With the mask gradients come from the losses' first sweep, without it from a second one: some of each.
         known = {"loss_mask": loss_mask} if number % 2 else {}
-        out = model(tokens, position, None, labels=labels, **known)
+        out = model(tokens, place, documents, labels=labels, **known)
         return out, lambda metrics: microbatch_loss(metrics, loss_mask, config.kvcat)
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    iterators = [enumerate(mine) for _ in chunks]
+    iterators = [iter(mine) for _ in chunks]
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(mine),
-        seq_length=TOKENS,
-        micro_batch_size=2 * WINDOWS if config.kvcat.paired else WINDOWS,
+        seq_length=length,
+        micro_batch_size=2 * windows if config.kvcat.paired else windows,
         forward_only=False,
     )
     return step_metrics(sums, chunks, config.kvcat)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from small_models import MODELS, PADDED_VOCAB, TOKENS, VOCAB, WINDOWS, build, enliven, transformer_config
 
-from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.losses import budget_loss, kvcat_loss
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -244,7 +243,6 @@ REFUSED = [
     ("mtp_num_layers", 1),
     ("num_moe_experts", 4),
     ("multi_latent_attention", True),
-    ("context_parallel_size", 2),
     ("fp8", "hybrid"),
     ("fp8_dot_product_attention", True),
     ("attn_logit_softcapping", 50.0),
@@ -271,43 +269,6 @@ def test_settings_of_the_method_are_checked_too():
     config = transformer_config()
     config.kvcat.sinks = -1
     with pytest.raises(ValueError, match="kvcat.sinks=-1"):
-        validate_model_config(config)
-
-
-@pytest.mark.parametrize(
-    "layers,groups,stages,fits",
-    [(4, 2, 2, True), (4, 2, 4, False), (4, 4, 4, True), (8, 1, 2, False), (6, 4, 2, True), (6, 4, 3, False)],
-)
-def test_groups_that_straddle_a_stage_are_refused(layers, groups, stages, fits):
-    from kvcat_nemo.engine.config import validate_model_config
-
-    config = transformer_config(num_layers=layers, kvcat={"num_groups": groups})
-    config.pipeline_model_parallel_size = stages
-    if fits:
-        return validate_model_config(config)
-    with pytest.raises(
-        ValueError, match=f"num_groups={groups} with {stages} pipeline stages of {layers} layers"
-    ) as error:
-        validate_model_config(config)
-    # What the message proposes does work.
-    for proposed in eval(str(error.value).rpartition("num_groups in ")[2]):
-        config.kvcat.num_groups = proposed
-        validate_model_config(config)
-    config.kvcat = KVCatConfig(policy="random", num_groups=groups)  # its masks need not travel
-    validate_model_config(config)
-
-
-def test_uneven_stages_are_refused():
-    from kvcat_nemo.engine.config import validate_model_config
-
-    config = transformer_config()
-    config.pipeline_model_parallel_size = 2
-    config.num_layers_in_first_pipeline_stage = 1
-    with pytest.raises(ValueError, match="num_layers_in_first_pipeline_stage=1"):
-        validate_model_config(config)
-    config = transformer_config()
-    config.pipeline_model_parallel_size = 3
-    with pytest.raises(ValueError, match="4 layers do not divide into 3 stages"):
         validate_model_config(config)
 
 

@@ -33,8 +33,8 @@ def _flash_attn_forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Optional[Tensor], return_softmax: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_right)
-    o, lse = flash_standin.run_forward("flash2", q, k, v, None, softmax_scale, window_size_left)
+    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_left, window_size_right)
+    o, lse = flash_standin.run_forward("flash2", q, k, v, None, softmax_scale, window_size_left, causal)
     return o, lse, q.new_empty(0), torch.tensor([7, 0])
 
 
@@ -46,7 +46,8 @@ def _flash_attn_varlen_forward(
     block_table: Optional[Tensor] = None, leftpad_k: Optional[Tensor] = None, seqused_k: Optional[Tensor] = None,
     zero_tensors: bool = False,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_right)
+    assert causal
+    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_left, window_size_right)
     flash_standin.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     o, lse = flash_standin.run_forward("flash2 packed", q, k, v, cu_seqlens_q, softmax_scale, window_size_left)
     return o, lse, q.new_empty(0), torch.tensor([7, 0])
@@ -59,10 +60,10 @@ def _flash_attn_backward(
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Optional[Tensor], deterministic: bool,
     rng_state: Optional[Tensor] = None,
 ) -> Tensor:
-    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_right)
+    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_left, window_size_right)
     assert rng_state is not None and rng_state.tolist() == [7, 0]
     return flash_standin.run_backward(
-        "flash2", dout, q, k, v, out, softmax_lse, dq, dk, dv, None, softmax_scale, window_size_left
+        "flash2", dout, q, k, v, out, softmax_lse, dq, dk, dv, None, softmax_scale, window_size_left, causal
     )
 
 
@@ -74,7 +75,8 @@ def _flash_attn_varlen_backward(
     window_size_right: int, softcap: float, alibi_slopes: Optional[Tensor], deterministic: bool,
     rng_state: Optional[Tensor] = None, zero_tensors: bool = False,
 ) -> Tensor:
-    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_right)
+    assert causal
+    flash_standin.plain_2(causal, dropout_p, softcap, alibi_slopes, window_size_left, window_size_right)
     flash_standin.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     assert rng_state is not None and rng_state.tolist() == [7, 0]
     return flash_standin.run_backward(
@@ -114,11 +116,12 @@ def _flash_attn_forward(
     rotary_interleaved: bool = True, scheduler_metadata: Optional[Tensor] = None, num_splits: int = 1,
     pack_gqa: Optional[bool] = None, sm_margin: int = 0,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert causal and softcap == 0.0 and window_size_right == 0
+    flash_standin.plain_2(causal, 0.0, softcap, None, window_size_left, window_size_right)
     if cu_seqlens_q is not None:
+        assert causal
         flash_standin.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     name = "flash3" if cu_seqlens_q is None else "flash3 packed"
-    o, lse = flash_standin.run_forward(name, q, k, v, cu_seqlens_q, softmax_scale, window_size_left)
+    o, lse = flash_standin.run_forward(name, q, k, v, cu_seqlens_q, softmax_scale, window_size_left, causal)
     return o, lse, q.new_empty(0), q.new_empty(0)
 
 
@@ -131,12 +134,13 @@ def _flash_attn_backward(
     softmax_scale: Optional[float] = None, is_causal: bool = False, window_size_left: int = -1,
     window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> Tensor:
-    assert is_causal and softcap == 0.0 and window_size_right == 0
+    flash_standin.plain_2(is_causal, 0.0, softcap, None, window_size_left, window_size_right)
     if cu_seqlens_q is not None:
+        assert is_causal
         flash_standin.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     name = "flash3" if cu_seqlens_q is None else "flash3 packed"
     return flash_standin.run_backward(
-        name, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, softmax_scale, window_size_left
+        name, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, softmax_scale, window_size_left, is_causal
     )
 
 
@@ -169,8 +173,9 @@ def write(folder: Path, generations: tuple[int, ...] = (2,), version_2: str = "2
         path.write_text(text)
 
 
-def plain_2(causal, dropout_p, softcap, alibi_slopes, right) -> None:
-    assert causal and dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None and right == 0
+def plain_2(causal, dropout_p, softcap, alibi_slopes, left, right) -> None:
+    assert dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None
+    assert right == 0 if causal else (left, right) == (-1, -1)
 
 
 def packed(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
@@ -190,26 +195,26 @@ def _rows(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
     return list(range(q.shape[0])) if cu_seqlens is None else softmax_standin.documents(cu_seqlens)
 
 
-def run_forward(name, q, k, v, cu_seqlens, scale, left) -> tuple[Tensor, Tensor]:
+def run_forward(name, q, k, v, cu_seqlens, scale, left, causal=True) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     H = q.shape[-2]
     lse = torch.empty((H, len(q)) if cu_seqlens is not None else (len(q), H, q.shape[1]), dtype=wide)
     for at in _rows(name, q, k, v, cu_seqlens):
-        out, rows = softmax_standin.forward(q[at], k[at], v[at], scale, left)
+        out, rows = softmax_standin.forward(q[at], k[at], v[at], scale, left, causal)
         o[at] = out.to(o.dtype)
         lse[(slice(None), at) if cu_seqlens is not None else at] = rows.to(wide)
     calls.append(f"{name} forward")
     return o, lse
 
 
-def run_backward(name, do, q, k, v, o, lse, dq, dk, dv, cu_seqlens, scale, left) -> Tensor:
+def run_backward(name, do, q, k, v, o, lse, dq, dk, dv, cu_seqlens, scale, left, causal=True) -> Tensor:
     assert lse.is_contiguous() and all(x.is_contiguous() for x in (dq, dk, dv))
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape) and o.shape == do.shape
     assert o.dtype == do.dtype == q.dtype and all(x.stride(-1) == 1 for x in (do, o))
     for at in _rows(name, q, k, v, cu_seqlens):
         rows = lse[:, at] if cu_seqlens is not None else lse[at]
-        grads = softmax_standin.backward(do[at], q[at], k[at], v[at], o[at], rows, scale, left)
+        grads = softmax_standin.backward(do[at], q[at], k[at], v[at], o[at], rows, scale, left, causal)
         for target, value in zip((dq, dk, dv), grads, strict=True):
             target[at] = value.to(target.dtype)
     calls.append(f"{name} backward")

@@ -80,6 +80,33 @@ def check(kernel, shape, *, dtype=torch.float64, window=None, packed=False, stri
             torch.testing.assert_close(grad[row, at].double(), other, rtol=2 * bound, atol=60 * bound)
 
 
+def check_split(kernel, shape, *, dtype=torch.float64, window=None, chunk=5, bound=1e-12):
+    """The kernel under kernels.split_kernel, every rank of 2 and of 3 in turn: together they give the whole window's."""
+    from kvcat_nemo.kernels.split_kernel import SplitKernel
+    from kvcat_nemo.kernels.window_split import WindowSplit
+
+    for ranks in (2, 3):
+        q, k, v, do = case((shape[0], 2 * ranks * chunk, *shape[2:]), dtype)
+        settings = {"scale": 0.37, "window": window}
+        expected_o, expected_lse, dq, dk, dv = reference(q, k, v, do, **settings)
+        sums = [torch.zeros_like(k, dtype=torch.float64), torch.zeros_like(v, dtype=torch.float64)]
+        for rank in range(ranks):
+            split = WindowSplit(None, ranks, rank)
+            own = split.positions(2 * chunk)
+            assert own.tolist() == [c * chunk + i for c in (rank, 2 * ranks - 1 - rank) for i in range(chunk)]
+            both = SplitKernel(kernel, split)
+            o, lse, saved = both.forward(q[:, own], k, v, **settings)
+            assert o.dtype == dtype
+            torch.testing.assert_close(o.double(), expected_o[:, own], rtol=bound, atol=bound)
+            torch.testing.assert_close(lse.double(), expected_lse[..., own], rtol=1e-6, atol=min(bound, 1e-6))
+            grads = both.backward(do[:, own], q[:, own], k, v, o, lse, saved, **settings)
+            torch.testing.assert_close(grads[0].double(), dq[:, own], rtol=2 * bound, atol=4 * bound)
+            for total, grad in zip(sums, grads[1:], strict=True):
+                total += grad
+        for total, expected in zip(sums, (dk, dv), strict=True):
+            torch.testing.assert_close(total, expected, rtol=2 * bound, atol=4 * bound)
+
+
 GATED = {  # B, T, H, G, D, gate heads, cu_seqlens
     "GQA, gate per KV head": (2, 17, 6, 2, 64, 2, None),
     "gate per token, D 128": (1, 13, 4, 2, 128, 1, None),

@@ -64,7 +64,7 @@ def test_every_argument_has_its_name_in_the_installed_version():
     from kvcat_nemo.kernels import te, te_selection
 
     choice = te_selection.Choice("cudnn", 1)
-    shared, later, _ = te._arguments(torch.zeros(1, 4, 1, 8), choice, 1.0, None, None, None)
+    shared, later, _ = te._arguments(torch.zeros(1, 4, 1, 8), 4, choice, 1.0, None, None, None, True)
     forward = inspect.signature(fused_attn.fused_attn_fwd).parameters
     backward = inspect.signature(fused_attn.fused_attn_bwd).parameters
     assert set(shared) | set(later) <= set(forward) & set(backward)
@@ -125,6 +125,17 @@ def test_forward_and_backward(shape, machine, window, packed):
         first = te_standin.launches[0]
         assert first["thd"] is packed and first["dims"] == shape[4:]
         assert first["left"] == (-1 if window is None else window - 1) and first["scale"] == 0.37
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("machine", ARCHITECTURES)
+@pytest.mark.parametrize("shape", ["GQA", "unequal widths"])
+def test_split_windows(shape, machine, window):
+    kernel = on_cpu()
+    with te_standin.Machine(ARCHITECTURES[machine], **({} if machine == "sm80" else NO_FLASH)):
+        kernel_checks.check_split(kernel, kernel_checks.SHAPES[shape], window=window)
+        assert kernel.last.name == ("flash2" if machine == "sm80" else "cudnn")
+        kernel.check(head_dim_qk=72, head_dim_v=72, dtype=torch.bfloat16, device="cpu", causal=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"recent_window": 4}, {"sinks": 2}], ids=str)

@@ -123,7 +123,7 @@ class _NoTriton(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def _segments(q, layout, max_seqlen, cu_seqlens, cu_padded):
+def _segments(q, k, layout, max_seqlen, cu_seqlens, cu_padded, max_kv, cu_kv):
     """The token ranges the kernel would walk: [(index for q/k/v/o, batch row)]."""
     layouts = sys.modules["transformer_engine_torch"].NVTE_QKV_Layout
     if layout == layouts.NVTE_THD_THD_THD:
@@ -137,7 +137,8 @@ def _segments(q, layout, max_seqlen, cu_seqlens, cu_padded):
             for row, (at, n) in enumerate(zip(cu_padded.tolist()[:-1], lengths, strict=True))
         ]
     assert layout == layouts.NVTE_BSHD_BSHD_BSHD, layout
-    assert q.shape[1] == max_seqlen and q.shape[0] == cu_seqlens.numel() - 1
+    for x, longest, bounds in ((q, max_seqlen, cu_seqlens), (k, max_kv, cu_kv)):
+        assert x.shape[1] == longest and bounds.tolist() == [i * longest for i in range(x.shape[0] + 1)]
     return [((row, slice(None)), row) for row in range(q.shape[0])]
 
 
@@ -145,13 +146,15 @@ def _common(layout, mask, bias, softmax, window, bottom_right, q, k, v, cu_q, cu
     tex = sys.modules["transformer_engine_torch"]
     thd = layout == tex.NVTE_QKV_Layout.NVTE_THD_THD_THD
     causal = tex.NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK if thd else tex.NVTE_Mask_Type.NVTE_CAUSAL_MASK
-    assert mask == causal and bias == tex.NVTE_Bias_Type.NVTE_NO_BIAS
+    plain = mask == tex.NVTE_Mask_Type.NVTE_NO_MASK and not thd
+    assert mask == causal or plain
+    assert bias == tex.NVTE_Bias_Type.NVTE_NO_BIAS
     assert softmax == tex.NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX and dropout == 0.0 and not bottom_right
     left, right = window
-    assert right == 0 and left >= -1, window
-    assert cu_q.dtype == cu_kv.dtype == torch.int32 and torch.equal(cu_q, cu_kv)
+    assert window == (-1, -1) if plain else (right == 0 and left >= -1), window
+    assert cu_q.dtype == cu_kv.dtype == torch.int32 and (plain or torch.equal(cu_q, cu_kv))
     assert q.dtype == k.dtype == v.dtype == dtype
-    return left, thd
+    return left, thd, not plain
 
 
 def _fused_attn_fwd(
@@ -160,7 +163,7 @@ def _fused_attn_fwd(
     cu_kv_padded, page_table_k, page_table_v, s_quantizer, o_quantizer, bias, softmax_offset, rng_gen,
     rng_elts_per_thread, return_max_logit, cuda_graph,
 ):  # fmt: skip
-    left, thd = _common(
+    left, thd, causal = _common(
         qkv_layout,
         mask_type,
         bias_type,
@@ -189,8 +192,8 @@ def _fused_attn_fwd(
     stats = torch.full(
         (q.shape[0], H, 1) if ragged else (cu_q.numel() - 1, H, max_seqlen_q, 1), float("nan"), dtype=wide
     )
-    for at, row in _segments(q, qkv_layout, max_seqlen_q, cu_q, cu_q_padded):
-        out, lse = softmax_standin.forward(q[at], k[at], v[at], attn_scale, left)
+    for at, row in _segments(q, k, qkv_layout, max_seqlen_q, cu_q, cu_q_padded, max_seqlen_kv, cu_kv):
+        out, lse = softmax_standin.forward(q[at], k[at], v[at], attn_scale, left, causal)
         o[at] = out.to(o.dtype)
         if ragged:
             stats[at, :, 0] = lse.T.to(wide)
@@ -208,7 +211,7 @@ def _fused_attn_bwd(
     cu_q, cu_kv, q, k, v, o, do, fake_dtype, aux, cu_q_padded, cu_kv_padded, s_quantizer, dp_quantizer,
     dqkv_quantizer, cuda_graph,
 ):  # fmt: skip
-    left, thd = _common(
+    left, thd, causal = _common(
         qkv_layout,
         mask_type,
         bias_type,
@@ -231,12 +234,12 @@ def _fused_attn_bwd(
     assert rng_state.tolist() == [1234, 0], "auxiliary tensors: statistics first, then the random state"
     q, k, v, o, do, stats = map(softmax_standin.dense_view, (q, k, v, o, do, stats))
     grads = [torch.zeros_like(x) for x in (q, k, v)]
-    for at, row in _segments(q, qkv_layout, max_seqlen_q, cu_q, cu_q_padded):
+    for at, row in _segments(q, k, qkv_layout, max_seqlen_q, cu_q, cu_q_padded, max_seqlen_kv, cu_kv):
         length = q[at].shape[0]
         lse = stats[at, :, 0].T if stats.dim() == 3 else stats[row, :, :length, 0]
         for grad, value in zip(
             grads,
-            softmax_standin.backward(do[at], q[at], k[at], v[at], o[at], lse, attn_scale, left),
+            softmax_standin.backward(do[at], q[at], k[at], v[at], o[at], lse, attn_scale, left, causal),
             strict=True,
         ):
             grad[at] = value.to(grad.dtype)
@@ -263,12 +266,13 @@ def _get_fused_attn_backend(params):
     # Hopper's backward is wrong for unequal wide head dims.
     dims = dims and not (sm == 90 and qk >= 128 and v >= 128 and qk != v and (qk, v) != (192, 128))
     mask = tex.NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK if thd else tex.NVTE_Mask_Type.NVTE_CAUSAL_MASK
+    plain = params.attn_mask_type == tex.NVTE_Mask_Type.NVTE_NO_MASK and not thd
     fits = (
         int(params.qkv_dtype) in half
         and dims
         and (not thd or (sm >= 90 and machine.cudnn >= 90600))
-        and params.attn_mask_type == mask
-        and params.window_size_right == 0
+        and (params.attn_mask_type == mask or plain)
+        and params.window_size_right == (-1 if plain else 0)
         and params.max_seqlen_q <= params.max_seqlen_kv
         and not (params.deterministic and sm >= 100 and machine.cudnn < 91801)
     )

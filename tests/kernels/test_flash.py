@@ -47,6 +47,14 @@ def test_flash_attention_2(packages, shape, window, packed):
     assert flash_standin.calls == [f"{name} forward", f"{name} backward", f"{name} backward"]
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("generation", [2, 3])
+def test_split_windows(packages, generation, window):
+    packages(2, 3, capability=(9, 0) if generation == 3 else (8, 0))
+    kernel_checks.check_split(OnCpu(), kernel_checks.SHAPES["GQA"], window=window)
+    assert {call.split()[0] for call in flash_standin.calls} == {f"flash{generation}"}
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_flash_attention_3_on_hopper_alone(packages, packed):
     packages(2, 3)

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcat_nemo.kernels import causal_attention, gated_attention
 from kvcat_nemo.kernels.backends import kernel
+from kvcat_nemo.kernels.split_kernel import SplitKernel
+from kvcat_nemo.kernels.window_split import WindowSplit
 from kvcat_nemo.method.attention import gated_attention_reference
 
 BOUND = 1.5e-2
@@ -113,6 +115,40 @@ def test_kernel_against_float64(host, widths, window):
     found = (o, lse, *fused.backward(do, q, k, v, o, lse, saved, **call))
     exact = kernel_checks.reference(*(x.cpu() for x in (q, k, v, do)), **call)
     for name, value, expected in zip(("o", "lse", "dq", "dk", "dv"), found, exact, strict=True):
+        close(name, value, expected)
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (72, 72), (136, 136)], ids=str)
+@pytest.mark.parametrize("window", [None, 64])
+def test_every_rank_of_a_split_window(host, widths, window):
+    """Context parallelism's calls (no causality, more slots than queries, a window that begins in the chunk before)."""
+    fused = kernel(host.backend)
+    for causal in (True, False):
+        fused.check(
+            head_dim_qk=fused.widths(*widths)[0],
+            head_dim_v=fused.widths(*widths)[1],
+            dtype=torch.bfloat16,
+            device=host.device,
+            causal=causal,
+        )
+    shape = (2, host.tokens, 8, 2, *fused.widths(*widths))
+    q, k, v, do = (x.to(host.device) for x in kernel_checks.case(shape, torch.bfloat16))
+    q[..., widths[0] :] = k[..., widths[0] :] = 0
+    call = {"scale": widths[0] ** -0.5, "window": window}
+    exact = kernel_checks.reference(*(x.cpu() for x in (q, k, v, do)), **call)
+    sums = [torch.zeros(x.shape, device=host.device) for x in (k, v)]
+    for rank in range(2):
+        split = WindowSplit(None, 2, rank)
+        own = split.positions(host.tokens // 2)
+        both = SplitKernel(fused, split)
+        q_, do_ = (x[:, own.to(host.device)] for x in (q, do))
+        o, lse, saved = both.forward(q_, k, v, **call)
+        dq, *rest = both.backward(do_, q_, k, v, o, lse, saved, **call)
+        sums = [a + b for a, b in zip(sums, rest, strict=True)]
+        found = (o, exact[0][:, own]), (lse, exact[1][..., own]), (dq, exact[2][:, own])
+        for name, (value, expected) in zip(("o", "lse", "dq"), found, strict=True):
+            close(name, value, expected)
+    for name, value, expected in zip(("dk", "dv"), sums, exact[3:], strict=True):
         close(name, value, expected)
 
 

@@ -118,3 +118,63 @@ def test_no_tensor_of_tokens_by_tokens_or_a_state_per_token():
     with LargestTensor() as mode:  # the measure does see a T×T matrix
         quadratic_linear_attention(q, k, v)
     assert mode.largest == T * T
+
+
+DOCUMENTS = {
+    "one": [0],
+    "at chunk bounds": [0, 8, 16],
+    "inside chunks": [0, 3, 4, 19, 30],
+    "one token each": list(range(37)),
+    "began earlier": [5, 21],
+}
+
+
+def positions(starts, tokens=37, batch=2):
+    """[batch, tokens]: each token's place in its document; those before the first start belong to an earlier one."""
+    place = torch.arange(tokens)
+    begins = torch.tensor(starts)
+    last = torch.where(begins[None] <= place[:, None], begins[None], -1000).amax(1)
+    return (place - last).expand(batch, -1)
+
+
+class Elsewhere:
+    """Segments of a window that is all here: the state before each is the sum, or what a document leaves of it."""
+
+    def __init__(self, lengths, position=None):
+        self.lengths, self.position = lengths, position
+
+    def before(self, states):
+        out, state, at = [], torch.zeros_like(states[:, 0]), 0
+        begun = [] if self.position is None else [p == 0 for p in self.position[0].tolist()]
+        for i, length in enumerate(self.lengths):
+            out.append(state)
+            fresh = any(begun[at : at + length])
+            state = states[:, i] + (0 if fresh else state)
+            at += length
+        return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("lengths", [None, (37,), (20, 17), (0, 37), (5, 1, 0, 31)], ids=str)
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_documents_and_segments_against_the_matrix(documents, lengths, chunk):
+    q, k, v = features(2, 37, 5)
+    position = None if documents == "one" else positions(DOCUMENTS[documents])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = quadratic_linear_attention(*leaves, position_BT=position)
+    grads = torch.autograd.grad((expected * expected.sin()).sum(), leaves)
+    segments = None if lengths is None else Elsewhere(lengths, position)
+    out = chunked_linear_attention(*leaves, chunk=chunk, segments=segments, position_BT=position)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    ours = torch.autograd.grad((out * out.sin()).sum(), leaves)
+    for a, b in zip(ours, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_a_document_is_as_if_alone():
+    """Bit for bit where it begins a chunk; no rounding of another document gets in."""
+    q, k, v = features(1, 48, 5)
+    position = torch.cat([torch.arange(16), torch.arange(32)])[None]
+    packed = chunked_linear_attention(q, k, v, chunk=16, position_BT=position)
+    alone = chunked_linear_attention(q[:, 16:], k[:, 16:], v[:, 16:], chunk=16)
+    assert torch.equal(packed[:, 16:], alone)

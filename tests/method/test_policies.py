@@ -100,3 +100,44 @@ def test_accumulated_attention_is_the_column_sum_of_the_softmax(block):
         s = s.masked_fill(torch.ones(13, 13).triu(1).bool(), float("-inf"))
         expected += s.softmax(-1).sum(1)
     torch.testing.assert_close(accumulated_attention(q, k, scale=0.5, block=block), expected)
+
+
+DOCUMENTS = (5, 1, 17, 9)
+POSITIONS = torch.cat([torch.arange(n) for n in DOCUMENTS]).expand(2, -1)
+
+
+def parts(x):
+    return x.split(DOCUMENTS, 1)
+
+
+def test_a_documents_random_gate_is_as_if_alone():
+    tokens = TOKENS[:2, : sum(DOCUMENTS)]
+    ids = prefix_ids(tokens, POSITIONS)
+    packed = random_gate(ids, keep=0.5, seed=1, group=0, position_BT=POSITIONS)
+    assert not torch.equal(packed, gate(tokens))
+    for document, drawn in zip(parts(tokens), parts(packed), strict=True):
+        assert torch.equal(gate(document), drawn)
+
+
+def test_a_documents_attention_gate_is_as_if_alone():
+    mass = torch.rand(2, sum(DOCUMENTS), generator=torch.Generator().manual_seed(0))
+    packed = attention_gate(mass, 0.3, POSITIONS)
+    for document, kept in zip(parts(mass), parts(packed), strict=True):
+        assert torch.equal(attention_gate(document, 0.3), kept)
+
+
+@pytest.mark.parametrize("block", [3, 512])
+def test_accumulated_attention_of_documents_and_of_some_queries(block):
+    rng = torch.Generator().manual_seed(0)
+    T = sum(DOCUMENTS)
+    q, k = (torch.randn(2, T, heads, 4, generator=rng, dtype=torch.float64) for heads in (6, 2))
+    whole = accumulated_attention(q, k, scale=0.5)
+    places = torch.randperm(T, generator=rng)
+    some = [
+        accumulated_attention(q[:, part], k, scale=0.5, block=block, places_T=part)
+        for part in places.split(20)
+    ]
+    torch.testing.assert_close(sum(some), whole, rtol=0, atol=1e-12)
+    packed = accumulated_attention(q, k, scale=0.5, block=block, position_BT=POSITIONS)
+    for a, b, mass in zip(parts(q), parts(k), parts(packed), strict=True):
+        torch.testing.assert_close(accumulated_attention(a, b, scale=0.5), mass, rtol=0, atol=1e-12)

@@ -215,22 +215,62 @@ def test_one_mlflow_run_in_which_no_step_stands_twice(resumed):
     assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"config.json"}
 
 
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("field", ["pipeline_model_parallel_size", "tensor_model_parallel_size"])
-def test_two_processes_train_as_one(straight, base, tmp_path, field):
-    """The same command under torchrun, at PP2 and TP2: the same figures to float32 rounding, one writer of records."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    arguments = [*training(tmp_path, base[1]), "trainer.devices=2", f"trainer.strategy.{field}=2"]
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def a_few_steps(folder: Path, base: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[dict]:
+    """Figures of four training steps."""
+    arguments = [*training(folder, base), *more]
     arguments[arguments.index(f"trainer.max_steps={STEPS}")] = "trainer.max_steps=4"
     arguments[arguments.index(f"trainer.val_check_interval={STEPS // 2}")] = "trainer.val_check_interval=4"
-    code, output = nemo(tmp_path, *arguments, launcher=launcher)
+    code, output = nemo(folder, *arguments, launcher=launcher)
     assert code == 0, output[-4000:]
-    alone = {x["step"]: x for x in metrics(straight) if x["kind"] == "train"}
-    together = [x for x in metrics(tmp_path / "runs" / "tiny") if x["kind"] == "train"]
-    assert [x["step"] for x in together] == [1, 2, 3, 4]
-    for line in together:
+    out = [x for x in metrics(folder / "runs" / "tiny") if x["kind"] == "train"]
+    assert [x["step"] for x in out] == [1, 2, 3, 4]
+    return out
+
+
+def assert_same(together: list[dict], alone: list[dict]) -> None:
+    for line, expected in zip(together, alone, strict=True):
         for name in ("loss/anchor", "ce_masked", "grad_norm/backbone"):
-            assert line[name] == pytest.approx(alone[line["step"]][name], rel=2e-4), (line["step"], name)
+            assert line[name] == pytest.approx(expected[name], rel=2e-4), (line["step"], name)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "field", ["pipeline_model_parallel_size", "tensor_model_parallel_size", "context_parallel_size"]
+)
+def test_two_processes_train_as_one(straight, base, tmp_path, field):
+    """The same command under torchrun, at PP2, TP2 and CP2: the same figures to float32 rounding, one writer of records."""
+    together = a_few_steps(
+        tmp_path, base[1], "trainer.devices=2", f"trainer.strategy.{field}=2", launcher=TWO
+    )
+    assert_same(together, [x for x in metrics(straight) if x["kind"] == "train"][:4])
+
+
+@pytest.mark.multiprocess
+def test_interleaved_stages_train_as_one(base, tmp_path):
+    """PP2 in two chunks each, which must all begin with a router."""
+    groups = "model.config.kvcat.num_groups=4"
+    stages = ("pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2")
+    interleaved = [groups, "trainer.devices=2", *(f"trainer.strategy.{stage}" for stage in stages)]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for folder in (together, alone):
+        folder.mkdir()
+    exchange = ["model.config.batch_p2p_comm=False", "model.config.overlap_p2p_comm=True"]
+    assert_same(
+        a_few_steps(together, base[1], *interleaved, *exchange, launcher=TWO),
+        a_few_steps(alone, base[1], groups),
+    )
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_a_process_group_starts(base, tmp_path):
+    arguments = [*training(tmp_path, base[1]), "trainer.strategy.sequence_parallel=True"]
+    code, output = nemo(tmp_path, *arguments)
+    assert code != 0 and "sequence_parallel=True: needs tensor_model_parallel_size above 1" in output, output[
+        -3000:
+    ]
+    assert "Initializing distributed" not in output
 
 
 def test_export_is_the_trained_model_without_routers(straight, base, tmp_path):

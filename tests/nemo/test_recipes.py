@@ -1,8 +1,11 @@
 """Recipes: all there, derived from NeMo's, refused when a setting does not fit, and planned without starting anything."""
 
 import json
+import re
 
 import pytest
+import torch
+from refusals import RUN
 
 pytestmark = pytest.mark.nemo
 
@@ -120,7 +123,7 @@ def set_field(recipe, dotted, value):
     ("changes", "message"),
     [
         ({"trainer.strategy.tensor_model_parallel_size": 2}, "num_attention_heads=9"),
-        ({"trainer.strategy.context_parallel_size": 2}, "context_parallel_size=2"),
+        ({"trainer.strategy.context_parallel_size": 2}, "replicas of 2 .*context 2"),
         ({"trainer.strategy.pipeline_model_parallel_size": 3, "trainer.devices": 3}, "straddles"),
         ({"model.config.kvcat.num_groups": 31}, "num_groups=31"),
         ({"model.config.attention_dropout": 0.1}, "attention_dropout=0.1"),
@@ -138,6 +141,22 @@ def test_plan_refuses_what_does_not_fit(recipes, changes, message):
         set_field(recipe, name, value)
     with pytest.raises(ValueError, match=message):
         plan(recipe)
+
+
+@pytest.mark.parametrize("refusal", RUN, ids=lambda r: r.form)
+def test_refused_runs_are_accepted_as_proposed(recipes, refusal):
+    from kvcat_nemo.nemo.plan import plan
+
+    recipe = recipes["kvcat_qwen25_0p5b"]()
+    for name, value in refusal.given.items():
+        set_field(recipe, name, value)
+    name, value = next(iter(refusal.given.items()))
+    with pytest.raises(ValueError, match=f"{re.escape(name)}={value!r}: ") as error:
+        plan(recipe)
+    assert all(text in str(error.value) for text in refusal.says)
+    for name, value in refusal.fix.items():
+        set_field(recipe, name, value)
+    plan(recipe)
 
 
 def test_base_of_another_architecture_is_refused(recipes, tmp_path):
@@ -173,8 +192,12 @@ def test_data_paths_that_do_not_exist_are_named(tmp_path):
         dataset_paths(tmp_path)
     with pytest.raises(ValueError, match="train and validation"):
         dataset_paths({"train": "x"})
-    for name in ("a.bin", "a.idx"):
-        (tmp_path / name).touch()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"))
+    builder.add_item(torch.arange(3))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "a.idx"))
     assert dataset_paths(["0.3", str(tmp_path / "a")]) == ["0.3", str(tmp_path / "a")]
 
 

@@ -1,0 +1,135 @@
+"""Writing and reading the files of a checkpoint: NeMo's, with hashes, and with failures that every rank hears of."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import queue
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from nemo.lightning.ckpt_utils import ckpt_to_dir
+from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
+
+from kvcat_nemo.data.files import new_file
+from kvcat_nemo.data.seal import contents, hash_files, owner
+from kvcat_nemo.engine import agreement
+from kvcat_nemo.processes import die_with_parent
+
+SAVE_FAILED = (CheckpointException, agreement.Together)
+"""What a save that failed raises on every rank. (torch's CheckpointException is no Exception.)"""
+
+
+class _CommonSave(TorchCommonSaveStrategy):
+    """What is not sharded is written by rank 0: its failure is everybody's, or the others would wait for ever."""
+
+    def save_common(self, common_state_dict, checkpoint_dir) -> None:
+        agreement.on_first_rank(
+            lambda: super(_CommonSave, self).save_common(common_state_dict, checkpoint_dir)
+        )
+
+
+class KVCatCheckpointIO(MegatronCheckpointIO):
+    """NeMo's Megatron checkpoints; the files' hashes are taken by the ranks that wrote them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None):
+        """As NeMo's. With async_save the request also hashes what it has written, in the writer's process."""
+        _prepare_results_queue(self.async_save)
+        # A plan cached from a save that failed must not be used again.
+        self._save_sharded_strategy = None
+        request = super().save_checkpoint(checkpoint, path, storage_options)
+        if request is not None and request.async_fn is not None:
+            folder, rank, world = str(ckpt_to_dir(path)), agreement.rank(), agreement.world_size()
+            hashed = functools.partial(_write_then_hash, request.async_fn, folder, rank, world)
+            request = request._replace(async_fn=hashed)
+        return request
+
+
+class KVCatAsyncIO(AsyncFinalizableCheckpointIO):
+    """NeMo's asynchronous saving; a save that fails is handed to `on_failure` instead of ending the run there."""
+
+    on_failure = None
+
+    def maybe_finalize_save_checkpoint(self, blocking: bool = False):
+        try:
+            return super().maybe_finalize_save_checkpoint(blocking)
+        except SAVE_FAILED as error:
+            if self.on_failure is None:
+                raise
+            self.on_failure(error)
+            return False
+
+
+def make_checkpoint_io(**arguments):
+    """The CheckpointIO of a run, wrapped for asynchronous saving where that is asked for."""
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonSave("torch", 1))
+    plain = KVCatCheckpointIO(**arguments)
+    return KVCatAsyncIO(plain) if arguments.get("async_save") else plain
+
+
+def collect_hashes(folder: Path) -> dict[str, dict]:
+    """Size and hash of every file of a checkpoint that has just been written. A collective call.
+
+    Each rank answers for its own files. What an asynchronous writer hashed already is not read again.
+
+    Raises:
+        Together: on every rank, when one could not read its files.
+    """
+    me, world = agreement.rank(), agreement.world_size()
+    sidecar = _sidecar(folder, me)
+    answer: tuple[dict, str] = ({}, "")
+    try:
+        done = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        sidecar.unlink(missing_ok=True)
+        mine = [n for n in contents(folder) if owner(n, world) == me and ".hashes-" not in n]
+        answer = ({n: done[n] for n in mine if n in done} | hash_files(folder, set(mine) - set(done)), "")
+    except OSError as error:
+        answer = ({}, f"{agreement.whoami()}: {error}")
+    files: dict[str, dict] = {}
+    for found, wrong in agreement.gather(answer):
+        if wrong:
+            raise agreement.Together(wrong)
+        files |= found
+    return files
+
+
+def _sidecar(folder: Path, rank: int) -> Path:
+    return folder / f".hashes-{rank}.json"
+
+
+def _write_then_hash(write, folder: str, rank: int, world: int, *args, **kwargs) -> None:
+    write(*args, **kwargs)
+    place = Path(folder)
+    mine = [n for n in contents(place) if owner(n, world) == rank and n.endswith(".distcp")]
+    with new_file(_sidecar(place, rank)) as temporary:
+        temporary.write_text(json.dumps(hash_files(place, mine)))
+
+
+_manager: SyncManager | None = None
+
+
+def _prepare_results_queue(asynchronous: bool) -> None:
+    """Where writers leave what they wrote. Megatron starts a server process for it, which outlives a killed trainer.
+
+    Saving synchronously, reader and writer of the queue are the same process. Saving asynchronously they are not, and
+    the server ends with us.
+    """
+    global _manager
+    if not asynchronous:
+        filesystem_async._results_queue = (
+            queue.Queue()
+        )  # a new one each time: a failed save may leave a result behind
+        return
+    if _manager is None:
+        _manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        _manager.start(initializer=die_with_parent, initargs=(os.getpid(),))
+    filesystem_async._results_queue = _manager.Queue()

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# What the launch scripts share: messages, attempts, and the verdict on how an attempt ended. Sourced, never run.
+#
+# A run keeps its launch state in KVCAT_RUN_DIR/launch:
+#   submitted          touched at every submission; restarts are counted from there
+#   attempts.tsv       one line per attempt: name, time, job, nodes, complete checkpoints it started from
+#   attempt-NAME/      rank-0000.NODE.log …; exit/rank-0000 (code, node, time, log); exit/node-NODE; health/; stop
+
+# A process that was asked to stop, saved and wants to be started again (EX_TEMPFAIL of sysexits.h).
+readonly KVCAT_EXIT_AGAIN=75
+# One that ended because another did (EX_UNAVAILABLE); kvcat_nemo/exit_codes.py has both.
+readonly KVCAT_EXIT_PEER_DIED=69
+
+say() { printf 'kvcat launch: %s\n' "$*"; }
+
+die() {
+  printf 'kvcat launch: error: %s\n' "$*" >&2
+  exit 2
+}
+
+# Slurm's name, the Kubernetes node's, or the host's own.
+node_name() { printf '%s' "${SLURMD_NODENAME:-${KVCAT_NODE_NAME:-$(uname -n)}}"; }
+
+# require_number NAME VALUE LEAST: a setting must be a whole number, LEAST or more.
+require_number() {
+  if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1=$2: give a whole number of at least $3"; fi
+}
+
+# Names of the complete checkpoints, one a line. NeMo marks one being written by a file NAME-unfinished beside it.
+complete_checkpoints() {
+  local folder
+  for folder in "$KVCAT_RUN_DIR"/checkpoints/*/; do
+    folder=${folder%/}
+    [[ -d $folder && ! -L $folder && ! -e $folder-unfinished ]] && printf '%s\n' "${folder##*/}"
+  done
+  return 0
+}
+
+# Restarts in a row, up to now, that found the checkpoints of the attempt before them.
+stalled_restarts() {
+  local now=$1 table=$KVCAT_RUN_DIR/launch/attempts.tsv
+  [[ -f $table ]] || table=/dev/null
+  awk -F '\t' -v now="$now" '$1 == "submitted" { n = 0; next } { n = ($5 == now) ? n + 1 : 0 } END { print n + 0 }' "$table"
+}
+
+# begin_attempt NAME JOB NODES: count it, make its folder, and set KVCAT_ATTEMPT_DIR and KVCAT_STOP_FILE.
+# Returns 1 when restarting has stopped helping.
+begin_attempt() {
+  local launch=$KVCAT_RUN_DIR/launch progress stalled
+  mkdir -p "$launch"
+  progress=$(complete_checkpoints | cksum | tr ' ' '-')
+  stalled=$(stalled_restarts "$progress")
+  if ((stalled > KVCAT_MAX_STALLED)); then
+    say "error: $stalled attempts in a row saved nothing new (limit: $KVCAT_MAX_STALLED restarts without progress); not starting" \
+      "again. Look at the logs in $launch, mend the cause and submit anew" >&2
+    return 1
+  fi
+  printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$(date +%FT%T)" "$2" "$3" "$progress" >> "$launch/attempts.tsv"
+  open_attempt "$1"
+  rm -rf "$KVCAT_ATTEMPT_DIR/exit" "$KVCAT_STOP_FILE" # of an attempt of the same name
+  mkdir -p "$KVCAT_ATTEMPT_DIR"/{exit,health,nccl}
+}
+
+# open_attempt NAME: name the files of an attempt.
+open_attempt() {
+  export KVCAT_ATTEMPT_DIR=$KVCAT_RUN_DIR/launch/attempt-$1
+  export KVCAT_STOP_FILE=$KVCAT_ATTEMPT_DIR/stop
+}
+
+next_attempt() {
+  local n=1
+  while [[ -e $(printf '%s/launch/attempt-%03d' "$KVCAT_RUN_DIR" "$n") ]]; do ((n += 1)); done
+  printf '%03d' "$n"
+}
+
+# ask_to_stop REASON: ranks look for this file at every step boundary; the first reason is kept.
+ask_to_stop() {
+  [[ -e $KVCAT_STOP_FILE ]] && return
+  say "$1: asking all ranks to save and stop"
+  mkdir -p "$KVCAT_ATTEMPT_DIR" && printf '%s\n' "$1" > "$KVCAT_STOP_FILE"
+}
+
+# wait_for PID: its exit code, whatever signals are trapped meanwhile (each makes `wait` return early).
+wait_for() {
+  while kill -0 "$1" 2> /dev/null; do wait "$1"; done
+  wait "$1" # bash remembers how it ended
+}
+
+# write_record FILE WORD…: tab-separated, complete or not there.
+write_record() {
+  local file=$1 IFS=$'\t'
+  shift
+  printf '%s\n' "$*" > "$file.$$" && mv -f "$file.$$" "$file"
+}
+
+# verdict FIRST LAST: what ranks FIRST…LAST recorded: done, again, or failed (some failed, or left no record).
+verdict() {
+  local rank record code result='done'
+  for ((rank = $1; rank <= $2; rank++)); do
+    record=$KVCAT_ATTEMPT_DIR/exit/rank-$(printf '%04d' "$rank")
+    code=missing
+    [[ -f $record ]] && read -r code _ < "$record"
+    case $code in
+      0) ;;
+      "$KVCAT_EXIT_AGAIN") result=again ;;
+      *)
+        echo failed
+        return
+        ;;
+    esac
+  done
+  echo "$result"
+}
+
+# The rank that failed first by the nodes' clocks, its node, and the end of its log.
+explain_failure() {
+  local first code node log rank
+  first=$(for f in "$KVCAT_ATTEMPT_DIR"/exit/rank-????; do
+    [[ -f $f ]] && printf '%s\t%s\n' "${f##*/rank-}" "$(< "$f")"
+  done | awk -F '\t' -v again="$KVCAT_EXIT_AGAIN" -v peer="$KVCAT_EXIT_PEER_DIED" \
+    '$2 != 0 && $2 != again { print ($2 == peer) "\t" $0 }' | sort -t $'\t' -k 1,1n -k 5,5n | cut -f 2- | head -n 1)
+  if [[ -z $first ]]; then
+    say "no rank recorded a failure: a process was killed before it could, or never started"
+    return
+  fi
+  IFS=$'\t' read -r rank code node _ log <<< "$first"
+  say "node $node: rank $((10#$rank)) was the first to fail, with exit code $code$(exit_hint "$code"); its log: $log"
+  say "the last lines of it:"
+  tail -n 25 "$log" | sed 's/^/  | /'
+}
+
+exit_hint() {
+  case $1 in
+    "$KVCAT_EXIT_PEER_DIED") printf ' (another rank died; its log says which)' ;;
+    137) printf ' (killed: often out of memory)' ;;
+    13[0-9] | 14[0-9] | 15[0-9]) printf ' (signal %d)' "$(($1 - 128))" ;;
+  esac
+}

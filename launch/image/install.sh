@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# install.sh dependencies|project: a step of the image's build, in /opt/kvcat.
+#
+# The base image's own builds are protected: packages that are compiled against its CUDA and torch are pinned to what is there,
+# and looked at again afterwards. On a base without torch, torch comes from constraints.txt.
+set -euo pipefail
+
+# Compiled against each other. megatron-core and nemo-toolkit are not: the pinned ones replace the base's.
+readonly PROTECTED='torch|torchvision|torchaudio|triton|pytorch-triton|transformer[-_]engine([-_].*)?|apex|flash[-_]attn([-_].*)?|grouped[-_]gemm|causal[-_]conv1d|mamba[-_]ssm|nvidia[-_].*[-_]cu1[0-9]'
+
+say() { printf 'image: %s\n' "$*"; }
+pip() { python -m pip "$@"; }
+
+protected() {
+  python - "$PROTECTED" << 'PYTHON'
+import importlib.metadata as metadata, re, sys
+
+names = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+for name, version in sorted(names.items()):
+    if re.fullmatch(sys.argv[1], name, re.I):
+        print(f"{name}=={version}")
+PYTHON
+}
+
+dependencies() {
+  python -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"the base has Python {sys.version}; 3.11 or newer is needed")'
+  pip --version || python -m ensurepip # environments made by uv may lack it
+  unset PIP_CONSTRAINT                 # NGC's own pins; its builds are protected below
+  protected > /tmp/before.txt
+  say "the base's own, never replaced: $(paste -sd' ' /tmp/before.txt)"
+  # Our pins, but for what is protected; those are pinned to the versions that are there.
+  python - "$PROTECTED" /tmp/before.txt << 'PYTHON' > /tmp/constraints.txt
+import re, sys
+
+pattern, before = sys.argv[1], open(sys.argv[2]).read().split()
+present = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in before}
+for line in open("constraints.txt"):
+    name = re.sub(r"[-_.]+", "-", line.partition("==")[0].strip()).lower()
+    if not line.startswith("#") and name not in present:
+        print(line.strip())
+print(*before, sep="\n")
+PYTHON
+  grep -q '^torch==' /tmp/before.txt || pip install "$(grep '^torch==' constraints.txt)"
+  protected > /tmp/before.txt
+  python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["train"], sep="\n")' \
+    > /tmp/requirements.txt
+  pip install --no-compile -c /tmp/constraints.txt -r /tmp/requirements.txt
+  unchanged
+  rm -f /tmp/constraints.txt /tmp/requirements.txt
+  mkdir -p /opt/kvcat && mv /tmp/before.txt /opt/kvcat/protected.txt
+}
+
+# A package that the base had must be there still, in the same version.
+unchanged() {
+  local list=${1:-/tmp/before.txt}
+  protected | diff "$list" - || { say "pip replaced what the base had built (above: < before, > after)"; exit 1; }
+}
+
+project() {
+  pip install --no-compile --no-deps .
+  rm -rf build ./*.egg-info
+  unchanged /opt/kvcat/protected.txt
+  chmod -R a+rX /opt/kvcat
+}
+
+case ${1:-} in
+  dependencies | project) "$1" ;;
+  *) say "usage: install.sh dependencies|project"; exit 2 ;;
+esac

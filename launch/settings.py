@@ -1,0 +1,79 @@
+"""What a launch needs to know, whichever launcher takes it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY")
+_PASSWORD_IN_URI = re.compile(r"://[^/@]*:[^/@]*@")
+
+
+@dataclass
+class Settings:
+    """Settings that Slurm and Kubernetes share. Times are in seconds."""
+
+    command: list[str]
+    """What every rank runs."""
+    run_dir: Path
+    """The run's folder, on storage that all nodes share."""
+    nodes: int = 1
+    gpus_per_node: int = 8
+    """GPUs of each node; 0 for CPU nodes."""
+    procs_per_node: int | None = None
+    """Ranks on each node; None: one per GPU, or one."""
+    name: str | None = None
+    """Name of the job; None: that of the run's folder."""
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)
+    """SOURCE:TARGET, each."""
+    env: list[str] = field(default_factory=list)
+    """NAME=VALUE, or NAME alone for a value that is written nowhere."""
+    setup: str = ""
+    """Shell code to run before the command."""
+    interface: str = ""
+    """Network interface of NCCL and gloo; empty: theirs to choose."""
+    master_port: int | None = None
+    """Port of the rendezvous; None: the launcher's default."""
+    signal_seconds: int = 300
+    """Time that ranks get to save when they are asked to stop."""
+    max_stalled: int = 3
+    """Restarts without a new checkpoint that are allowed."""
+
+    def __post_init__(self):
+        if self.procs_per_node is None:
+            self.procs_per_node = self.gpus_per_node or 1
+        if self.name is None:
+            self.name = self.run_dir.name
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: naming the setting, its value and what to give.
+        """
+        if not self.command:
+            raise ValueError("command=[]: there is nothing to run")
+        for name, least in (
+            ("nodes", 1),
+            ("gpus_per_node", 0),
+            ("procs_per_node", 1),
+            ("signal_seconds", 10),
+            ("max_stalled", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+        if self.gpus_per_node and self.procs_per_node > self.gpus_per_node:
+            raise ValueError(
+                f"procs_per_node={self.procs_per_node}: more ranks than gpus_per_node={self.gpus_per_node}"
+            )
+        for pair in self.env:
+            name, equals, value = pair.partition("=")
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ValueError(f"env={name}: not a variable's name")
+            if equals and (_SECRET.search(name) or _PASSWORD_IN_URI.search(value)):
+                raise ValueError(
+                    f"env={name}=…: that looks like a secret, which would be written to a file; give {name} alone"
+                )

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# submit.sh [OPTION…] --run-dir DIR -- COMMAND…: run COMMAND on a Slurm cluster, one rank per GPU, and again after preemption.
+#
+#   --run-dir DIR            the run's folder, on a file system that all nodes share (required)
+#   --nodes N                nodes (1)
+#   --gpus-per-node N        GPUs, and ranks, on each node (8); 0 for CPU nodes
+#   --procs-per-node N       ranks on each node, where it differs from the GPUs
+#   --cpus-per-node N        CPUs for them; --exclusive takes whole nodes
+#   --job-name NAME          (the run folder's name)
+#   --time LIMIT             Slurm's time limit of one attempt (04:00:00); the run goes on after it
+#   --partition P, --account A, --qos Q, --constraint C, --exclude NODES: as sbatch's
+#   --image IMAGE            run in this container (pyxis and enroot): a .sqsh file or a registry's image; bare without
+#   --mount SRC:DST          mount into it, again for more; the run's folder is mounted anyway
+#   --setup CODE             shell code before the command on each node, such as 'source /shared/venv/bin/activate'
+#   --env NAME[=VALUE]       set for all ranks, again for more; NAME alone takes what the submitting shell has, and
+#                            writes it nowhere (for secrets)
+#   --interface IFNAME       network interface for NCCL and gloo (theirs to choose)
+#   --ib-hca LIST            InfiniBand adapters for NCCL (NCCL_IB_HCA)
+#   --master-port PORT       rendezvous (from the job's number)
+#   --signal-seconds S       ask the ranks to save S seconds before the time limit (300)
+#   --stop-seconds S         and give up waiting for them after S (signal-seconds less 60, or half of it)
+#   --max-stalled N          restarts without a new checkpoint that are allowed (3)
+#   --restart-on-failure     queue again after a failure too, within that limit
+#   --health-command CODE    a check on every node before the start; --health-seconds S for all checks (300)
+#   --min-disk-gb N          free space that the run's folder must have (20)
+#   --exit-wait S            seconds that other nodes get once one has ended (60)
+#   --dry-run                print the script and its environment, and submit nothing
+#
+# The whole script is kept in DIR/launch/job.sbatch, with the launch scripts as they are now, so that a requeued job is the same.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=common.sh
+source "$here/common.sh"
+
+run_dir='' nodes=1 gpus=8 procs='' cpus='' name='' limit=04:00:00 image='' setup='' interface='' ib_hca='' port=''
+signal_seconds=300 stop_seconds='' max_stalled=3 restart_on_failure=0 health_command='' health_seconds=300
+min_disk_gb=20 exit_wait=60 dry_run='' exclusive=''
+mounts=() environment=() kept=() sbatch=()
+
+while (($#)); do
+  option=$1
+  case $option in
+    --) shift; break ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --dry-run) dry_run=1; shift; continue ;;
+    --exclusive) exclusive=1; shift; continue ;;
+    --restart-on-failure) restart_on_failure=1; shift; continue ;;
+    --*=*) set -- "${option%%=*}" "${option#*=}" "${@:2}"; option=$1 ;;
+  esac
+  (($# > 1)) || die "$option needs a value (submit.sh --help)"
+  case $option in
+    --run-dir) run_dir=$2 ;;
+    --nodes) nodes=$2 ;;
+    --gpus-per-node) gpus=$2 ;;
+    --procs-per-node) procs=$2 ;;
+    --cpus-per-node) cpus=$2 ;;
+    --job-name) name=$2 ;;
+    --time) limit=$2 ;;
+    --partition | --account | --qos | --constraint | --exclude) sbatch+=("$option=$2") ;;
+    --image) image=$2 ;;
+    --mount) mounts+=("$2") ;;
+    --setup) setup=$2 ;;
+    --env) environment+=("$2") ;;
+    --interface) interface=$2 ;;
+    --ib-hca) ib_hca=$2 ;;
+    --master-port) port=$2 ;;
+    --signal-seconds) signal_seconds=$2 ;;
+    --stop-seconds) stop_seconds=$2 ;;
+    --max-stalled) max_stalled=$2 ;;
+    --health-command) health_command=$2 ;;
+    --health-seconds) health_seconds=$2 ;;
+    --min-disk-gb) min_disk_gb=$2 ;;
+    --exit-wait) exit_wait=$2 ;;
+    *) die "unknown option $option (submit.sh --help)" ;;
+  esac
+  shift 2
+done
+
+# --- everything is checked before anything is written ---
+
+(($#)) || die "no command: put it after --"
+[[ -n $run_dir ]] || die "--run-dir is missing: name the run's folder, on a file system that all nodes share"
+run_dir=$(realpath -m -- "$run_dir")
+: "${name:=$(basename "$run_dir")}" "${procs:=$((gpus > 0 ? gpus : 1))}"
+: "${stop_seconds:=$((signal_seconds > 120 ? signal_seconds - 60 : signal_seconds / 2))}"
+require_number --nodes "$nodes" 1
+require_number --gpus-per-node "$gpus" 0
+require_number --procs-per-node "$procs" 1
+[[ -z $cpus ]] || require_number --cpus-per-node "$cpus" 1
+[[ -z $port ]] || require_number --master-port "$port" 1024
+require_number --signal-seconds "$signal_seconds" 10
+require_number --stop-seconds "$stop_seconds" 1
+require_number --max-stalled "$max_stalled" 0
+require_number --health-seconds "$health_seconds" 1
+require_number --min-disk-gb "$min_disk_gb" 0
+require_number --exit-wait "$exit_wait" 1
+[[ $limit =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || die "--time=$limit: give minutes, HH:MM:SS or D-HH:MM:SS"
+[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || die "--job-name=$name: letters, digits, dot, dash and underscore only"
+((stop_seconds <= signal_seconds)) || die "--stop-seconds=$stop_seconds is more than --signal-seconds=$signal_seconds"
+((gpus == 0 || procs <= gpus)) || die "--procs-per-node=$procs: more ranks than --gpus-per-node=$gpus"
+for mount in "${mounts[@]}"; do
+  [[ $mount =~ ^/[^:,]*:/[^:,]*(:[a-z+]+)?$ ]] || die "--mount=$mount: give /SOURCE:/TARGET, or /SOURCE:/TARGET:ro"
+done
+((${#mounts[@]} == 0)) || [[ -n $image ]] || die "--mount=${mounts[0]}: there is no container to mount into; give --image"
+for pair in "${environment[@]}"; do
+  variable=${pair%%=*}
+  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "--env=$variable: not a variable's name"
+  if [[ $pair == *=* ]]; then
+    # This script is kept on disk and printed: a secret has no place in it.
+    [[ ! $variable =~ (TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY) && ! ${pair#*=} =~ ://[^/@]*:[^/@]*@ ]] \
+      || die "--env=$variable=…: that looks like a secret, which would be written to a file; export it and give --env $variable"
+  else
+    [[ -n ${!variable+set} ]] || die "--env=$variable: is not set in this shell; export it first, or give --env $variable=VALUE"
+    kept+=("$variable")
+  fi
+done
+
+# --- the script ---
+
+quoted() { printf '%q' "$1"; }
+
+script() {
+  echo '#!/usr/bin/env bash'
+  printf '#SBATCH %s\n' "--job-name=$name" "--nodes=$nodes" --ntasks-per-node=1 "--time=$limit" --requeue --open-mode=append \
+    "--signal=B:USR1@$signal_seconds" "--output=$run_dir/launch/slurm-%j.out" "${sbatch[@]}"
+  ((gpus == 0)) || echo "#SBATCH --gpus-per-node=$gpus"
+  [[ -z $cpus ]] || echo "#SBATCH --cpus-per-task=$cpus"
+  [[ -z $exclusive ]] || echo '#SBATCH --exclusive'
+  echo
+  local joined
+  joined=$(IFS=,; echo "$run_dir:$run_dir${mounts[*]:+,${mounts[*]}}")
+  cat << SETTINGS
+export KVCAT_RUN_DIR=$(quoted "$run_dir")
+export KVCAT_LAUNCH_DIR=$(quoted "$run_dir/launch/bin")
+export KVCAT_DONE_FILE=$(quoted "$run_dir/kvcat/finished.json")
+export KVCAT_GPUS_PER_NODE=$gpus KVCAT_PROCS_PER_NODE=$procs
+export KVCAT_IMAGE=$(quoted "$image")
+export KVCAT_MOUNTS=$(quoted "$joined")
+export KVCAT_SETUP=$(quoted "$setup")
+export KVCAT_INTERFACE=$(quoted "$interface")
+export KVCAT_STOP_SECONDS=$stop_seconds KVCAT_EXIT_WAIT=$exit_wait
+export KVCAT_MAX_STALLED=$max_stalled KVCAT_RESTART_ON_FAILURE=$restart_on_failure
+export KVCAT_HEALTH_COMMAND=$(quoted "$health_command")
+export KVCAT_HEALTH_SECONDS=$health_seconds KVCAT_MIN_DISK_GB=$min_disk_gb
+SETTINGS
+  [[ -z $port ]] || echo "export KVCAT_MASTER_PORT=$port"
+  [[ -z $ib_hca ]] || echo "export NCCL_IB_HCA=$(quoted "$ib_hca")"
+  local pair names=''
+  for pair in "${environment[@]}"; do
+    names+=,${pair%%=*}
+    [[ $pair == *=* ]] && echo "export ${pair%%=*}=$(quoted "${pair#*=}")"
+  done
+  echo "KVCAT_KEEP_ENV=$(quoted "$names")"
+  ((${#kept[@]} == 0)) || echo "# taken from the submitting shell, and written nowhere: ${kept[*]}"
+  printf 'KVCAT_COMMAND=('
+  printf ' %q' "$@"
+  printf ' )\n\n'
+  tail -n +2 "$here/slurm.sbatch"
+}
+
+if [[ -n $dry_run ]]; then
+  say "would write $run_dir/launch/job.sbatch and run: sbatch --parsable $run_dir/launch/job.sbatch" >&2
+  script "$@"
+  exit 0
+fi
+
+command -v sbatch > /dev/null || die "sbatch is not on PATH: submit from a node of the cluster, or look at it with --dry-run"
+mkdir -p "$run_dir/launch/bin"
+cp "$here"/{common,health,rank,torchrun}.sh "$run_dir/launch/bin/"
+script "$@" > "$run_dir/launch/.job.sbatch.$$"
+mv -f "$run_dir/launch/.job.sbatch.$$" "$run_dir/launch/job.sbatch"
+printf 'submitted\t%s\n' "$(date +%FT%T)" >> "$run_dir/launch/attempts.tsv" # restarts are counted from here
+touch "$run_dir/launch/submitted"
+say "sbatch --parsable $run_dir/launch/job.sbatch" >&2
+job=$(sbatch --parsable "$run_dir/launch/job.sbatch") || die "sbatch refused the job (above); the script is $run_dir/launch/job.sbatch"
+say "job $job; its output: $run_dir/launch/slurm-${job%%;*}.out" >&2
+echo "$job"

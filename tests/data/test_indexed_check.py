@@ -1,0 +1,15 @@
+"""A broken indexed dataset is refused before anything starts; benchmarks/faults/damage.py has the ways to break one."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+
+def test_every_way_to_break_one_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from benchmarks.faults import damage
+
+    record = damage.bad_data(tmp_path / "data")
+    assert record.tried >= 9 and record.survived == record.tried, record.failures

@@ -1,0 +1,111 @@
+"""A checkpoint counts when it is sealed, and its files are what the seal says."""
+
+import json
+import os
+
+import pytest
+
+from kvcat_nemo.data import seal
+
+
+def make(folder, name="step=4", step=4):
+    path = folder / name
+    (path / "weights").mkdir(parents=True)
+    (path / "weights" / "__0_0.distcp").write_bytes(b"a" * 5000)
+    (path / "weights" / "__1_0.distcp").write_bytes(b"b" * 3000)
+    (path / "weights" / "common.pt").write_bytes(b"c" * 100)
+    (path / "context").mkdir()
+    (path / "context" / "io.json").write_text("{}")
+    seal.write_seal(path, step, seal.hash_files(path, seal.contents(path)), world_size=2)
+    return path
+
+
+def test_seal_lists_every_file(tmp_path):
+    found = seal.read_seal(make(tmp_path))
+    assert found.step == 4 and found.bytes == 8102 and found.facts == {"world_size": 2}
+    assert set(found.files) == {
+        "weights/__0_0.distcp",
+        "weights/__1_0.distcp",
+        "weights/common.pt",
+        "context/io.json",
+    }
+
+
+def test_whole(tmp_path):
+    path = make(tmp_path)
+    assert seal.damage(path, seal.read_seal(path)) == []
+    assert [f.path for f in seal.complete(tmp_path)] == [path]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_one_flipped_bit_is_found_by_exactly_one_part(tmp_path, parts):
+    path = make(tmp_path)
+    victim = path / "weights" / "__1_0.distcp"
+    raw = bytearray(victim.read_bytes())
+    raw[1234] ^= 1
+    victim.write_bytes(raw)
+    stored = seal.read_seal(path)
+    found = [seal.damage(path, stored, part=i, parts=parts) for i in range(parts)]
+    assert sum(map(len, found)) == 1
+    assert str(victim) in next(f[0] for f in found if f) and seal.damage(path, stored, hashes=False) == []
+
+
+def test_truncated_and_missing(tmp_path):
+    path = make(tmp_path)
+    os.truncate(path / "weights" / "__0_0.distcp", 4999)
+    (path / "context" / "io.json").unlink()
+    found = "\n".join(seal.damage(path, seal.read_seal(path), hashes=False))
+    assert "__0_0.distcp: 4,999 bytes, saved with 5,000 (truncated?)" in found and "io.json: missing" in found
+    assert seal.survey(tmp_path)[0].damaged
+
+
+def test_unsealed_marked_and_unreadable(tmp_path):
+    no_seal, marked, bad = (
+        make(tmp_path, "step=1", 1),
+        make(tmp_path, "step=2", 2),
+        make(tmp_path, "step=3", 3),
+    )
+    (no_seal / seal.SEAL).unlink()
+    marked.with_name("step=2-unfinished").touch()
+    (bad / seal.SEAL).write_text('{"step": 3, "fi')
+    for path in (no_seal, marked):
+        with pytest.raises(seal.Incomplete, match=path.name):
+            seal.read_seal(path)
+    with pytest.raises(seal.Damaged, match="step=3"):
+        seal.read_seal(bad)
+    assert seal.complete(tmp_path) == []
+    assert [f.damaged for f in sorted(seal.survey(tmp_path), key=lambda f: f.path.name)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_newest_first_and_links_and_set_aside_ones_left_out(tmp_path):
+    for step in (8, 16, 12):
+        make(tmp_path, f"step={step}", step)
+    make(tmp_path, f"step=20{seal.BROKEN}", 20)
+    (tmp_path / "last").symlink_to("step=16")
+    assert [f.step for f in seal.complete(tmp_path)] == [16, 12, 8]
+
+
+def test_a_file_that_nobody_hashed_prevents_the_seal(tmp_path):
+    path = make(tmp_path)
+    files = seal.read_seal(path).files
+    (path / "weights" / "__2_0.distcp").write_bytes(b"x")
+    with pytest.raises(seal.Damaged, match="__2_0"):
+        seal.write_seal(path, 4, files)
+
+
+def test_owner_is_the_rank_that_wrote():
+    assert seal.owner("weights/__3_1.distcp", 4) == 3
+    assert seal.owner("weights/common.pt", 4) == 0 and seal.owner("weights/.metadata", 4) == 0
+
+
+def test_score(tmp_path):
+    path = make(tmp_path)
+    assert seal.read_score(path, "masked_ppl") is None
+    seal.write_score(path, "masked_ppl", 12.5)
+    assert seal.read_score(path, "masked_ppl") == 12.5 and seal.read_score(path, "dense_ppl") is None
+    assert seal.damage(path, seal.read_seal(path)) == []  # it is no part of the seal
+    assert json.loads((path / seal.SEAL).read_text())["step"] == 4

@@ -1,0 +1,122 @@
+"""The short form of `make faults`: every kind of fault once or twice, on real training processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.nemo, pytest.mark.slow, pytest.mark.multiprocess]
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.faults import damage, kills, nan, resume, runs  # noqa: E402
+from benchmarks.faults.server import Server  # noqa: E402
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, tmp_path_factory):
+    """layout → trajectory of a run that nothing interrupts, and its folder."""
+    known = {}
+
+    def get(layout="TP1", steps=STEPS):
+        if (layout, steps) not in known:
+            folder = tmp_path_factory.mktemp("straight")
+            known[layout, steps] = (runs.straight(server, folder, steps, layout), folder)
+        return known[layout, steps]
+
+    return get
+
+
+def good(record):
+    assert record.tried and record.survived == record.tried, "\n".join(record.failures)
+
+
+def test_killed_in_a_step_and_in_a_save(server, unbroken, tmp_path):
+    records = kills.kill_moments(
+        server,
+        tmp_path,
+        {"in a step": 2, "in a save": 2, "while starting": 1},
+        seed=3,
+        unbroken=unbroken(steps=20)[0],
+        steps=20,
+    )
+    for record in records.values():
+        good(record)
+        assert record.checkpoints_lost == 0 and max(record.steps_lost) <= runs.SAVE_EVERY + 1
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
+def test_ten_steps_are_five_and_five(server, tmp_path, layout):
+    good(resume.resume_exact(server, tmp_path, [layout]))
+
+
+def test_the_same_on_an_indexed_dataset(server, tmp_path):
+    good(resume.resume_with_files(server, tmp_path / "files", ["DP2"]))
+
+
+def test_five_steps_at_another_layout(server, tmp_path):
+    good(resume.resume_across(server, tmp_path, source="TP2", target="TP1"))
+
+
+def test_asked_to_stop(server, unbroken, tmp_path):
+    good(resume.stops(server, tmp_path, None, STEPS, {"DP2": unbroken("DP2")[0]}))
+
+
+def test_one_rank_dies_and_one_freezes(server, unbroken, tmp_path):
+    reference = unbroken("DP2")[0]
+    good(kills.one_dies(server, tmp_path / "killed", "DP2", reference, STEPS, 1, victims=[1]))
+    good(kills.one_dies(server, tmp_path / "frozen", "DP2", reference, STEPS, 1, freeze=True, victims=[0]))
+
+
+def test_disk_full(server, unbroken, tmp_path):
+    reference, folder = unbroken()
+    good(damage.disk_full(server, tmp_path, reference, STEPS, runs.checkpoint_megabytes(folder)))
+
+
+def test_damaged_checkpoints(server, unbroken, tmp_path):
+    good(damage.damaged_files(server, tmp_path, unbroken()[0], STEPS))
+
+
+def test_not_a_number(server, tmp_path):
+    good(nan.not_a_number(server, tmp_path / "nan", layouts=[("DP2", 1)]))
+    good(nan.skipped_step_changes_nothing(server, tmp_path / "weights"))
+
+
+def test_resume_modes(server, tmp_path):
+    good(resume.resume_modes(server, tmp_path))
+
+
+def test_keeps_the_newest_and_the_best(server, unbroken, tmp_path):
+    _, folder = unbroken()
+    validations = {x["step"]: x for x in runs.lines(folder) if x["kind"] == "validation" and x["step"]}
+    # A figure that is lowest early: what is best is then not what is newest.
+    early = [
+        n
+        for n, v in validations[8].items()
+        if n.endswith(("agreement", "ppl", "rate")) and v < validations[12][n]
+    ]
+    assert early, validations
+    more = {"log.ckpt.best_metric": early[0], "log.ckpt.keep_last": 1, "trainer.val_check_interval": 4}
+    run = server.run(tmp_path, runs.settings(STEPS, **more))
+    assert run.wait(120) == [0], run.tail()
+    steps = {x["step"]: x[early[0]] for x in runs.lines(tmp_path) if x["kind"] == "validation" and x["step"]}
+    best = min(steps, key=steps.get)
+    assert best != STEPS
+    kept = {f.step for f in runs.complete(runs.checkpoints(tmp_path))}
+    assert kept == {best, STEPS}
+    assert (runs.checkpoints(tmp_path) / "last").resolve().name == f"step={STEPS}"
+
+
+def test_an_unknown_metric_is_refused_before_training(server, tmp_path):
+    run = server.run(tmp_path, runs.settings(STEPS) | {"log.ckpt.best_metric": "perplexity"})
+    assert run.wait(60) == [1]
+    assert "log.ckpt.best_metric='perplexity'" in run.output() and "masked_ppl" in run.output()
+    assert runs.last_step(tmp_path) == 0
