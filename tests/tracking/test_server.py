@@ -151,7 +151,7 @@ def test_the_page_of_a_run(server, tmp_path):
         overview = await page.open(where, "model.kvcat.policy", "train/loss/distill", "Finished")
         await page.picture(tmp_path / "overview.png")
         charts = await page.open(f"{where}/model-metrics", "keep_rate/group0", "loss/budget")
-        assert await page.count("path.js-line", len(NAMES)) == len(NAMES)  # the curves themselves
+        await page.count("path.js-line", len(NAMES))  # the curves themselves
         await page.picture(tmp_path / "charts.png")
         files = await page.open(f"{where}/artifacts", "config.yaml")
         return overview, charts, files
