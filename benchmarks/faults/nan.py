@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.faults.runs import FRESH, SAVE_EVERY, TIMED, Record, lines, newest, ranks, settings
+from benchmarks.faults.runs import FRESH, SAVE_EVERY, Record, lines, newest, ranks, settings
 from benchmarks.faults.server import Server
+from kvcat_nemo.tracking.metrics_file import TIMED
 
 
 def not_a_number(

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from benchmarks.faults.server import Run, Server
 from kvcat_nemo.data.seal import complete, read_seal
+from kvcat_nemo.tracking.metrics_file import TIMED
 
 SAVE_EVERY = 4
-
-
-TIMED = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
 
 
 FRESH = {"flipped", "flipped/group0", "flipped/group1"}

@@ -12,6 +12,8 @@ from typing import Any
 from kvcat_nemo.data.files import new_file
 
 METRICS_FILE = "metrics.jsonl"
+TIMED = frozenset({"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"})
+"""Figures of the clock and the machine: what differs between two runs that are otherwise equal to the last bit."""
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster, missing
 
+from kvcat_nemo.tracking.metrics_file import TIMED
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STANDIN = Path(__file__).with_name("standin.py")
@@ -26,7 +28,6 @@ pytestmark = [
 
 
 STEPS, SAVE_EVERY = 60, 10
-TIMED = {"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"}
 # Measured against the previous step's window, which a new process does not have.
 FRESH = {"flipped", "flipped/group0", "flipped/group1"}
 
