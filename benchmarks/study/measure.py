@@ -18,12 +18,20 @@ OTHER = ROOT / ".venv-compress" / "bin" / "kvcat"
 def cut(paths: list[Path], tokenizer: Path, scale: Scale, out: Path) -> Path:
     """Windows of held-out documents, cut once for all models."""
     if not out.is_file():
+        from kvcat_nemo.data.split import position
         from kvcat_nemo.evaluate.windows import corpora_from_files, make_windows_file
 
+        # Of corpora of a few documents (six novels, one handbook) none may be held out: those give no windows.
+        long = 8 * scale.shape.tokens  # characters, surely a window
+        corpora = {
+            name: documents
+            for name, documents in corpora_from_files(paths).items()
+            if any(position(d.text, SPLIT_SEED) < scale.held_out and len(d.text) > long for d in documents)
+        }
         make_windows_file(
             out,
             tokenizer,
-            corpora_from_files(paths),
+            corpora,
             scale.evaluation.windows,
             length=scale.shape.tokens,
             held_out=scale.held_out,

@@ -117,7 +117,7 @@ def test_a_slow_store_that_loses_figures_is_caught_up_too():
         store.record.append(figure(step))
         box.put([figure(step)])
         time.sleep(0.001)
-    assert box.close(5) == 0
+    assert box.close(60) == 0
     assert [g.step for g in store.got] == list(range(200))
 
 
