@@ -100,9 +100,10 @@ class Lifeline:
             try:
                 self.store.set(f"beat/{self.rank}", str(count))
                 if self.store.check(["dead"]):
+                    text = _text(self.store.get("dead"))  # now: rank 0's store may be gone after the wait
                     # What failed there may be failing here too, with an error of its own that says more.
                     self._stopped.wait(2 * self.interval)
-                    self._judge(_text(self.store.get("dead")))
+                    self._judge(text)
                     return
                 now = self.store.get(f"beat/{neighbour}") if self.store.check([f"beat/{neighbour}"]) else b""
                 self._unanswered = 0

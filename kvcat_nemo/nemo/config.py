@@ -53,6 +53,8 @@ class KVCatModelConfig(KVCatFields):
             ValueError: when a setting does not fit a paired pass (engine.config.validate_model_config).
         """
         validate_model_config(self)
+        if vp_stage is None and self.virtual_pipeline_model_parallel_size:
+            vp_stage = 0  # Lightning asks for a model before NeMo asks for its chunks
         vocab_size = self.vocab_size or get_vocab_size(
             self, tokenizer.vocab_size, self.make_vocab_size_divisible_by
         )

@@ -78,10 +78,13 @@ class PairedDataSampler(MegatronDataSampler):
 
 
 class NumberedDataset(Dataset):
-    """A dataset whose items carry their number (`sample_id`), so that a run can say which windows it has seen."""
+    """A dataset whose items carry their number (`sample_id`), so that a run can say which windows it has seen.
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    Those of packed documents say so (`packed`): of the models of interleaved stages only the first knows its trainer.
+    """
+
+    def __init__(self, dataset: Dataset, packed: bool = False):
+        self.dataset, self.packed = dataset, packed
         if hasattr(dataset, "collate_fn"):
             self.collate_fn = dataset.collate_fn
 
@@ -89,7 +92,8 @@ class NumberedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {**self.dataset[index], "sample_id": torch.tensor(index)}
+        item = {**self.dataset[index], "sample_id": torch.tensor(index)}
+        return item | {"packed": torch.tensor(True)} if self.packed else item
 
 
 class KVCatDataModule(PreTrainingDataModule):
@@ -167,7 +171,7 @@ class KVCatDataModule(PreTrainingDataModule):
         super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
 
     def _create_dataloader(self, dataset, mode, **kwargs) -> WrappedDataLoader:
-        return super()._create_dataloader(NumberedDataset(dataset), mode, **kwargs)
+        return super()._create_dataloader(NumberedDataset(dataset, self.packed_documents), mode, **kwargs)
 
 
 class RecallDataset(Dataset):
@@ -246,7 +250,8 @@ class SyntheticDataModule(pl.LightningDataModule, IOMixin):
         self.data_sampler.init_global_step = self.trainer.global_step
         documents = 3 if self.packed_documents else 1
         dataset = RecallDataset(size, self.seq_length, self.vocab_size, seed, documents)
-        return WrappedDataLoader(mode=mode, dataset=NumberedDataset(dataset), num_workers=0)
+        numbered = NumberedDataset(dataset, self.packed_documents)
+        return WrappedDataLoader(mode=mode, dataset=numbered, num_workers=0)
 
     def train_dataloader(self) -> WrappedDataLoader:
         return self._loader("train", max(self.trainer.max_steps, 1) * self.global_batch_size, self.seed)

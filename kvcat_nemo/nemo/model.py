@@ -55,7 +55,7 @@ class KVCatModel(llm.GPTModel):
             self._check_tokens(batch)
         names = ("tokens", "position_ids", "labels", "loss_mask")
         out = {name: batch[name].cuda(non_blocking=True) for name in names}
-        if getattr(self.trainer.datamodule, "packed_documents", False):
+        if "packed" in batch:
             out["documents"] = document_boundaries(out["position_ids"])
             return out
         return get_batch_on_this_cp_rank(out)

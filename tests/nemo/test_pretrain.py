@@ -266,11 +266,13 @@ def test_interleaved_stages_train_as_one(base, tmp_path):
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_a_process_group_starts(base, tmp_path):
-    arguments = [*training(tmp_path, base[1]), "trainer.strategy.sequence_parallel=True"]
-    code, output = nemo(tmp_path, *arguments)
-    assert code != 0 and "sequence_parallel=True: needs tensor_model_parallel_size above 1" in output, output[
-        -3000:
-    ]
+    layout = (
+        "trainer.devices=2",
+        "trainer.strategy.pipeline_model_parallel_size=2",
+        "model.config.kvcat.num_groups=1",
+    )
+    code, output = nemo(tmp_path, *training(tmp_path, base[1]), *layout)
+    assert code != 0 and "num_groups=1" in output and "pipeline_model_parallel_size" in output, output[-3000:]
     assert "Initializing distributed" not in output
 
 
