@@ -23,7 +23,7 @@ def slurm() -> run.Config[run.SlurmExecutor]:
     return run.Config(
         run.SlurmExecutor,
         account=os.environ.get("SBATCH_ACCOUNT", ""),
-        partition=os.environ.get("SBATCH_PARTITION", ""),
+        partition=os.environ.get("SBATCH_PARTITION"),
         nodes=1,
         ntasks_per_node=8,
         gpus_per_node=8,
@@ -32,5 +32,6 @@ def slurm() -> run.Config[run.SlurmExecutor]:
         packager=run.Config(
             run.Packager
         ),  # the package is installed on the nodes or in the image: nothing to copy
-        tunnel=run.Config(run.LocalTunnel, job_dir=os.path.join(home, "jobs")),
+        # NeMo-Run's own folder of experiments: its tunnel copies nothing to another.
+        tunnel=run.Config(run.LocalTunnel, job_dir=os.path.join(home, "experiments")),
     )
