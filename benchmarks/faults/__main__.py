@@ -157,8 +157,18 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
             lambda: killed("DP2", "in a step", two),
         ),
         "sigkill_two_ranks_in_save": ("the same in a save", lambda: killed("DP2", "in a save", two)),
+        "sigkill_before_validation": (
+            "SIGKILL between a save and the validation of the same step",
+            lambda: kills.before_validation(
+                server,
+                folder / "validation",
+                {x: unbroken(STEPS, x) for x in ("TP1", "TP2", "PP2", "DP2")},
+                STEPS,
+                at=4 * runs.SAVE_EVERY,
+            ).result(),
+        ),
         "sigkill_full_command": (
-            "SIGKILL to nemo llm pretrain",
+            "SIGKILL (and SIGTERM once) to nemo llm pretrain",
             lambda: kills.full_command(folder / "full", unbroken(), STEPS, 2, seed).result(),
         ),
         "asked_to_stop": (
@@ -168,13 +178,13 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
                 folder / "stops",
                 unbroken(),
                 STEPS,
-                {x: unbroken(STEPS, x) for x in ("TP1", "PP2")},
+                {x: unbroken(STEPS, x) for x in ("TP1", "PP2", "DP2")},
             ).result(),
         ),
         "one_rank_of_four_dies": (
             "SIGKILL to one rank of TP2 × PP2",
             lambda: kills.one_dies(
-                server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed, victims=[0, 1, 3]
+                server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed, victims=[0, 1, 2, 3]
             ).result(),
         ),
         "one_rank_freezes": (

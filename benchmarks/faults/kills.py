@@ -133,6 +133,33 @@ def _strike(
     return (run, reached()) if hit else None
 
 
+def before_validation(
+    server: Server, folder: Path, layouts: dict[str, list[dict]], steps: int, at: int = 2 * SAVE_EVERY
+) -> Record:
+    """SIGKILL between a save and the validation of the same step, which the resumed run makes up for.
+
+    Args:
+        layouts: the trajectory of an unbroken run by layout; at: the step, after an earlier validation.
+    """
+    record = Record()
+    for layout, reference in layouts.items():
+        place, count = folder / layout, ranks(layout)
+        run = server.run(
+            place, settings(steps, layout), ranks=count, faults=[{"kind": "die_validating", "step": at}]
+        )
+        codes = run.wait(240)
+        record.steps_lost.append(last_step(place) - newest(place))
+        problems = [
+            "" if newest(place) == at else f"newest checkpoint is of step {newest(place)}",
+            # Of several ranks one may see the others gone before it comes to its own end.
+            "" if -signal.SIGKILL in codes and 0 not in codes else f"exit codes {codes}: {run.tail(800)}",
+            left_behind(run),
+            finish(server, place, steps, layout, reference),
+        ]
+        record.judge(f"before the validation of step {at} at {layout}", problems)
+    return record
+
+
 def one_dies(
     server: Server,
     folder: Path,

@@ -164,7 +164,25 @@ def _poison() -> type:
     return Poison
 
 
-FAULTS = {"poison": _poison}
+def _die_validating() -> type:
+    import signal
+
+    import lightning.pytorch as pl
+
+    class DieValidating(pl.Callback):
+        """Every rank is killed as the validation after a step begins; what that step saved is complete by then."""
+
+        def __init__(self, step: int):
+            self.step = step
+
+        def on_validation_start(self, trainer, pl_module) -> None:
+            if trainer.global_step == self.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return DieValidating
+
+
+FAULTS = {"poison": _poison, "die_validating": _die_validating}
 """kind → callback class; the rest of a fault's fields are its arguments."""
 
 

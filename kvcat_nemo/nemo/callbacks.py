@@ -158,8 +158,11 @@ class KVCatMetrics(pl.Callback):
         if not trainer.enable_validation:
             return
         # As Lightning's training loop does between steps.
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        # A loop that was restored takes the batches of the validation before its checkpoint for its own and leaves as many out.
+        loop.restarting = False
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        loop.run()
         trainer.training = True
 
     def on_validation_start(self, trainer, pl_module) -> None:

@@ -39,14 +39,12 @@ def good(record):
     assert record.tried and record.survived == record.tried, "\n".join(record.failures)
 
 
-def test_killed_in_a_step_and_in_a_save(server, tmp_path, monkeypatch):
-    # Saves and validations at steps of their own: a kill between the two of one step is open (docs/LOG.md), and
-    # `make faults` counts it.
-    def apart(steps, layout="TP1", plain=runs.settings, **more):
-        return plain(steps, layout, **{"trainer.val_check_interval": 9, **more})
+@pytest.mark.parametrize("layout", ["TP1", "DP2"])
+def test_killed_between_a_save_and_the_validation_of_its_step(server, unbroken, tmp_path, layout):
+    good(kills.before_validation(server, tmp_path, {layout: unbroken(layout)[0]}, STEPS))
 
-    for module in (runs, kills):
-        monkeypatch.setattr(module, "settings", apart)
+
+def test_killed_in_a_step_and_in_a_save(server, tmp_path):
     records = kills.kill_moments(
         server,
         tmp_path,
