@@ -122,11 +122,16 @@ def _arguments(owner: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind in type(owner).__mro__[:-1]:
         made = kind.__dict__.get("__init__")
-        for name in inspect.signature(made).parameters if inspect.isfunction(made) else ():
+        if not inspect.isfunction(made):
+            continue
+        parameters = inspect.signature(made).parameters
+        for name in parameters:
             value = getattr(owner, name, getattr(owner, f"_{name}", owner))
             plain = dataclasses.is_dataclass(value) or isinstance(value, _SETTING | Path)
             if name not in ("self", "args", "kwargs") and name not in out and plain:
                 out[name] = _plain(value)
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # what it hands to its base is not for others to set
     return out
 
 

@@ -32,6 +32,21 @@ def test_the_base_is_named_by_every_process_of_a_run(run):
     assert not (run / "kvcat_base.json").exists()
 
 
+def test_checkpoint_settings_are_those_that_can_be_set():
+    from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
+    from kvcat_nemo.nemo.records import _arguments
+
+    assert _arguments(KVCatCheckpoint(keep_last=3)) == {
+        "every_n_train_steps": 1000,
+        "keep_last": 3,
+        "keep_best": 1,
+        "best_metric": "masked_ppl",
+        "on_failed_save": "continue",
+        "max_failed_saves": 3,
+        "dirpath": None,
+    }
+
+
 def test_the_tracker_takes_no_credentials_as_an_argument(monkeypatch):
     from kvcat_nemo.nemo.tracking import MLflowTracker
 
