@@ -26,6 +26,16 @@ require_number() {
   if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1=$2: give a whole number of at least $3"; fi
 }
 
+# looks_like_a_secret NAME VALUE: would a variable with this value tell a credential? As kvcat_nemo/tracking/redact.py has it.
+looks_like_a_secret() (
+  shopt -s nocasematch
+  name='password|passwd|passphrase|secret|credential|authorization|(api|access|private|account|storage)_?key|token(_|$)|_pwd$'
+  words='(passw(or)?d|passphrase|pwd|secrets?|credentials?|authorization|(api|access|private|secret|account|storage)_?key(_id)?|token)'
+  userinfo='://[^/[:space:]<>'"'"'"]+@' start='(^|[^[:alnum:]_])'
+  [[ -n $2 ]] && [[ $1 =~ $name || $2 =~ $userinfo || $2 =~ ${start}${words}=[^\&\;[:space:]\'\"] ||
+    $2 =~ ${start}(bearer|basic)[[:space:]]+[[:alnum:]_.~+/-]{6} ]]
+)
+
 # Names of the complete checkpoints, one a line. NeMo marks one being written by a file NAME-unfinished beside it.
 complete_checkpoints() {
   local folder

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY")
-_PASSWORD_IN_URI = re.compile(r"://[^/@]*:[^/@]*@")
+from kvcat_nemo.tracking.redact import looks_like_a_secret
+
+
+def check_variables(pairs: Iterable[str]) -> None:
+    """Refuse variables, NAME or NAME=VALUE, that no environment takes or no file should hold.
+
+    Raises:
+        ValueError: naming the variable, without what it holds.
+    """
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"env={name}: not a variable's name")
+        if looks_like_a_secret(name, value):
+            raise ValueError(
+                f"env={name}=…: that looks like a secret, which would be written to a file; give {name} alone"
+            )
 
 
 @dataclass
@@ -69,11 +85,4 @@ class Settings:
             raise ValueError(
                 f"procs_per_node={self.procs_per_node}: more ranks than gpus_per_node={self.gpus_per_node}"
             )
-        for pair in self.env:
-            name, equals, value = pair.partition("=")
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise ValueError(f"env={name}: not a variable's name")
-            if equals and (_SECRET.search(name) or _PASSWORD_IN_URI.search(value)):
-                raise ValueError(
-                    f"env={name}=…: that looks like a secret, which would be written to a file; give {name} alone"
-                )
+        check_variables(self.env)

@@ -107,7 +107,7 @@ for pair in "${environment[@]}"; do
   [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "--env=$variable: not a variable's name"
   if [[ $pair == *=* ]]; then
     # This script is kept on disk and printed: a secret has no place in it.
-    [[ ! $variable =~ (TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY) && ! ${pair#*=} =~ ://[^/@]*:[^/@]*@ ]] \
+    ! looks_like_a_secret "$variable" "${pair#*=}" \
       || die "--env=$variable=…: that looks like a secret, which would be written to a file; export it and give --env $variable"
   else
     [[ -n ${!variable+set} ]] || die "--env=$variable: is not set in this shell; export it first, or give --env $variable=VALUE"

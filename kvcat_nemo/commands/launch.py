@@ -67,9 +67,11 @@ def training_command(
     """`nemo llm pretrain …` for a recipe in a run folder, on `nodes` × `procs` ranks.
 
     Raises:
-        click.ClickException: when the recipe is not a name or a call with plain values, or an argument or override
-            contradicts an option.
+        click.ClickException: when the recipe is not a name or a call with plain values, an argument or override
+            contradicts an option, or one holds credentials.
     """
+    from kvcat_nemo.tracking.redact import refuse_credentials
+
     try:
         call = ast.parse(recipe, mode="eval").body
         keywords = [] if isinstance(call, ast.Name) else call.keywords
@@ -93,7 +95,12 @@ def training_command(
     arguments |= {"dir": str(run_dir.parent), "name": run_dir.name}
     factory = f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
     layout = [f"trainer.num_nodes={nodes}", f"trainer.devices={procs}"]
-    return ["nemo", "llm", "pretrain", "--factory", factory, "-y", *layout, *overrides]
+    words = ["nemo", "llm", "pretrain", "--factory", factory, "-y", *layout, *overrides]
+    try:
+        refuse_credentials(words)  # they are printed, and kept in files
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    return words
 
 
 def _recipe_name(recipe: str) -> str:
@@ -189,7 +196,7 @@ def local(
 @click.option("--restart-on-failure", is_flag=True, help="Queue again after a failure, too.")
 @click.option(
     "--health-command",
-    default='kvcat train doctor --dir "$KVCAT_RUN_DIR"',
+    default='kvcat train doctor --dir "$KVCAT_RUN_DIR" --disk-gb "$KVCAT_MIN_DISK_GB" --timeout 120',
     show_default=True,
     help="A check on every node before the start; '' for none.",
 )
@@ -214,10 +221,15 @@ def slurm(
         --nodes 8 --image /shared/kvcat.sqsh --mount /ckpt:/ckpt --mount /data:/data
     """
     from kvcat_nemo.launch import HERE
+    from kvcat_nemo.launch.settings import check_variables
 
     folder = _folder(run_dir, recipe)
     procs = procs_per_node or gpus_per_node or 1
     training = training_command(recipe, overrides, folder, nodes, procs)
+    try:
+        check_variables(env)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     if plan or (plan is None and not dry_run):
         _check_plan(recipe, training)
     values = {

@@ -21,8 +21,10 @@ _WORDS = (
 _SECRET_NAME = re.compile(rf"(?:^|[._\-\[\]]){_WORDS}\]?$", re.IGNORECASE)
 _SECRET_QUERY = re.compile(rf"((?:[?&;]|\b){_WORDS}=)[^&;\s'\"]+", re.IGNORECASE)
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w\-.~+/]{6,}=*")
+# Anywhere in a variable's name, and written together too (PGPASSWORD, AUTHTOKEN, AWS_SECRET_ACCESS_KEY), but not
+# TOKENIZERS_PARALLELISM, MAX_TOKENS or PWD.
 _SECRET_VARIABLE = re.compile(
-    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRETS?|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?|AUTHORIZATION)(?:_|$)",
+    r"PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIAL|AUTHORIZATION|(?:API|ACCESS|PRIVATE|ACCOUNT|STORAGE)_?KEY|TOKEN(?:_|$)|_PWD$",
     re.IGNORECASE,
 )
 # A shorter value is no secret worth the name, and hiding it would eat words out of every message.
@@ -34,9 +36,8 @@ def environment_secrets(environment: Mapping[str, str] | None = None) -> list[st
     environment = os.environ if environment is None else environment
     found: set[str] = set()
     for name, value in environment.items():
-        if _SECRET_VARIABLE.search(name) and not os.path.exists(
-            value
-        ):  # the path of a file of secrets is none
+        # The path of a file of secrets is none.
+        if is_secret_variable(name) and not os.path.exists(value):
             found.add(value)
         for part in re.findall(r"\S+://\S+", value) if "@" in value else ():
             password = _password(part)
@@ -76,6 +77,19 @@ def redact_tree(value: Any, secrets: Iterable[str] | None = None) -> Any:
 def is_secret_name(name: str) -> bool:
     """Whether a setting of this name holds a credential."""
     return bool(_SECRET_NAME.search(name))
+
+
+def is_secret_variable(name: str) -> bool:
+    """Whether an environment variable of this name holds a credential."""
+    return bool(_SECRET_VARIABLE.search(name))
+
+
+def looks_like_a_secret(name: str, value: str) -> bool:
+    """Whether a variable with this value would tell a credential to whoever reads it.
+
+    launch/common.sh has the same for the shell, but for values that equal a secret of the environment.
+    """
+    return bool(value) and (is_secret_variable(name) or redact(value) != value)
 
 
 def refuse_credentials(arguments: Iterable[str]) -> None:

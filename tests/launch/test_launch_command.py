@@ -58,7 +58,8 @@ def test_slurm_hands_every_option_on(tmp_path):
         "#SBATCH --nodes=8", "#SBATCH --time=30", "#SBATCH --partition=p", "#SBATCH --exclude=n3", "export A=1",
         "export KVCAT_IMAGE=i", "export KVCAT_STOP_SECONDS=100 KVCAT_EXIT_WAIT=60",
         "export KVCAT_MAX_STALLED=3 KVCAT_RESTART_ON_FAILURE=1",
-        r"export KVCAT_HEALTH_COMMAND=kvcat\ train\ doctor\ --dir\ \"\$KVCAT_RUN_DIR\"",
+        r"export KVCAT_HEALTH_COMMAND=kvcat\ train\ doctor\ --dir\ \"\$KVCAT_RUN_DIR\""
+        r"\ --disk-gb\ \"\$KVCAT_MIN_DISK_GB\"\ --timeout\ 120",
     ):  # fmt: skip
         assert line in script.splitlines(), line
     (command,) = [line for line in script.splitlines() if line.startswith("KVCAT_COMMAND=(")]
