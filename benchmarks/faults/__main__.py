@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.faults import damage, kills, nan, resume, runs
+from benchmarks.faults import damage, kills, nan, resume, runs, store
 from benchmarks.faults.server import Server
 from kvcat_nemo.data.files import new_file
 from kvcat_nemo.manifest import manifest
@@ -78,7 +78,9 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
 def write(out: Path, stored: dict, facts: dict) -> None:
     record = {
         "faults": stored,
-        "sigkills": sum(r["tried"] for n, r in stored.items() if n.startswith("sigkill")),
+        "sigkills": sum(
+            r.get("sigkills", r["tried"] if n.startswith("sigkill") else 0) for n, r in stored.items()
+        ),
         "minutes": round(sum(r["seconds"] for r in stored.values()) / 60, 1),
         "manifest": facts,
     }
@@ -167,8 +169,8 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
                 at=4 * runs.SAVE_EVERY,
             ).result(),
         ),
-        "sigkill_full_command": (
-            "SIGKILL (and SIGTERM once) to nemo llm pretrain",
+        "full_command": (
+            "nemo llm pretrain: SIGKILL twice, then SIGTERM, then its end",
             lambda: kills.full_command(folder / "full", unbroken(), STEPS, 2, seed).result(),
         ),
         "asked_to_stop": (
@@ -184,7 +186,13 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
         "one_rank_of_four_dies": (
             "SIGKILL to one rank of TP2 × PP2",
             lambda: kills.one_dies(
-                server, folder / "four", "TP2PP2", unbroken(STEPS, "TP2PP2"), STEPS, seed, victims=[0, 1, 2, 3]
+                server,
+                folder / "four",
+                "TP2PP2",
+                unbroken(STEPS, "TP2PP2"),
+                STEPS,
+                seed,
+                victims=[0, 1, 2, 3],
             ).result(),
         ),
         "one_rank_freezes": (
@@ -207,8 +215,12 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
             lambda: nan.skipped_step_changes_nothing(server, folder / "skipped").result(),
         ),
         "data_files": (
-            "data files that are missing, empty, truncated, of another dataset, or no index",
-            lambda: damage.bad_data(folder / "data").result(),
+            "data files that are missing, empty, truncated, of another dataset, no index, or of other tokens",
+            lambda: damage.bad_data(server, folder / "data").result(),
+        ),
+        "mlflow_unreachable": (
+            "an MLflow server that is not there, and one that never answers",
+            lambda: store.unreachable(server, folder / "mlflow", unbroken(), STEPS).result(),
         ),
     }
 

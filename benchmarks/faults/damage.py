@@ -177,8 +177,8 @@ def damaged_files(server: Server, folder: Path, unbroken: list[dict], steps: int
     return record
 
 
-def bad_data(folder: Path) -> Record:
-    """A data module over broken files raises before anything is started, naming the file."""
+def bad_data(server: Server, folder: Path) -> Record:
+    """Broken data files are named before anything is started, and a token that the model does not have ends the run."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -188,10 +188,10 @@ def bad_data(folder: Path) -> Record:
     record = Record()
     folder.mkdir(parents=True)
 
-    def build(name: str, documents: int = 3) -> Path:
+    def build(name: str, documents: int = 3, tokens: int = 5) -> Path:
         builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
         for i in range(documents):
-            builder.add_item(torch.arange(5 + i))
+            builder.add_item(torch.arange(tokens + i))
             builder.end_document()
         builder.finalize(str(folder / f"{name}.idx"))
         return folder / name
@@ -231,4 +231,27 @@ def bad_data(folder: Path) -> Record:
     spoil("index damaged", flip, ".idx", "damaged")
     whole = check_indexed(build("whole"))
     record.judge("whole", ["" if (whole.documents, whole.tokens) == (3, 18) else f"{whole}"])
+
+    def run(name: str, prefix: Path, words: str) -> None:
+        job = server.run(folder / name.replace(" ", "-"), settings(4), data=prefix)
+        codes = job.wait(240)
+        record.judge(
+            name,
+            [
+                "" if codes == [1] else f"exit codes {codes}",
+                "" if words in job.output() else f"{words!r} is not said: {job.tail(1500)}",
+                "" if last_step(folder / name.replace(" ", "-")) == 0 else "it trained",
+                left_behind(job),
+            ],
+        )
+
+    short = build("short", 40, 100)
+    cut(".bin", 4)(short)
+    run("a run on a truncated file", short, "short.bin")
+    # kvcat_tiny has 128 tokens; documents count upwards from 0.
+    run(
+        "a run on a token that the model does not have",
+        build("other-tokens", 40, 200),
+        "the model's vocabulary has 128",
+    )
     return record

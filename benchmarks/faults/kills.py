@@ -206,8 +206,9 @@ def one_dies(
 
 
 def full_command(folder: Path, unbroken: list[dict], steps: int, kills: int, seed: int) -> Record:
-    """`nemo llm pretrain` itself, from its first import: killed, started again, asked to stop, finished."""
+    """`nemo llm pretrain` itself, from its first import: killed, started again, asked to stop (exit code 75), finished."""
     record, rng = Record(), random.Random(seed)
+    record.facts["sigkills"] = kills
     place = folder / "command"
     place.mkdir(parents=True)
     for life, fate in enumerate([signal.SIGKILL] * kills + [signal.SIGTERM, None]):
