@@ -67,7 +67,8 @@ class Lifeline:
         """This rank ends in good order: nobody is to miss it."""
         self._stopped.set()
         with contextlib.suppress(Exception):
-            self.store.set(f"beat/{self.rank}", "done")
+            # A key of its own: a sign of life that is under way would overwrite it.
+            self.store.set(f"done/{self.rank}", "")
 
     def report_own_failure(self, error: BaseException) -> None:
         """Tell the others why this rank is about to end."""
@@ -106,6 +107,7 @@ class Lifeline:
                     self._judge(text)
                     return
                 now = self.store.get(f"beat/{neighbour}") if self.store.check([f"beat/{neighbour}"]) else b""
+                done = self.store.check([f"done/{neighbour}"])
                 self._unanswered = 0
                 if (dead := self._dead_here()) is not None:
                     text = f"{self._name(dead)} died"
@@ -115,7 +117,7 @@ class Lifeline:
             except Exception:  # the store's side is judged by the other thread
                 continue
             silent += 1
-            if now != seen or now == b"done":
+            if now != seen or done:
                 seen, silent = now, 0
             elif silent > self._rounds:
                 text = f"{self._name(neighbour)} died or hangs: no sign of life for {self.patience:g} s"
@@ -151,8 +153,7 @@ class Lifeline:
             who = self._known.get(rank)
             if who is None or (who["host"], who["pids"]) != (me["host"], me["pids"]) or _lives(who["pid"]):
                 continue
-            key = f"beat/{rank}"
-            if not (self.store.check([key]) and self.store.get(key) == b"done"):
+            if not self.store.check([f"done/{rank}"]):
                 return rank
         return None
 

@@ -1,0 +1,74 @@
+"""Signs of life of ranks that end in good order."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvcat_nemo.engine.lifeline import Lifeline  # noqa: E402
+
+
+class LateStore:
+    """A store in which a certain sign of life arrives after what was written later by another thread."""
+
+    def __init__(self, inner, late: str):
+        self.inner, self.late = inner, late
+        self.began, self.may_go_on = threading.Event(), threading.Event()
+
+    def set(self, key, value):
+        if (key, value) == ("beat/1", self.late) and not self.began.is_set():
+            self.began.set()
+            assert self.may_go_on.wait(30)
+        self.inner.set(key, value)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_a_last_sign_of_life_does_not_take_back_that_a_rank_is_done(monkeypatch):
+    """A rank stops while its thread is about to leave a sign: its process is then gone, but it did not die."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    store, ended = torch.distributed.HashStore(), []
+    late = LateStore(store, "1")
+    lines = [
+        Lifeline(s, rank, 2, interval=0.05, patience=0.5, end=ended.append)
+        for rank, s in enumerate((store, late))
+    ]
+    starting = threading.Thread(target=lines[1].start)
+    starting.start()
+    lines[0].start()
+    starting.join()
+    assert late.began.wait(30)
+    lines[1].stop()
+    late.may_go_on.set()
+    lines[1]._threads[0].join()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lines[0]._known[1] = lines[0]._known[1] | {"pid": gone.pid}
+    assert lines[0]._known[1]["pid"] != os.getpid()
+    # More than its patience: neither of its two ways to miss a neighbour speaks.
+    lines[0]._threads[0].join(2.0)
+    lines[0].stop()
+    assert ended == []
+
+
+def test_a_rank_that_is_gone_without_a_word_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    store, ended = torch.distributed.HashStore(), []
+    lines = [Lifeline(store, rank, 2, interval=0.05, patience=30, end=ended.append) for rank in range(2)]
+    starting = threading.Thread(target=lines[1].start)
+    starting.start()
+    lines[0].start()
+    starting.join()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lines[0]._known[1] = lines[0]._known[1] | {"pid": gone.pid}
+    lines[0]._threads[0].join(30)
+    lines[1].stop()
+    assert len(ended) == 1 and ended[0].startswith("rank 1 (host") and ended[0].endswith("died")
