@@ -36,6 +36,8 @@ class Verdict:
     status: str
     """ok, note (works, but know this) or BROKEN."""
     text: str
+    elsewhere: bool = False
+    """What is broken is not this machine: others of the job do not answer."""
 
 
 def examine(
@@ -234,7 +236,7 @@ def _ports() -> Iterator[Verdict]:
 
 
 def _ranks(seconds: float) -> Iterator[Verdict]:
-    from kvcat_nemo.engine.reach import place_from_environment, reach_all
+    from kvcat_nemo.engine.reach import OthersMissing, place_from_environment, reach_all
 
     place = place_from_environment()
     if place is None:
@@ -250,4 +252,7 @@ def _ranks(seconds: float) -> Iterator[Verdict]:
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
         backends.append("nccl")
-    yield Verdict("ranks", GOOD, reach_all(place, seconds=seconds, backends=backends))
+    try:
+        yield Verdict("ranks", GOOD, reach_all(place, seconds=seconds, backends=backends))
+    except OthersMissing as error:
+        yield Verdict("ranks", BROKEN, str(error), elsewhere=True)

@@ -4,7 +4,7 @@
 # A run keeps its launch state in KVCAT_RUN_DIR/launch:
 #   submitted          touched at every submission; restarts are counted from there
 #   attempts.tsv       one line per attempt: name, time, job, nodes, complete checkpoints it started from
-#   attempt-NAME/      rank-0000.NODE.log …; exit/rank-0000 (code, node, time, log); exit/node-NODE; health/; stop
+#   attempt-NAME/      rank-0000.NODE.log …; exit/rank-0000 (code, node, time, log); exit/node-NODE; health/NODE (ok, alone or bad) and NODE.log; stop
 
 # A process that was asked to stop, saved and wants to be started again (EX_TEMPFAIL of sysexits.h).
 readonly KVCAT_EXIT_AGAIN=75

@@ -2,13 +2,14 @@
 # health.sh: is this node fit to take part? Run on every node before a job starts; what is wrong is printed with the node's name.
 #
 # Settings: KVCAT_RUN_DIR, KVCAT_ATTEMPT_DIR, KVCAT_GPUS_PER_NODE (0), KVCAT_MIN_DISK_GB (free in the run's folder; 20),
-# KVCAT_MASTER_ADDR, KVCAT_SETUP, KVCAT_HEALTH_COMMAND (a check of the user's own; its exit code counts).
+# KVCAT_MASTER_ADDR, KVCAT_SETUP, KVCAT_HEALTH_COMMAND (a check of the user's own; its exit code counts: 69 says that this node
+# is fit, and others do not answer). What that command said is kept in KVCAT_ATTEMPT_DIR/health/NODE.log.
 set -uo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 node=$(node_name)
-bad=0
+bad=0 alone=0
 wrong() {
   printf 'kvcat launch: node %s: %s\n' "$node" "$*"
   bad=1
@@ -44,8 +45,24 @@ if [[ -n ${KVCAT_HEALTH_COMMAND:-} ]]; then
   # A check may talk to the other nodes (kvcat train doctor does): where node 0 is, on a port that training does not use.
   export MASTER_ADDR=$KVCAT_MASTER_ADDR MASTER_PORT=$((${KVCAT_MASTER_PORT:-29500} + 1))
   [[ -z ${KVCAT_INTERFACE:-} ]] || export NCCL_SOCKET_IFNAME=$KVCAT_INTERFACE GLOO_SOCKET_IFNAME=$KVCAT_INTERFACE
-  output=$(bash -c "$KVCAT_HEALTH_COMMAND" 2>&1) || wrong "check failed ($KVCAT_HEALTH_COMMAND), saying: $(tail -n 15 <<< "$output")"
+  output=$(bash -c "$KVCAT_HEALTH_COMMAND" 2>&1)
+  code=$?
+  log=$KVCAT_ATTEMPT_DIR/health/$node.log
+  { printf '%s\n' "$output" > "$log"; } 2> /dev/null
+  # kvcat train doctor marks what is wrong; of another command, the end of what it said.
+  shown=$(grep -w BROKEN <<< "$output") || shown=$(tail -n 15 <<< "$output")
+  case $code in
+    0) ;;
+    "$KVCAT_EXIT_PEER_DIED")
+      alone=1
+      say "node $node: others do not answer: $shown"
+      ;;
+    *) wrong "check failed ($KVCAT_HEALTH_COMMAND; all it said: $log), saying: $shown" ;;
+  esac
 fi
 
-((bad)) || write_record "$KVCAT_ATTEMPT_DIR/health/$node" ok
-exit "$bad"
+result=ok
+((!alone)) || result=alone
+((!bad)) || result=bad
+{ write_record "$KVCAT_ATTEMPT_DIR/health/$node" "$result"; } 2> /dev/null
+[[ $result == ok ]]

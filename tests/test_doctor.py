@@ -120,10 +120,15 @@ def test_ranks_are_tried_in_a_job(monkeypatch, tmp_path):
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     code, found = run("--dir", tmp_path, "--timeout", "1")
     assert (
-        code == 1
+        code == 69  # nothing is wrong here
         and "rank 1 (host" in found["ranks"]["text"]
         and "did not start within 1 s" in found["ranks"]["text"]
     )
+    monkeypatch.setenv("KVCAT_NODE_NAMES", "first second")  # as the Slurm launcher sets it
+    code, found = run("--dir", tmp_path, "--timeout", "1")
+    assert code == 69 and "rank 1 (host second) did not start" in found["ranks"]["text"]
+    code, found = run("--dir", tmp_path, "--timeout", "1", "--data", tmp_path)  # its own fault counts more
+    assert code == 1 and "no dataset" in found["data"]["text"]
 
 
 def test_help_teaches():

@@ -120,8 +120,8 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
     Transformer Engine, apex and flash-attn are there and what that means. `note` is worth knowing, `BROKEN` must be mended.
 
     Under torchrun (or with RANK, WORLD_SIZE, MASTER_ADDR set, or in a Slurm step) all ranks sum a number, over gloo and,
-    with GPUs, over NCCL. Ranks that have not answered after --timeout are named with their hosts. Rank 0 prints everything,
-    the others what is broken with them.
+    with GPUs, over NCCL. Ranks that have not answered after --timeout are named with their hosts; where nothing else is
+    wrong, the exit code is 69. Rank 0 prints everything, the others what is broken with them.
 
     \b
     Examples:
@@ -138,9 +138,10 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
     from pathlib import Path
 
     from kvcat_nemo.doctor import BROKEN, examine
+    from kvcat_nemo.exit_codes import PEER_DIED
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    broken = 0
+    broken = elsewhere = 0
     for verdict in examine(
         folder=Path(folder),
         data=data,
@@ -151,6 +152,7 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
         seconds=timeout,
     ):
         broken += verdict.status == BROKEN
+        elsewhere += verdict.elsewhere
         if rank and verdict.status != BROKEN:
             continue
         if as_json:
@@ -160,7 +162,7 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
             click.echo(f"{origin}{verdict.status:<7}{verdict.check:<20}{verdict.text}")
     if broken:
         click.echo(f"{broken} thing(s) broken on rank {rank}", err=True)
-        sys.exit(1)
+        sys.exit(PEER_DIED if elsewhere == broken else 1)
 
 
 @command.command()

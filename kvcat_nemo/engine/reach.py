@@ -30,6 +30,10 @@ class Place:
     """torchrun's agent holds the store; otherwise rank 0 does."""
 
 
+class OthersMissing(ValueError):
+    """This rank is there; the ones that the message names are not."""
+
+
 def place_from_environment() -> Place | None:
     """This process' place, from torchrun's variables or from Slurm's; None outside of a job of several processes.
 
@@ -79,7 +83,8 @@ def reach_all(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = 
         one line on what answered.
 
     Raises:
-        ValueError: when it did not work out in time, naming the ranks and hosts that did not answer, and where they hang.
+        OthersMissing: naming the ranks and hosts that did not answer in time, and where they hang.
+        ValueError: when it did not work out for another reason.
     """
     here = socket.gethostname()
     try:
@@ -168,14 +173,16 @@ def _await(store, what: str, verb: str, place: Place, deadline: float, seconds: 
         return
     missing = [r for r in range(place.world_size) if not store.check([f"{what}/{r}"])]
     hosts = {r: _read(store, f"here/{r}") for r in range(place.world_size) if store.check([f"here/{r}"])}
-    nodes = {r // place.local_world_size: name for r, name in hosts.items()}
+    known = os.environ.get("KVCAT_NODE_NAMES", "").split()  # by a launcher of one node after the other
+    nodes = dict(enumerate(known)) if len(known) * place.local_world_size == place.world_size else {}
+    nodes |= {r // place.local_world_size: name for r, name in hosts.items()}
 
     def name(r: int) -> str:
         node = r // place.local_world_size
         return f"rank {r} (host {hosts.get(r) or nodes.get(node) or f'of node {node}, not known'})"
 
     listed = ", ".join(map(name, missing[:16])) + (" and more" if len(missing) > 16 else "")
-    raise ValueError(f"{listed} {verb} within {seconds:g} s")
+    raise OthersMissing(f"{listed} {verb} within {seconds:g} s")
 
 
 def _outlast_the_others(store, place: Place) -> None:

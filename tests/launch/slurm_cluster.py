@@ -216,6 +216,27 @@ class SlurmCluster:
         return [int(pid) for pid in done.stdout.split()]
 
     @contextlib.contextmanager
+    def without_shared_memory(self, name: str):
+        """A node whose /dev/shm has one megabyte, as in a container started without more."""
+        (daemon,) = [p for p in self.processes(name) if _is_daemon(p)]
+        inside = ["nsenter", f"--target={daemon}", "--mount"]
+        _run(*inside, "mount", "-t", "tmpfs", "-o", "size=1m", "kvcat", "/dev/shm")
+        try:
+            yield
+        finally:
+            _run(*inside, "umount", "/dev/shm")
+
+    @contextlib.contextmanager
+    def firewall(self, name: str, ports: str):
+        """A node from which these ports of the others are not reached: packets vanish."""
+        rule = ["ipproto", "tcp", "dport", ports, "blackhole"]
+        _run("ip", "-n", name, "rule", "add", *rule)
+        try:
+            yield
+        finally:
+            _run("ip", "-n", name, "rule", "del", *rule)
+
+    @contextlib.contextmanager
     def frozen(self):
         """Ranks of all jobs stand still inside the block: what Slurm takes its time for does not miss them."""
         ranks = [pid for name in self.nodes for pid in self.processes(name) if _is_rank(pid)]
@@ -272,6 +293,13 @@ class SlurmCluster:
                     if _alive(int(entry.name)) and os.fsencode(f"{self.folder}/slurm.conf") in text:
                         out.append(f"process {entry.name}: {text[:80]!r}")
         return out
+
+
+def _is_daemon(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "slurmd"
+    except OSError:
+        return False
 
 
 def _is_rank(pid: int) -> bool:

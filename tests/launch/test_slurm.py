@@ -119,10 +119,11 @@ def steps_done(run_dir):
 
 
 def train(cluster, run_dir, *options):
+    """With `kvcat launch slurm`, whose check before the start is the real one."""
     kvcat = (
         BIN / "python", "-c", "from kvcat_nemo.cli import main; main()", "launch", "slurm", "kvcat_tiny", "--run-dir", run_dir,
         "--nodes", 2, "--gpus-per-node", 0, "--interface", "eth0", "--min-disk-gb", 1, "--no-plan",
-        "--health-command", "", *options, "trainer.strategy.tensor_model_parallel_size=2", f"trainer.max_steps={STEPS}",
+        *options, "trainer.strategy.tensor_model_parallel_size=2", f"trainer.max_steps={STEPS}",
         f"trainer.val_check_interval={STEPS // 2}", f"log.ckpt.every_n_train_steps={SAVE_EVERY}",
     )  # fmt: skip
     return launch(cluster, run_dir, *kvcat)
@@ -222,6 +223,24 @@ def test_preempted_four_ways_and_finished_as_if_unbroken(cluster, tmp_path_facto
     assert [x["step"] for x in metrics(broken) if x["kind"] == "train"] == list(range(1, STEPS + 1))
     assert comparable(broken) == comparable(straight)
     _one_mlflow_run(broken)
+    _nodes_were_checked(straight, 1)
+    _nodes_were_checked(broken, 5)
+
+
+def _nodes_were_checked(run_dir, starts):
+    """Before every start, `kvcat train doctor` summed a number over the attempt's two nodes."""
+    attempts = [
+        line.split("\t")
+        for line in (run_dir / "launch" / "attempts.tsv").read_text().splitlines()
+        if not line.startswith("submitted")
+    ]
+    assert len(attempts) == starts
+    for name, _, _, nodes, _ in attempts:
+        health = run_dir / "launch" / f"attempt-{name}" / "health"
+        first, second = nodes.split()
+        said = (health / f"{first}.log").read_text()
+        assert f"2 ranks on 2 host(s) ({first}, {second}) over gloo" in said and "BROKEN" not in said, said
+        assert [(health / node).read_text() for node in (first, second)] == ["ok\n", "ok\n"]
 
 
 def _one_mlflow_run(run_dir):
@@ -259,6 +278,82 @@ def test_a_sick_node_is_named_before_the_start(cluster, tmp_path):
     assert not (tmp_path / "started").exists()
 
 
+def test_a_node_that_hangs_in_the_check_is_named(cluster, tmp_path):
+    run = tmp_path / "run"
+    check = f"test $(uname -n) != {cluster.nodes[1]} || sleep 600"
+    options = ("--health-command", check, "--health-seconds", 5)
+    number = submit(cluster, run, *options, command=("touch", tmp_path / "started"))
+    wait(cluster, number, state("FAILED"), run)
+    said = "did not pass the check before the start (see above; without a reason: no answer in time)"
+    assert f"node {cluster.nodes[1]} {said}" in output(run)
+    assert f"node {cluster.nodes[0]} did" not in output(run) and not (tmp_path / "started").exists()
+
+
+def refused(cluster, run_dir, *options):
+    """The job's output; nothing of it was started."""
+    number = train(cluster, run_dir, "--exit-wait", 8, *options)
+    done = wait(cluster, number, state("FAILED"), run_dir)
+    assert done["ExitCode"] == "1:0" and done["Restarts"] == "0"
+    assert not list(run_dir.glob("launch/attempt-*/rank-*")) and not (run_dir / "kvcat").exists()
+    return output(run_dir)
+
+
+@pytest.mark.nemo
+def test_the_doctor_names_a_node_that_is_not_fit(cluster, tmp_path):
+    first, second = cluster.nodes[:2]
+    with cluster.without_shared_memory(second):
+        text = refused(cluster, tmp_path / "run")
+    assert f"node {second}: check failed (kvcat train doctor" in text
+    assert re.search(r"BROKEN shared memory +/dev/shm: 0.0 GB free, 1 GB wanted", text)
+    assert f"node {second} did not pass the check" in text and f"node {first}" not in text
+    # The nodes do reach each other, and said so.
+    said = (tmp_path / f"run/launch/attempt-001/health/{first}.log").read_text()
+    assert f"2 ranks on 2 host(s) ({first}, {second}) over gloo" in said
+
+
+DOCTOR = 'kvcat train doctor --dir "$KVCAT_RUN_DIR" --disk-gb 1 --timeout 6'
+
+
+@pytest.mark.nemo
+def test_the_doctor_names_a_node_that_does_not_reach_the_others(cluster, tmp_path):
+    first, second = cluster.nodes[:2]
+    with cluster.firewall(second, "20000-30001"):  # the rendezvous; Slurm's own ports are others
+        text = refused(cluster, tmp_path / "run", "--health-command", DOCTOR)
+    assert f"node {first}: others do not answer" in text and f"rank 1 (host {second}) did not start" in text
+    assert f"rank 0 does not answer at {first}:" in text
+    assert f"node {second} did not pass the check" in text and f"node {first} did not" not in text
+
+
+def test_preempted_in_the_check_before_the_start(cluster, tmp_path):
+    """Slurm's signal ends the check too; that is no fault of a node."""
+    run = tmp_path / "run"
+    check = f"test -e {tmp_path}/checked-$(uname -n) || {{ touch {tmp_path}/checked-$(uname -n); sleep 60; }}"
+    number = submit(cluster, run, "--health-command", check, command=(sys.executable, STANDIN, 3))
+    wait(cluster, number, lambda now: len(list(tmp_path.glob("checked-*"))) == 2, run)
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    cluster.run("scancel", "--signal=USR1", number)  # and its step, as preemption does
+    done = wait(cluster, number, state("COMPLETED"), run)
+    text = output(run)
+    assert done["Restarts"] == "1" and "got SIGUSR1 before the start; queued again" in text
+    assert "did not pass" not in text
+
+
+def test_a_node_lost_in_the_check_before_the_start_is_left(cluster, tmp_path):
+    run = tmp_path / "run"
+    check = f"test -e {tmp_path}/checked || {{ sleep 2; touch {tmp_path}/checked; sleep 60; }}"
+    options = ("--health-command", check, "--health-seconds", 10)
+    number = submit(cluster, run, *options, command=(sys.executable, STANDIN, 3))
+    wait(cluster, number, lambda now: (tmp_path / "checked").exists(), run)
+    lost = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()[1]
+    cluster.lose_node(lost)
+    try:
+        done = wait(cluster, number, state("COMPLETED"), run)
+    finally:
+        cluster.return_node(lost)
+    assert done["Restarts"] == "1"
+    assert lost not in cluster.run("scontrol", "show", "hostnames", done["NodeList"]).split()
+
+
 def test_restarts_without_progress_end(cluster, tmp_path):
     run = tmp_path / "run"
     fails = (sys.executable, STANDIN, 30, "--fail", "0:2:3")
@@ -278,22 +373,6 @@ def test_deaf_ranks_do_not_keep_the_job_from_its_queue(cluster, tmp_path):
     assert "did not stop within 3 s; queued again" in output(run)
     cluster.run("scancel", number)
     wait(cluster, number, state("CANCELLED"), run)
-
-
-def test_a_lost_node_is_left_and_the_job_goes_on(cluster, tmp_path):
-    run = tmp_path / "run"
-    number = submit(cluster, run, command=(sys.executable, STANDIN, 350, "--save-every", 10))
-    wait(cluster, number, lambda now: (run / "checkpoints" / "step=20").exists(), run)
-    lost = cluster.run("scontrol", "show", "hostnames", job(cluster, number)["NodeList"]).split()[1]
-    cluster.lose_node(lost)
-    try:
-        done = wait(cluster, number, state("COMPLETED"), run)
-    finally:
-        cluster.return_node(lost)
-    assert done["Restarts"] == "1"
-    assert lost not in cluster.run("scontrol", "show", "hostnames", done["NodeList"]).split()
-    starts = [int(x) for x in re.findall(r"rank 0 of 2 starts at step (\d+)", output(run))]
-    assert starts[0] == 0 and starts[1] >= 20
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
@@ -319,7 +398,17 @@ def test_commands_of_the_docs_work_here(cluster):
         # There is no job 1234 here.
         assert done.returncode == 0 or "invalid job id" in done.stderr.lower(), (words, done.stderr)
     known = cluster.run("srun", "--help")
-    for words in of("srun"):  # what they run is not here: their options are
+    checked = False
+    for words in of("srun"):
+        if "doctor" in words:
+            words = [re.sub("node1([78])", lambda m: cluster.nodes[int(m[1]) - 7], word) for word in words]
+            environment = cluster.environment | {"PATH": f"{BIN}:{cluster.environment['PATH']}"}
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+            both = f"2 ranks on 2 host(s) ({cluster.nodes[0]}, {cluster.nodes[1]}) over gloo"
+            assert done.returncode == 0 and both in done.stdout, done.stdout + done.stderr
+            checked = True
+        # What the others run is not here: their options are.
         options = [word for word in words if word.startswith("--")]
         assert options and all(re.search(rf"{option}\b", known) for option in options), words
+    assert checked
     cluster.wait_idle(*cluster.nodes)
