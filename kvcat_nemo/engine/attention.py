@@ -82,7 +82,7 @@ class GatedCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """[T, 2B, H, D], [T, 2B, G, D] twice, gate [B, T] or None → [T, 2B, H·D]. The mask is always causal.
+        """[T, 2B, H, D], [T, 2B, G, D] twice, gate [B, T], [B, T, all ranks' G] or None → [T, 2B, H·D]. Always causal.
 
         attention_mask: [n + 1] boundaries of the documents in the B windows, laid end to end; None: a window is one.
         """
@@ -113,7 +113,8 @@ class GatedCoreAttention(MegatronModule):
         kvcat = self.config.kvcat
         if kvcat.policy == "attention":
             gate_BT = self._attention_gate(q_BTHD, k_BTGD, documents)
-        q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BT[..., None]))
+        gate_BTG = gate_BT[..., None] if gate_BT.dim() == 2 else self._own_heads(gate_BT, k_BTGD.shape[2])
+        q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
         out = gated_attention(
             q,
             k,
@@ -128,6 +129,11 @@ class GatedCoreAttention(MegatronModule):
             backend=self.backend,
         )
         return out.reshape(q_BTHD.shape)
+
+    def _own_heads(self, gate_BTG: Tensor, held: int) -> Tensor:
+        """The gates of this rank's KV heads; those of others get no gradient here, and theirs is summed with it later."""
+        first = held * (self.tp_group.rank() if self.tp_group is not None else 0)
+        return gate_BTG[..., first : first + held]
 
     @torch.no_grad()
     def _attention_gate(self, q_BTHD: Tensor, k_BTGD: Tensor, documents: Tensor | None) -> Tensor:

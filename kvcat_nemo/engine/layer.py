@@ -60,7 +60,7 @@ class KVCatTransformerLayer(TransformerLayer):
         self.begins_group = layer in kvcat.group_starts(config.num_layers)
         self.router = None
         if kvcat.policy == "router" and self.begins_group:
-            self.router = Router(config.hidden_size, kvcat, self.group)
+            self.router = Router(config.hidden_size, kvcat, self.group, config.num_query_groups)
             for parameter in self.router.parameters():
                 parameter.is_router = True
                 # A rank routes its own tokens: Megatron then sums the gradients over tensor-parallel ranks, once.
@@ -73,8 +73,8 @@ class KVCatTransformerLayer(TransformerLayer):
         """One layer.
 
         Args:
-            hidden_states: [T, 2B, M] (T/tp under sequence parallelism); context: the gates, [1 or R, B, T], or None for
-                a plain dense pass.
+            hidden_states: [T, 2B, M] (T/tp under sequence parallelism); context: the gates, [1 or R, B, T] ([1, B, T, G]
+                with a mask for each of all ranks' G KV heads), or None for a plain dense pass.
             attention_mask (among the others): [n + 1] boundaries of packed documents, or None.
 
         Returns:

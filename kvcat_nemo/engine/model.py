@@ -79,6 +79,7 @@ class KVCatGPTModel(GPTModel):
             vocab_size=self.true_vocab_size,
             paired=kvcat.paired,
             temperature=kvcat.distill_temperature,
+            forward_share=kvcat.distill_forward_share,
             loss_weights=None if loss_mask is None else token_loss_weights(loss_mask, kvcat),
             memory_mib=kvcat.loss_memory_mib,
         )

@@ -5,6 +5,7 @@ in place into their gradients, which go at once into those of hidden states and 
 
     CE_t = log Σ_v e^{x_tv} − x_t,label            ∂CE_t/∂x_tv = p_tv − [v = label]
     KL_t = τ²·Σ_v p_tv·(log p_tv − log q_tv)        ∂KL_t/∂y_tv = τ·(q_tv − p_tv)        p, q at temperature τ
+    the reverse KL'_t = τ²·Σ_v q_tv·(log q_tv − log p_tv)   ∂KL'_t/∂y_tv = τ·q_tv·(log q_tv − log p_tv − KL'_t/τ²)
 
 with x the dense pass' logits, y the masked pass'. ∂/∂weight = Σ_t w_t·δ_t·h_tᵀ mixes tokens, so the sweep must know the
 weights w_t that the loss will give each token; the caller says so up to a common factor (`loss_weights`), and backward
@@ -101,6 +102,7 @@ def token_losses(
     vocab_size: int | None = None,
     paired: bool = True,
     temperature: float = 1.0,
+    forward_share: float = 1.0,
     loss_weights: Tensor | None = None,
     group=None,
     sequence_parallel: bool = False,
@@ -116,6 +118,7 @@ def token_losses(
         labels_BT: next tokens, [B, T].
         vocab_size: the true vocabulary; rows of the weight beyond it are padding. None: all rows of all ranks.
         temperature: τ of both sides of the KL, which is multiplied by τ².
+        forward_share: λ of λ·KL(dense ‖ masked) + (1 − λ)·KL(masked ‖ dense), in [0, 1].
         loss_weights: what the loss will weigh each token's CE and KL with, up to a common factor, [2, B, T] ([1, B, T]
             when not paired). Given them, the gradients come out of the forward's sweep.
         group: process group over which the vocabulary is split, or None.
@@ -123,8 +126,8 @@ def token_losses(
         take_weight_gradient: gets the weight's gradient in at least float32 and returns what autograd passes on.
 
     Returns:
-        [4, B, T] (`TOKEN_METRICS`): cross-entropy of the dense pass; KL(dense ‖ masked), no gradient to the dense
-        side; cross-entropy of the masked pass (no gradient); 1 where both passes' likeliest tokens agree. [1, B, T]
+        [4, B, T] (`TOKEN_METRICS`): cross-entropy of the dense pass; the KL (dense ‖ masked, or the mixture), no
+        gradient to the dense side; cross-entropy of the masked pass (no gradient); 1 where both passes' likeliest tokens agree. [1, B, T]
         when not paired. In nats, float32 or wider.
 
     Raises:
@@ -150,7 +153,7 @@ def token_losses(
     check_labels(labels_BT, vocab_size)
     vocabulary = Vocabulary.of(group, sequence_parallel, len(weight_VM), vocab_size)
     memory = int((memory_mib or LOSS_MEMORY_MIB["cpu" if weight_VM.device.type == "cpu" else "cuda"]) * 2**20)
-    settings = Settings(vocabulary, paired, float(temperature), memory)
+    settings = Settings(vocabulary, paired, float(temperature), float(forward_share), memory)
     labels = labels_BT.transpose(0, 1).contiguous()
     weights = None if loss_weights is None else loss_weights.detach().transpose(1, 2).contiguous()
     grad_enabled = torch.is_grad_enabled()

@@ -64,6 +64,8 @@ class Settings:
     vocabulary: Vocabulary
     paired: bool
     temperature: float
+    forward_share: float
+    """λ of λ·KL(dense ‖ masked) + (1 − λ)·KL(masked ‖ dense)."""
     memory: int
     """Bytes for the logits of a chunk."""
 
@@ -72,6 +74,8 @@ class Settings:
         columns = len(weight)  # not the true ones alone: every rank must come to the same number of chunks
         blocks = self.vocabulary.group is None and weight.device.type == "cpu"
         scratch = (0 if blocks else 1 + (self.temperature != 1)) if self.paired else 0
+        if scratch and self.forward_share != 1:
+            scratch = 4
         narrow = weight.dtype.itemsize if weight.dtype != wide else 0
         bytes_per_row = columns * ((1 + self.paired) * (wide.itemsize + narrow) + scratch * wide.itemsize)
         chunk = max(self.memory // bytes_per_row, 1)
@@ -102,8 +106,19 @@ def _softmaxes(x: Tensor, y: Tensor | None, labels: Tensor, weights: Tensor | No
     for z, t in zip(passes, top, strict=True):
         z.sub_(t[:, None])
         sums.append(torch.where(mine, z.gather(-1, here)[:, 0], 0.0))
+    mixed = y is not None and s.forward_share != 1
     if y is None:
         sums.append(x.exp_().sum(-1))
+    elif mixed:
+        gap, p, q = (x - y).div_(tau), torch.exp(x / tau), torch.exp(y / tau)
+        sums += [
+            x.exp_().sum(-1),
+            y.exp_().sum(-1),
+            p.sum(-1),
+            q.sum(-1),
+            (p * gap).sum(-1),
+            (q * gap).sum(-1),
+        ]
     elif tau == 1:
         gap = x - y
         sums += [x.exp_().sum(-1), y.exp_().sum(-1), gap.mul_(x).sum(-1)]
@@ -121,14 +136,24 @@ def _softmaxes(x: Tensor, y: Tensor | None, labels: Tensor, weights: Tensor | No
         out[0] = total.log() - label
     else:
         label, label_masked, total, total_masked = sums[:4]
-        p_total, q_total, cross = sums[2:] if tau == 1 else sums[4:]
+        p_total, q_total, cross = sums[2:5] if tau == 1 and not mixed else sums[4:7]
         out[0] = total.log() - label
-        out[1] = tau**2 * (cross / p_total - p_total.log() + q_total.log())
+        shift = q_total.log() - p_total.log()
+        kl = cross / p_total + shift
+        if mixed:
+            reverse = -sums[7] / q_total - shift
+            kl = s.forward_share * kl + (1 - s.forward_share) * reverse
+        out[1] = tau**2 * kl
         out[2] = total_masked.log() - label_masked
     if weights is None:
         return best
 
-    if y is not None:
+    if mixed:
+        # q̂·(λ + (1 − λ)·(log q̂ − log p̂ − reverse)) − λ·p̂, normalised by their sums
+        pull = gap.neg_().sub_((shift + reverse)[:, None]).mul_(1 - s.forward_share).add_(s.forward_share)
+        torch.mul(q, pull, out=y).mul_((tau * weights[1] / q_total)[:, None])
+        y.addcmul_(p, (tau * s.forward_share * weights[1] / p_total)[:, None], value=-1)
+    elif y is not None:
         if tau == 1:
             p = x
         else:

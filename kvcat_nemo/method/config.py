@@ -25,6 +25,8 @@ class KVCatConfig:
     """Weight of the dense pass' next-token cross-entropy."""
     distill_temperature: float = 1.0
     """Softmax temperature τ of both sides of the KL (the KL is multiplied by τ²)."""
+    distill_forward_share: float = 1.0
+    """λ of λ·KL(dense ‖ masked) + (1 − λ)·KL(masked ‖ dense): 1 is KV-CAT's; KV-Distill's (arXiv 2503.10337) is 0.6."""
     loss_memory_mib: int = 0
     """MiB for the logits of a chunk of tokens; those of all tokens are never formed. 0: 128 on a CPU, 2048 on a GPU."""
 
@@ -38,6 +40,8 @@ class KVCatConfig:
     """Keep probability of every token at step 0, in [0.5, 1]; 1 is the paper's W_P = −I."""
     router_init_jitter: float = 0.02
     """Standard deviation, times 1/√width, of the noise on W_P that breaks the zero gradient at p = 1."""
+    mask_per: Literal["token", "kv_head"] = "token"
+    """Whether a router's mask is shared by the KV heads (the paper's) or proposed for each, by a W_P of its own."""
     router_lr_mult: float = 1.0
     """Learning rate of the routers over that of the backbone."""
 
@@ -45,6 +49,8 @@ class KVCatConfig:
     """First slots that every query always sees."""
     recent_window: int = 1
     """Last slots that a query always sees; 1 is its own slot."""
+    dropped_slot_gradient: bool = True
+    """Whether the gradient reaches the gates of dropped slots; without it, the budget loss alone brings a slot back."""
     gate_gradient_cap: float = 3.0
     """Logarithm of the most that a dropped slot may weigh in the gradient of its gate.
 
@@ -65,6 +71,7 @@ class KVCatConfig:
         """Raise a ValueError that names the field, the value and the fix."""
         _one_of(self, "policy", ("router", "random", "attention", "none"))
         _one_of(self, "router_input", ("masked", "dense"))
+        _one_of(self, "mask_per", ("token", "kv_head"))
         _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "oracle"))
         _check(
             self,
@@ -80,6 +87,18 @@ class KVCatConfig:
         _check(self, "router_init_jitter", self.router_init_jitter >= 0, "give 0 or more")
         _check(self, "router_lr_mult", self.router_lr_mult > 0, "give a positive factor")
         _check(self, "distill_temperature", self.distill_temperature > 0, "give a positive temperature")
+        _check(
+            self,
+            "distill_forward_share",
+            0 <= self.distill_forward_share <= 1,
+            "give a share from 0 (reverse) to 1 (forward)",
+        )
+        _check(
+            self,
+            "mask_per",
+            self.mask_per == "token" or self.policy == "router",
+            f"the policy {self.policy!r} makes one mask for all heads; give token",
+        )
         _check(self, "loss_memory_mib", self.loss_memory_mib >= 0, "give 1 MiB or more, or 0 for the default")
         _check(self, "sinks", self.sinks >= 0, "give 0 or more slots")
         _check(

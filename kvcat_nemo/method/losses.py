@@ -39,6 +39,17 @@ def kl_teacher_student(teacher_BTV: Tensor, student_BTV: Tensor, temperature: fl
     return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 
+def distillation(
+    teacher_BTV: Tensor, student_BTV: Tensor, temperature: float = 1.0, forward_share: float = 1.0
+) -> Tensor:
+    """λ·KL(teacher ‖ student) + (1 − λ)·KL(student ‖ teacher) of each token, [B, T]; λ = 1 is KV-CAT's, 0.6 KV-Distill's."""
+    forward = kl_teacher_student(teacher_BTV, student_BTV, temperature)
+    p = (teacher_BTV.detach() / temperature).log_softmax(-1)
+    q = (student_BTV / temperature).log_softmax(-1)
+    reverse = temperature**2 * (q.exp() * (q - p)).sum(-1)
+    return forward_share * forward + (1 - forward_share) * reverse
+
+
 def budget_loss(p: Tensor, hard: Tensor, keep: float) -> Tensor:
     """F·G/ρ + (1−F)(1−G)/(1−ρ) with F = mean(hard), G = mean(p): 1 at F = G = ρ.
 

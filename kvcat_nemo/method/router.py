@@ -1,6 +1,6 @@
 """The router: proposes, per token, whether the token's KV slot is kept. METHOD: KV-CAT §router, arXiv 2605.05971.
 
-Shapes: B batch, T tokens, M model width.
+Shapes: B batch, T tokens, M model width, P proposals for a token: one, or one per KV head.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from kvcat_nemo.method.linear_attention import Segments, chunked_linear_attentio
 
 @dataclass
 class Routing:
-    """What a router says of a window, each [batch, tokens]."""
+    """What a router says of a window, each [batch, tokens], or [batch, tokens, KV heads] with a mask per KV head."""
 
     p_BT: Tensor
     """Keep probability."""
     hard_BT: Tensor
     """1 where p > ½, else 0; no gradient."""
+    dropped_gradient: bool = True
+    """Whether the gates of dropped slots pass their gradient on."""
 
     @property
     def gate_BT(self) -> Tensor:
         """The hard gate in value, the probability in gradient (straight-through)."""
         # (p − stopgrad p) first: it is exactly 0, so the gate is exactly 0 or 1.
-        return self.hard_BT + (self.p_BT - self.p_BT.detach())
+        through = self.p_BT - self.p_BT.detach()
+        return self.hard_BT + (through if self.dropped_gradient else through * self.hard_BT)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -43,7 +46,8 @@ class Router(nn.Module):
     is zero but for rounding, and bf16 would leave nothing of it.
     """
 
-    def __init__(self, hidden_size: int, config: KVCatConfig, group: int):
+    def __init__(self, hidden_size: int, config: KVCatConfig, group: int, kv_heads: int | None = None):
+        """Args: kv_heads: of the whole model, when `config.mask_per` asks for a mask per KV head."""
         super().__init__()
         dim = config.router_dim
         self.hidden_size = hidden_size
@@ -52,7 +56,13 @@ class Router(nn.Module):
         self.k = nn.Linear(hidden_size, dim, bias=False)
         self.v = nn.Linear(hidden_size, dim, bias=False)
         self.o = nn.Linear(dim, hidden_size, bias=False)
-        self.proposal = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.proposals = None
+        if config.mask_per == "kv_head":
+            if not kv_heads:
+                raise ValueError("kvcat.mask_per=kv_head: the router must know the number of KV heads")
+            self.proposals = kv_heads
+        self.proposal = nn.Linear(hidden_size, (self.proposals or 1) * hidden_size, bias=False)
+        self.dropped_gradient = config.dropped_slot_gradient
         self.alpha = nn.Parameter(torch.zeros(()))
         self.reset_parameters(config, group)
 
@@ -64,7 +74,10 @@ class Router(nn.Module):
             linear.weight.copy_(
                 torch.randn(linear.weight.shape, generator=rng) / math.sqrt(linear.in_features)
             )
-        self.proposal.weight.copy_(initial_proposal(self.hidden_size, config, rng))
+        heads = range(self.proposals or 1)
+        self.proposal.weight.copy_(
+            torch.cat([initial_proposal(self.hidden_size, config, rng) for _ in heads])
+        )
 
     def _apply(self, fn, recurse=True):
         # Follow moves between devices, but not casts to half precision.
@@ -84,10 +97,11 @@ class Router(nn.Module):
             x = self.norm(h)
             q, k, v = elu_plus_one(self.q(x)), elu_plus_one(self.k(x)), self.v(x)
             a = self.o(chunked_linear_attention(q, k, v, segments=segments, position_BT=position_BT))
-            u = F.normalize(self.proposal(h), dim=-1)
-            w = F.normalize(h + self.alpha * a, dim=-1)
-            p = (1 - (u * w).sum(-1)) / 2
-        return Routing(p, (p > 0.5).to(p.dtype).detach())
+            u, w = self.proposal(h), F.normalize(h + self.alpha * a, dim=-1)
+            if self.proposals is not None:
+                u, w = u.unflatten(-1, (self.proposals, -1)), w[..., None, :]
+            p = (1 - (F.normalize(u, dim=-1) * w).sum(-1)) / 2
+        return Routing(p, (p > 0.5).to(p.dtype).detach(), self.dropped_gradient)
 
 
 def initial_proposal(hidden_size: int, config: KVCatConfig, rng: torch.Generator) -> Tensor:

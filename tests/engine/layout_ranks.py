@@ -100,6 +100,7 @@ def train(job):
     if options.get("dist_opt"):
         gather_shares(chunks)
     result = {"figures": figures, "norms": norms, "masks": masks, "dp_rank": dp_rank, "dp": dp, "held": held}
+    result["tp_rank"] = parallel_state.get_tensor_model_parallel_rank()
     measured = [{name: p.main_grad.clone() for name, p in model.named_parameters()} for model in models]
     if job["reference"]:
         squares = {True: 0.0, False: 0.0}

@@ -37,6 +37,7 @@ RECIPE = (
 )
 
 ROUTED, ROUTED_UNTIED = "router, tied, q/k norms", "router, untied, qkv bias"
+PER_HEAD = "router per KV head"  # and the mixture of both KLs, and no gradient to dropped slots
 RANDOM, ATTENTION, NONE = "random, tied", "attention, untied", "none, untied"
 
 FLOAT64 = "float64: sums over ranks in another order round at 1e-16, small models add up some hundred of them"
@@ -127,6 +128,7 @@ CASES = [
     case("TP4", tp=4, **KV4, short=True),
     case("TP4, untied", tp=4, model=ROUTED_UNTIED, **KV4),
     case("TP4, attention masks", tp=4, model=ATTENTION, **KV4),
+    case("TP2, masks per KV head", tp=2, model=PER_HEAD, short=True),
     case("TP2, float32", tp=2, **SINGLE),
     case("TP2, bf16, random masks", tp=2, model=RANDOM, **HALF_SPLIT, short=True),
     case("TP2, trained", tp=2, **TRAINED, short=True),
@@ -135,6 +137,7 @@ CASES = [
     case("TP2 SP, untied", tp=2, sp=True, model=ROUTED_UNTIED, short=True),
     case("TP2 SP, random masks", tp=2, sp=True, model=RANDOM),
     case("TP2 SP, attention masks", tp=2, sp=True, model=ATTENTION),
+    case("TP2 SP, masks per KV head", tp=2, sp=True, model=PER_HEAD),
     case("TP2 SP, dense alone", tp=2, sp=True, model=NONE),
     case("TP4 SP", tp=4, sp=True, **KV4, short=True),
     case("TP2 SP, longer windows", tp=2, sp=True, tokens=48),
@@ -145,6 +148,7 @@ CASES = [
     case("CP2, untied", cp=2, model=ROUTED_UNTIED, short=True),
     case("CP2, random masks", cp=2, model=RANDOM, short=True),
     case("CP2, attention masks", cp=2, model=ATTENTION, short=True),
+    case("CP2, masks per KV head", cp=2, model=PER_HEAD),
     case("CP2, dense alone", cp=2, model=NONE),
     case("CP4", cp=4, short=True),
     case("CP4, untied", cp=4, model=ROUTED_UNTIED, short=True),
@@ -182,6 +186,7 @@ CASES = [
     case("PP2, untied", pp=2, model=ROUTED_UNTIED),
     case("PP2, random masks", pp=2, model=RANDOM, short=True),
     case("PP2, attention masks", pp=2, model=ATTENTION),
+    case("PP2, masks per KV head", pp=2, model=PER_HEAD),
     case("PP2, dense alone", pp=2, model=NONE, short=True),
     case("PP4", pp=4, **FOUR, short=True),
     case("PP4, random masks, groups across stages", pp=4, model=RANDOM, short=True),
@@ -234,6 +239,7 @@ CASES = [
     case("TP2 PP2 SP, untied", tp=2, pp=2, sp=True, model=ROUTED_UNTIED),
     case("TP2 PP2 SP, random masks", tp=2, pp=2, sp=True, model=RANDOM, short=True),
     case("TP2 PP2, attention masks", tp=2, pp=2, model=ATTENTION, short=True),
+    case("TP2 PP2 SP, masks per KV head, recomputed", tp=2, pp=2, sp=True, model=PER_HEAD, recompute=FULL),
     case("TP2 PP2 SP, recomputed", tp=2, pp=2, sp=True, recompute=FULL, short=True),
     case("TP2 PP2 SP, recomputed in part", tp=2, pp=2, sp=True, recompute=BLOCK),
     case("TP2 PP2, attention recomputed", tp=2, pp=2, recompute=ATTN, short=True),
@@ -271,6 +277,7 @@ FORMS = {
     ),
     "vocabulary that TP does not divide": lambda c: c.layout.get("tp", 1) > 1,
     "random masks": lambda c: c.recipe["model"] == RANDOM,
+    "masks per KV head": lambda c: c.recipe["model"] == PER_HEAD,
     "attention masks": lambda c: c.recipe["model"] == ATTENTION,
     "dense pass alone": lambda c: c.recipe["model"] == NONE,
     "float32": lambda c: c.recipe.get("dtype") == "float32",

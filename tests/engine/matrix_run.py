@@ -178,8 +178,12 @@ def _compare_masks(c: Case, out: Difference, ranks: list[dict], reference: dict)
         for layer, entries in rank["masks"].items():
             seen.add(layer)
             expected = [reference["masks"][layer][i][0] for i in mine]
-            if rank["held"] is not None and entries[0][0].shape != expected[0].shape:
+            if rank["held"] is not None and entries[0][0].shape[1] != expected[0].shape[1]:
                 expected = [mask[:, rank["held"]] for mask in expected]
+            heads = entries[0][0].shape[2]  # one mask for all, or one for each of this rank's KV heads
+            if heads != expected[0].shape[2]:
+                own = slice(rank["tp_rank"] * heads, (rank["tp_rank"] + 1) * heads)
+                expected = [mask[..., own] for mask in expected]
             first = [mask for mask, with_gradients in entries if with_gradients]
             if recompute and not all(with_gradients for _, with_gradients in entries):
                 # Its first run is without gradients; what runs with gradients replays it, in the schedule's order.

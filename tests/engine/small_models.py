@@ -26,6 +26,17 @@ MODELS = {
         {"add_qkv_bias": True},
         False,
     ),
+    "router per KV head": (
+        {
+            "num_groups": 2,
+            "router_dim": 4,
+            "mask_per": "kv_head",
+            "dropped_slot_gradient": False,
+            "distill_forward_share": 0.6,
+        },
+        {},
+        True,
+    ),
     "random, tied": ({"policy": "random"}, {}, True),
     "attention, untied": ({"policy": "attention"}, {}, False),
     "none, untied": ({"policy": "none"}, {}, False),
@@ -125,7 +136,7 @@ def packed_positions(windows, tokens, number):
 
 @contextlib.contextmanager
 def recorded_masks(chunks):
-    """While it lasts, a dict layer → [(gate [B, T] that its masked attention got, whether gradients were on), …].
+    """While it lasts, a dict layer → [(gate [B, T, 1 or G] that its masked attention got, whether gradients were on), …].
 
     Taken where attention takes them, so those that a policy makes inside attention are seen as well.
     """
@@ -146,7 +157,7 @@ def recorded_masks(chunks):
     plain = attention.gated_attention
 
     def keep(q, k, v, gate_BTG, **settings):
-        gate = gate_BTG.detach()[..., 0].clone()  # windows of packed documents come end to end
+        gate = gate_BTG.detach().clone()  # windows of packed documents come end to end
         masks.setdefault(running[-1], []).append((gate, torch.is_grad_enabled()))
         return plain(q, k, v, gate_BTG, **settings)
 

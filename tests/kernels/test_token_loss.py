@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvcat_nemo.kernels import token_loss
 from kvcat_nemo.kernels.token_loss import TOKEN_METRICS, token_losses
-from kvcat_nemo.method.losses import kl_teacher_student, next_token_ce
+from kvcat_nemo.method.losses import distillation, next_token_ce
 
 
 def case(T=5, B=2, V=30, M=6, paired=True, seed=0, dtype=torch.float64, spread=2.0):
@@ -26,14 +26,14 @@ def case(T=5, B=2, V=30, M=6, paired=True, seed=0, dtype=torch.float64, spread=2
     return hidden.to(dtype), weight.to(dtype), labels, weights
 
 
-def plain(hidden, weight, labels, temperature=1.0, paired=True):
+def plain(hidden, weight, labels, temperature=1.0, paired=True, forward_share=1.0):
     """[4, B, T] of the method's functions on the logits of all tokens."""
     x = (hidden @ weight.t()).transpose(0, 1)
     if not paired:
         return next_token_ce(x, labels)[None]
     dense, masked = x.chunk(2)
     agree = (dense.argmax(-1) == masked.argmax(-1)).to(x.dtype)
-    kl = kl_teacher_student(dense, masked, temperature)
+    kl = distillation(dense, masked, temperature, forward_share)
     return torch.stack([next_token_ce(dense, labels), kl, next_token_ce(masked, labels).detach(), agree])
 
 
@@ -74,22 +74,25 @@ def sweeps(monkeypatch):
     padding=st.integers(0, 5),
     memory=st.sampled_from([0.0001, 0.001, 0.003, 1]),
     temperature=st.sampled_from([0.1, 0.5, 1.0, 4.0]),
+    share=st.sampled_from([1.0, 0.6, 0.0]),
     paired=st.booleans(),
     known=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_values_and_gradients_in_float64(T, B, V, M, padding, memory, temperature, paired, known, seed):
+def test_values_and_gradients_in_float64(
+    T, B, V, M, padding, memory, temperature, share, paired, known, seed
+):
     hidden, weight, labels, weights = case(T, B, V, M, paired, seed)
     weights[:, 0, 0] = 0.5
     # Rows of padding would give the largest logits of all: whatever leaks is seen.
     padded = torch.cat([weight, torch.full((padding, M), 50.0, dtype=weight.dtype)])
     settings = dict(vocab_size=V, paired=paired, temperature=temperature, memory_mib=memory)
-    settings["loss_weights"] = weights if known else None
+    settings |= {"loss_weights": weights if known else None, "forward_share": share}
     out, dh, dw = differentiate(
         lambda h, w: token_losses(h, w, labels, **settings), hidden, padded, weights, 0.3
     )
     expected = differentiate(
-        lambda h, w: plain(h, w, labels, temperature, paired), hidden, weight, weights, 0.3
+        lambda h, w: plain(h, w, labels, temperature, paired, share), hidden, weight, weights, 0.3
     )
     for ours, theirs in zip((out, dh, dw[:V]), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

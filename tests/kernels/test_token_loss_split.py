@@ -36,7 +36,7 @@ def errors(tmp_path_factory):
 
 
 def test_every_case_ran(errors):
-    assert all(len(rank) == 48 for rank in errors)
+    assert all(len(rank) == 80 for rank in errors)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-12), ("float32", 2e-6)])

@@ -23,10 +23,15 @@ def main(folder, rank, world_size):
     pairs = [torch.distributed.new_group([first, first + 1]) for first in range(0, world_size, 2)]
     groups = {2: pairs[rank // 2], 4: torch.distributed.group.WORLD}
     errors = {}
-    for ranks, sequence_parallel, known, paired, temperature, dtype in product(
-        (2, 4), (False, True), (False, True), (False, True), (1.0, 3.0), (torch.float64, torch.float32)
+    for ranks, sequence_parallel, known, paired, (temperature, share), dtype in product(
+        (2, 4),
+        (False, True),
+        (False, True),
+        (False, True),
+        ((1.0, 1.0), (3.0, 1.0), (1.0, 0.6), (3.0, 0.0)),
+        (torch.float64, torch.float32),
     ):
-        if not paired and temperature != 1:
+        if not paired and (temperature, share) != (1, 1):
             continue
         rng = torch.Generator().manual_seed(ranks)
         passes = 1 + paired
@@ -36,7 +41,7 @@ def main(folder, rank, world_size):
         labels = torch.randint(0, V, (B, T), generator=rng)
         weights = torch.rand(passes, B, T, generator=rng, dtype=torch.float64)
         options = dict(vocab_size=V, paired=paired, temperature=temperature, memory_mib=0.001)
-        options["loss_weights"] = weights if known else None
+        options |= {"loss_weights": weights if known else None, "forward_share": share}
 
         def run(h, w, labels=labels, weights=weights, passes=passes, options=options, **split):
             h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
@@ -54,7 +59,7 @@ def main(folder, rank, world_size):
         )
         split = run(hidden[own], weight[part], group=group, sequence_parallel=sequence_parallel)
         expected = whole[0], whole[1][own], whole[2][part]
-        name = f"TP{ranks} sp={sequence_parallel} known={known} paired={paired} τ={temperature} {dtype}"
+        name = f"TP{ranks} sp={sequence_parallel} known={known} paired={paired} τ={temperature} λ={share} {dtype}"
         errors[name] = [
             float((a.double() - b).norm() / whole[i].norm())
             for i, (a, b) in enumerate(zip(split, expected, strict=True))

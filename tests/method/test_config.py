@@ -18,6 +18,8 @@ BAD = [
     ("router_lr_mult", 0),
     ("router_lr_mult", -1.0),
     ("distill_temperature", 0.0),
+    ("distill_forward_share", 1.5),
+    ("distill_forward_share", -0.1),
     ("sinks", -1),
     ("recent_window", 0),
     ("gate_gradient_cap", -1.0),
@@ -64,3 +66,9 @@ def test_more_groups_than_layers_are_refused():
 @pytest.mark.parametrize("policy", ["router", "random", "attention", "none"])
 def test_paired(policy):
     assert KVCatConfig(policy=policy).paired == (policy != "none")
+
+
+def test_a_mask_per_kv_head_is_the_routers_alone():
+    assert KVCatConfig(mask_per="kv_head").mask_per == "kv_head"
+    with pytest.raises(ValueError, match="mask_per='kv_head'.*token"):
+        KVCatConfig(policy="random", mask_per="kv_head")

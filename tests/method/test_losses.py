@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.losses import budget_loss, kl_teacher_student, kvcat_loss, next_token_ce
+from kvcat_nemo.method.losses import budget_loss, distillation, kl_teacher_student, kvcat_loss, next_token_ce
 
 
 def logits(seed=0, shape=(2, 3, 7)):
@@ -110,3 +110,12 @@ def test_default_weights_are_the_papers():
     config = KVCatConfig()
     assert (config.distill_weight, config.budget_weight, config.anchor_weight) == (1.0, 0.1, 1.0)
     assert (config.target_keep_fraction, config.num_groups, config.router_dim) == (0.5, 4, 64)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_distillation_mixes_torchs_kl_of_both_directions(share):
+    teacher, student = torch.randn(2, 2, 3, 7, dtype=torch.float64)
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    kl = lambda a, b: torch.nn.functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)  # noqa: E731
+    expected = share * kl(p, q) + (1 - share) * kl(q, p)
+    torch.testing.assert_close(distillation(teacher, student, 1.0, share), expected)

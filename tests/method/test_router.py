@@ -198,3 +198,36 @@ def test_computes_in_float32_on_half_precision_hidden_states_and_under_autocast(
     assert torch.equal(router(h).p_BT, expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(router(h).p_BT, expected)
+
+
+def test_without_gradient_to_dropped_slots_kept_ones_alone_have_it():
+    p = torch.linspace(0.1, 0.9, 9, dtype=torch.float64).requires_grad_()
+    hard = (p > 0.5).double().detach()
+    (cut,) = torch.autograd.grad(Routing(p, hard, dropped_gradient=False).gate_BT.sum(), p)
+    (whole,) = torch.autograd.grad(Routing(p, hard).gate_BT.sum(), p)
+    assert torch.equal(cut, hard) and torch.equal(whole, torch.ones_like(p))
+
+
+def test_a_mask_per_kv_head_is_as_many_routers_of_one_linear_attention():
+    """Each head's probabilities are those of a router with that head's W_P alone."""
+    config = KVCatConfig(router_dim=5, mask_per="kv_head", router_init_keep=0.6, router_init_jitter=1.0)
+    many = Router(WIDTH, config, group=0, kv_heads=3).double()
+    for parameter in many.parameters():
+        parameter.data = parameter.data.double()
+    with torch.no_grad():
+        many.alpha.fill_(0.7)
+    one = make_lively()
+    h = hidden(2, 7)
+    routing = many(h)
+    assert routing.p_BT.shape == (2, 7, 3)
+    for head in range(3):
+        state = many.state_dict()
+        state["proposal.weight"] = state["proposal.weight"][head * WIDTH : (head + 1) * WIDTH]
+        one.load_state_dict(state)
+        torch.testing.assert_close(routing.p_BT[..., head], one(h).p_BT, rtol=1e-13, atol=1e-13)
+    assert not torch.equal(routing.hard_BT[..., 0], routing.hard_BT[..., 1])
+
+
+def test_a_mask_per_kv_head_must_know_their_number():
+    with pytest.raises(ValueError, match="mask_per"):
+        Router(WIDTH, KVCatConfig(router_dim=4, mask_per="kv_head"), group=0)
