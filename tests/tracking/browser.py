@@ -13,6 +13,18 @@ import subprocess
 import time
 from pathlib import Path
 
+# Charts in the window with the corners of each line in it; one without height or width is none.
+_CURVES = r"""
+Array.from(document.querySelectorAll(".js-plotly-plot"), (plot, number) => [
+  (plot.parentElement.closest("[data-testid]") || plot).innerText.split("\n")[0] + " #" + number,
+  Array.from(plot.querySelectorAll("path.js-line"), (line) => {
+    const box = line.getBoundingClientRect();
+    const seen = box.width > 50 && box.height > 5 && box.top >= 0 && box.bottom <= window.innerHeight;
+    return seen ? (line.getAttribute("d") || "").split(/[ML]/).length - 1 : 0;
+  }),
+])
+"""
+
 
 class Page:
     """A page in a browser of its own."""
@@ -50,17 +62,15 @@ class Page:
             assert time.monotonic() < deadline, f"{address} does not show {words}, but:\n{shown[:3000]}"
             await asyncio.sleep(0.3)
 
-    async def count(self, selector: str, least: int, seconds: float = 60) -> int:
-        """Wait until the page has so many elements of a CSS selector."""
+    async def curves(self, number: int, points: int, seconds: float = 60) -> dict[str, list[int]]:
+        """Wait until so many charts of plotly show a curve of so many points: of each title, its curves' points."""
         deadline = time.monotonic() + seconds
         while True:
-            result = await self.call(
-                "Runtime.evaluate", expression=f"document.querySelectorAll({selector!r}).length"
-            )
-            found = result["result"].get("value", 0)
-            if found >= least:
-                return found
-            assert time.monotonic() < deadline, f"{found} of {selector}, {least} wanted"
+            result = await self.call("Runtime.evaluate", expression=_CURVES, returnByValue=True)
+            drawn = dict(result["result"].get("value", []))
+            if sum(max(lengths, default=0) >= points for lengths in drawn.values()) >= number:
+                return drawn
+            assert time.monotonic() < deadline, f"{number} curves of {points} points wanted, drawn: {drawn}"
             await asyncio.sleep(0.3)
 
     async def picture(self, path: Path) -> None:

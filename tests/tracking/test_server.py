@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,8 @@ NAMES = (
 
 
 def figures(step):
-    return {name: (step + i) / 100 for i, name in enumerate(NAMES)} | {"time": time.time()}
+    # Not straight: of points almost in a line, plotly draws the ends alone.
+    return {name: i + math.cos(step) for i, name in enumerate(NAMES)} | {"time": time.time()}
 
 
 class Training:
@@ -151,12 +153,15 @@ def test_the_page_of_a_run(server, tmp_path):
         overview = await page.open(where, "model.kvcat.policy", "train/loss/distill", "Finished")
         await page.picture(tmp_path / "overview.png")
         charts = await page.open(f"{where}/model-metrics", "keep_rate/group0", "loss/budget")
-        await page.count("path.js-line", len(NAMES))  # the curves themselves
+        drawn = await page.curves(len(NAMES), points=30)
         await page.picture(tmp_path / "charts.png")
         files = await page.open(f"{where}/artifacts", "config.yaml")
-        return overview, charts, files
+        return overview, charts, files, drawn
 
     # Tall, for MLflow draws only the charts in sight.
-    overview, _, _ = look(tmp_path / "profile", visit, height=2400)
+    overview, charts, _, drawn = look(tmp_path / "profile", visit, height=2400)
     assert "router" in overview and "seen" in overview
+    for name in NAMES:
+        assert name in charts
+    assert sum(max(points, default=0) >= 30 for points in drawn.values()) == len(NAMES), drawn
     assert (tmp_path / "charts.png").stat().st_size > 20_000
