@@ -60,12 +60,25 @@ def _complete_or_absent(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(final: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `final`; what was written there becomes `final` when the block succeeds."""
+def new_file(final: str | os.PathLike, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `final`; what was written there becomes `final` when the block succeeds.
+
+    replace=False: a `final` that another process has made meanwhile stays.
+    """
     final = Path(final)
     with _complete_or_absent(final) as temporary:
         yield temporary
-        os.replace(temporary, final)
+        if replace:
+            os.replace(temporary, final)
+            return
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not final.exists():
+                os.replace(temporary, final)
+        _remove(temporary)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.data.files import new_file
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
 from kvcat_nemo.tracking.outbox import BATCH, Figure, Refused
 from kvcat_nemo.tracking.redact import redact, redact_tree, split_credentials
@@ -49,12 +50,17 @@ def store_uri(tracking_uri: str | None = None) -> str:
 
 
 def client_of(uri: str):
-    """An MLflow client that gives up soon and reports its use to nobody."""
+    """An MLflow client that gives up soon and reports its use to nobody. A SQLite file that is not there is made."""
     switch_off()
     for name, value in _REQUEST.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and path and not set(path) & set("?:") and not os.path.exists(path):
+        # A process that is killed while MLflow makes its tables would leave a database that MLflow never opens again.
+        with new_file(path, replace=False) as temporary:
+            MlflowClient(tracking_uri=f"sqlite:///{temporary.resolve()}").search_experiments(max_results=1)
     return MlflowClient(tracking_uri=uri)
 
 

@@ -81,6 +81,24 @@ def test_what_a_killed_process_did_not_send_comes_at_the_next_start(store, tmp_p
     assert steps(*only_run(store), "train/keep_rate") == list(range(1, 16))
 
 
+def test_a_process_that_is_killed_while_it_makes_a_database_spoils_none(tmp_path):
+    """MLflow's tables come one by one, and it refuses a database that has some of them."""
+    path = tmp_path / "mlflow.db"
+    code = (
+        "import os, sys, mlflow.store.db.utils as u\n"
+        "u._upgrade_db = lambda engine: os.kill(os.getpid(), 9)\n"
+        "from kvcat_nemo.tracking.mlflow_run import client_of\n"
+        "client_of(sys.argv[1]).search_experiments()\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, f"sqlite:///{path}"], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    assert not path.exists() and [p for p in tmp_path.iterdir() if ".partial-" in p.name]
+    train(tmp_path / "run", f"sqlite:///{path}", 0, 2)
+    client, run = only_run(f"sqlite:///{path}")
+    assert steps(client, run, "train/lr") == [1, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mlflow.db", "run"]
+
+
 def test_a_lost_answer_makes_no_second_run(store, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
