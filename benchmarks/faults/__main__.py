@@ -61,7 +61,8 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
                     "lost": {},
                     "failures": [f"{type(error).__name__}: {error}"[:4000]],
                 }
-            stored[name] = {"fault": what, **result, "seconds": round(time.monotonic() - start, 1)}
+            seconds = round(time.monotonic() - start, 1)
+            stored[name] = {"fault": what, **result, "seconds": seconds, "revision": facts["git_revision"]}
             print(
                 f"{name}: {result['survived']} of {result['tried']} survived, {stored[name]['seconds']} s",
                 flush=True,
