@@ -1,24 +1,26 @@
 """The whole study, stage by stage; a stage whose result is there is not run again, so it may be stopped at any time.
 
-make study                                      # the study itself: nights on two cores (README.md)
-python -m benchmarks.study --scale smoke        # the chain in two minutes; its figures mean nothing
+make study                                      # the study itself: hours on two cores (README.md)
+python -m benchmarks.study --scale smoke        # the chain in three minutes; its figures mean nothing
+python -m benchmarks.study --scale smollm2      # SmolLM2-135M continued, by the same stages
 python -m benchmarks.study --until base         # no further than the base model
-python -m benchmarks.study --list               # stages and runs, done or not; starts nothing
+python -m benchmarks.study --stage report       # this stage alone, from what is there
+python -m benchmarks.study --list               # runs, done or not; starts nothing
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study import jobs as plans
-from benchmarks.study import measure, summary
-from benchmarks.study.page import write_page
+from benchmarks.study import summary
+from benchmarks.study.measure import Measurements, cut
 from benchmarks.study.pool import ROOT, finished, run_jobs
+from benchmarks.study.report import write_report
 from benchmarks.study.scales import SCALES, Scale
 
 STAGES = ("text", "base", "policies", "evaluation", "ablations", "report")
@@ -34,24 +36,30 @@ class Study:
     def __init__(self, scale: Scale, out: Path, workers: int, threads: int):
         self.scale, self.out = scale, out.resolve()
         self.workers, self.threads = workers, threads
-        self.tokenizer, self.data = self.out / "tokenizer", self.out / "data"
-        self.untrained, self.converted = self.out / "untrained", self.out / "untrained-megatron"
-        self.base = self.out / "base"
-        self.base_megatron = self.out / "base-megatron"
-        self.windows = self.out / "windows.json"
+        self.texts = self.out.parent / "text"  # shared by the scales
+        self.data, self.windows = self.out / "data", self.out / "windows.json"
+        if scale.model is None:
+            self.tokenizer = self.out / "tokenizer"
+            self.untrained, self.converted = self.out / "untrained", self.out / "untrained-megatron"
+            self.base, self.base_megatron = self.out / "base" / "hf", self.out / "base-megatron"
+            self.template = self.untrained
+        else:
+            self.base = self.tokenizer = self.template = ROOT / "models" / scale.model
+            self.base_megatron = ROOT / "models" / f"{scale.model}-megatron"
 
     def job(self, name: str, kvcat: dict, seed: int, training, start: Path) -> dict[str, Any]:
         """What benchmarks.study.trainer runs."""
         return {
             "out": str(self.out / name),
             "start": str(start),
-            "untrained": str(self.untrained),
+            "template": str(self.template),
             "data": str(self.data),
             "tokens": self.scale.shape.tokens,
             "kvcat": kvcat,
             "seed": seed,
             "training": dataclasses.asdict(training),
             "threads": self.threads,
+            "precision": self.scale.precision,
         }
 
     def base_job(self) -> dict[str, Any]:
@@ -61,6 +69,17 @@ class Study:
     def continued(self, jobs: list[plans.Job]) -> list[dict[str, Any]]:
         return [self.job(f"runs/{j.name}", j.kvcat, j.seed, j.training, self.base_megatron) for j in jobs]
 
+    def done(self, jobs: list[plans.Job]) -> list[plans.Job]:
+        """Those with a result."""
+        pairs = zip(jobs, self.continued(jobs), strict=True)
+        return [job for job, settings in pairs if finished(Path(settings["out"]), settings)]
+
+    def policy_models(self) -> dict[str, Path]:
+        return {"base": self.base} | self._models(plans.policy_jobs(self.scale))
+
+    def _models(self, jobs: list[plans.Job]) -> dict[str, Path]:
+        return {j.name: self.out / "runs" / j.name / "hf" for j in jobs}
+
     # --- stages ---
 
     def text(self) -> None:
@@ -69,119 +88,62 @@ class Study:
         from kvcat_nemo.conversion.importing import import_hf
 
         scale = self.scale
-        paths = gather(scale.corpora, self.out / "text")
-        if not self.tokenizer.exists():
+        paths = gather(scale.corpora, self.texts)
+        if scale.model is not None:
+            from kvcat_nemo.data.base_models import fetch_model
+
+            if not self.base.exists():
+                fetch_model(scale.model, self.base)
+        elif not self.tokenizer.exists():
             make_tokenizer(paths, self.tokenizer, scale.shape.vocabulary, scale.held_out, scale.shape.tokens)
         make_dataset(paths, self.tokenizer, self.data, scale.held_out)
-        if not self.untrained.exists():
-            write_untrained(self.tokenizer, scale.shape, self.untrained, seed=1)
-        if not self.converted.exists():
-            import_hf(self.untrained, self.converted)
-        measure.cut(paths, self.tokenizer, scale, self.windows)
+        if scale.model is None:
+            if not self.untrained.exists():
+                write_untrained(self.tokenizer, scale.shape, self.untrained, seed=1)
+            if not self.converted.exists():
+                import_hf(self.untrained, self.converted)
+        cut(paths, self.tokenizer, scale, self.windows)
 
     def train_base(self) -> None:
         from kvcat_nemo.conversion.importing import import_hf
 
-        run_jobs([self.base_job()], 1)
+        if self.scale.model is None:
+            run_jobs([self.base_job()], 1)
         if not self.base_megatron.exists():
-            import_hf(self.base / "hf", self.base_megatron)
+            import_hf(self.base, self.base_megatron)
 
     def train_policies(self) -> None:
         run_jobs(self.continued(plans.policy_jobs(self.scale)), self.workers)
 
     def evaluate(self) -> None:
-        models = {"base": self.base / "hf"} | self._models(plans.policy_jobs(self.scale))
-        logs = self.out / "logs"
-        measure.continuation(
-            models, self.windows, self.scale, self.out / "continuation", logs / "continuation.log"
-        )
+        models = self.policy_models()
+        measured = Measurements(models, self.windows, self.scale, self.out)
+        for number, sweep in enumerate(self.scale.evaluation.sweeps):
+            measured.continuation(sweep, f"continuation{number}")
+        if self.scale.evaluation.needle is not None:
+            measured.needle()
         # The control first: `kvcat evaluate gradient` counts the others' speed-up to its first model's end.
         control = {n: p for n, p in models.items() if n.startswith(f"{summary.CONTROL}-")}
         ordered = control | {n: p for n, p in models.items() if n != "base"}
-        measure.gradient(ordered, self.windows, self.scale, self.out / "gradient", logs / "gradient.log")
+        Measurements(ordered, self.windows, self.scale, self.out).gradient()
 
     def train_ablations(self) -> None:
         jobs = plans.ablation_jobs(self.scale)
         run_jobs(self.continued(jobs), self.workers)
-        measure.continuation(
-            self._models(jobs),
-            self.windows,
-            self.scale,
-            self.out / "ablations",
-            self.out / "logs" / "ablations.log",
-        )
+        if jobs:
+            self.evaluate_ablations()
 
-    def _models(self, jobs: list[plans.Job]) -> dict[str, Path]:
-        return {j.name: self.out / "runs" / j.name / "hf" for j in jobs}
-
-    def report(self) -> dict[str, Any]:
-        """Everything that the page shows, with manifest."""
-        from kvcat_nemo.manifest import manifest
-
-        scale = self.scale
-        policies, ablations = plans.policy_jobs(scale), plans.ablation_jobs(scale)
-        rows = measure.rows(self.out / "continuation" / "results.json")
-        named = scale.ablations or tuple(plans.ABLATIONS)
-        results = {
-            "scale": scale.name,
-            "evidence": scale.evidence,
-            "base": {
-                "parameters": scale.shape.parameters,
-                "vocabulary": scale.shape.vocabulary,
-                "window": scale.shape.tokens,
-                "training": summary.training_figures(self.base),
-            },
-            "measurable": summary.measurable(rows, "base"),
-            "training": self._training(policies),
-            "continuation": summary.compare(rows, {"base": ["base"]} | _groups(policies)),
-            "gradient": _gradient(measure.rows(self.out / "gradient" / "results.json"), _groups(policies)),
-            "ablations": {
-                "training": self._training(ablations),
-                "continuation": summary.compare(
-                    measure.rows(self.out / "ablations" / "results.json"),
-                    _groups(ablations),
-                    "ablation: default",
-                ),
-                "not_run": {n: plans.ABLATIONS[n].needs for n in named if plans.ABLATIONS[n].needs},
-            },
-        }
-        data = json.loads((self.data / "manifest.json").read_text())
-        facts = manifest(
-            scale=dataclasses.asdict(scale),
-            data={"fingerprint": data["source"]["fingerprint"], "splits": data["splits"]},
-            seeds={k: list(v) for k, v in scale.seeds.items()},
-        )
-        return results | {"manifest": facts}
-
-    def _training(self, jobs: list[plans.Job]) -> dict[str, dict[str, Any]]:
-        out: dict[str, dict[str, Any]] = {}
-        for group, names in _groups(jobs).items():
-            runs = [summary.training_figures(self.out / "runs" / name) for name in names]
-            line: dict[str, Any] = {"tokens": runs[0]["tokens"], "hours": sum(r["hours"] for r in runs)}
-            for name in ("dense_ppl", "masked_ppl"):
-                if name in runs[0]["after"]:
-                    line[name] = summary.spread(r["after"][name] for r in runs)
-            if "keep_rate" in runs[0]["keep_rate_last_tenth"]:
-                line["keep_rate"] = summary.spread(r["keep_rate_last_tenth"]["keep_rate"] for r in runs)
-            out[group] = line
-        return out
+    def evaluate_ablations(self) -> None:
+        models = self._models(self.done(plans.ablation_jobs(self.scale)))
+        measured = Measurements(models, self.windows, self.scale, self.out)
+        measured.continuation(self.scale.evaluation.ablations, "ablations")
 
     def write_report(self) -> None:
-        report = self.report()
-        results = (
-            ROOT / "benchmarks" / "study" / "results.json"
-            if self.scale.evidence
-            else self.out / "results.json"
-        )
-        from kvcat_nemo.tracking.metrics_file import write_atomically
+        for path in write_report(self):
+            print(f"  {path}")
 
-        write_atomically(results, json.dumps(report, indent=1) + "\n")
-        evidence = ROOT / "docs" / "evidence.md"
-        page = evidence if self.scale.evidence else self.out / "evidence.md"
-        print(f"  {results}\n  {write_page(report, page, evidence_page=evidence)}")
-
-    def run(self, until: str) -> None:
-        """All stages up to `until`, each going on with what is there."""
+    def run(self, stages: list[str]) -> None:
+        """These stages, in their order, each going on with what is there."""
         works = (
             self.text,
             self.train_base,
@@ -191,46 +153,18 @@ class Study:
             self.write_report,
         )
         for number, (name, work) in enumerate(zip(STAGES, works, strict=True), 1):
-            print(f"[{number}/{len(STAGES)}] {name}", flush=True)
-            work()
-            if name == until:
-                return
+            if name in stages:
+                print(f"[{number}/{len(STAGES)}] {name}", flush=True)
+                work()
 
     def listing(self) -> str:
         """Every run and whether it is done."""
-        jobs = [
-            self.base_job(),
-            *self.continued(plans.policy_jobs(self.scale) + plans.ablation_jobs(self.scale)),
-        ]
+        jobs = [self.base_job()] if self.scale.model is None else []
+        jobs += self.continued(plans.policy_jobs(self.scale) + plans.ablation_jobs(self.scale))
         return "\n".join(
             f"{'done' if finished(Path(j['out']), j) else '    '}  {Path(j['out']).name}  {j['training']['steps']} steps"
             for j in jobs
         )
-
-
-def _groups(jobs: list[plans.Job]) -> dict[str, list[str]]:
-    out: dict[str, list[str]] = {}
-    for job in jobs:
-        out.setdefault(job.group, []).append(job.name)
-    return out
-
-
-def _gradient(rows: list[dict], groups: dict[str, list[str]]) -> list[dict[str, Any]]:
-    out = []
-    for budget in dict.fromkeys(r["budget"] for r in rows):
-        for group, names in groups.items():
-            mine = [r for r in rows if r["budget"] == budget and r["model"] in names]
-            if mine:
-                out.append(
-                    {
-                        "group": group,
-                        "keep": mine[0]["keep"],
-                        "start": summary.spread(r["delta_ppl_start"] for r in mine),
-                        "end": summary.spread(r["delta_ppl"] for r in mine),
-                        "speed_up": [r["speed_up"] for r in mine if "speed_up" in r],
-                    }
-                )
-    return out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -242,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--out", type=Path, help="default: results/study/SCALE")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    chosen.add_argument("--stage", choices=STAGES, action="append", help="this stage alone (repeatable)")
     parser.add_argument(
         "--workers", type=int, default=2, help="training runs side by side (default: %(default)s)"
     )
@@ -255,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         print(study.listing())
         return
     try:
-        study.run(args.until)
+        study.run(args.stage or list(STAGES[: STAGES.index(args.until) + 1]))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"study stopped: {error}")
 

@@ -55,10 +55,18 @@ def start_process() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def build(converted: Path, kvcat: dict, seed: int):
-    """The paired model with the weights of a converted folder; routers are drawn from the seed."""
+def build(converted: Path, kvcat: dict, seed: int, precision: str = "float32"):
+    """The paired model with the weights of a converted folder; routers are drawn from the seed.
+
+    Args:
+        precision: `float32`, or `bf16`: weights and products in bf16, routers in float32.
+
+    Returns:
+        The bare model, and the module that trains: the same, or Megatron's wrapper around it for bf16.
+    """
     import torch
     from megatron.core import dist_checkpointing
+    from megatron.core.transformer.module import Float16Module
 
     from kvcat_nemo.conversion.arch import apply_rope, load_architecture, transformer_config
     from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
@@ -71,6 +79,8 @@ def build(converted: Path, kvcat: dict, seed: int):
     arch = load_architecture(converted)
     plain = transformer_config(arch)
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.init}
+    if precision == "bf16":
+        fields |= {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
     config = KVCatTransformerConfig(**fields, kvcat=KVCatConfig(**kvcat, seed=seed))
     validate_model_config(config)
     torch.manual_seed(seed)
@@ -93,11 +103,17 @@ def build(converted: Path, kvcat: dict, seed: int):
     strange = [name for name in missing if ".router." not in name] + list(unexpected)
     if strange:
         raise ValueError(f"{converted} does not hold the model's {strange[:3]}")
-    return model
+    if precision == "bf16":
+        return model, Float16Module(config, model)
+    return model, model
 
 
-def export(model, untrained: Path, out: Path) -> None:
-    """The plain Hugging Face model, routers left out, by the project's own converter."""
+def export(model, template: Path, out: Path) -> None:
+    """The plain Hugging Face model, routers left out, by the project's own converter.
+
+    Args:
+        template: a folder of the same architecture, whose configuration and tokenizer are taken.
+    """
     from kvcat_nemo.conversion.exporting import export_hf
 
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
@@ -106,7 +122,7 @@ def export(model, untrained: Path, out: Path) -> None:
         _write(model, weights)
         if out.exists():
             shutil.rmtree(out)
-        export_hf(weights, out, base=untrained)
+        export_hf(weights, out, base=template)
 
 
 def _write(model, folder: Path) -> None:

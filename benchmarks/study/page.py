@@ -18,26 +18,42 @@ def with_spread(value: dict[str, Any] | None, digits: int = 3) -> str:
     return text + (f" ± {value['sd']:.{digits}f}" if value["sd"] is not None else "") + f" ({value['n']})"
 
 
-def render(report: dict[str, Any]) -> str:
-    """Markdown of a report that `__main__.report` made."""
-    smoke = not report["evidence"]
+def render(reports: list[dict[str, Any]], conclusions: str = "") -> str:
+    """Markdown of reports that `report.make_report` made, one per scale."""
     lines = ["# Evidence: are the caches more compressible?", ""]
-    if smoke:
-        lines += [
-            f"**Scale `{report['scale']}`: a test of the chain on a model that has learnt nothing. None of its figures is evidence.**",
-            "",
-        ]
-    base = report["base"]
+    if conclusions:
+        lines += [conclusions.strip(), ""]
     lines += [
-        "Made by `make study` from benchmarks/study; means ± standard deviation over seeds, number of seeds in brackets.",
+        "Made by `make study` (benchmarks/study; figures in benchmarks/study/*.json). Means ± standard deviation over seeds, number "
+        "of seeds in brackets. “Beyond seeds”: the difference to the control exceeds twice the standard error that the spread over "
+        "seeds gives. p: paired test over windows of the excess loss, NLL(compressed) − NLL(dense).",
         "",
-        "## The base model",
-        "",
-        f"{base['parameters']:,} parameters without embeddings, vocabulary {base['vocabulary']:,}, T = {base['window']}; "
-        f"{base['training']['tokens']:,} tokens in {base['training']['steps']:,} steps, {base['training']['hours']:.2f} h; held-out "
-        f"perplexity {base['training']['before']['dense_ppl']:.2f} → {base['training']['after']['dense_ppl']:.2f}.",
+        _PAPER,
         "",
     ]
+    for report in reports:
+        lines += _scale(report)
+    return "\n".join(lines)
+
+
+def _scale(report: dict[str, Any]) -> list[str]:
+    base, scale = report["base"], report["scale"]
+    image = lambda what, text: [f"![{text}](img/study-{scale}-{what}.png)", ""]  # noqa: E731
+    title = base["model"] or "A model of our own"
+    lines = [f"## {title}", ""]
+    if not report["evidence"]:
+        lines += [
+            f"**Scale `{scale}`: a test of the chain on a model that has learnt nothing. None of its figures is evidence.**",
+            "",
+        ]
+    about = f"{base['parameters']:,} parameters without embeddings, vocabulary {base['vocabulary']:,}, windows of {base['window']} tokens"
+    if "training" in base:
+        done = base["training"]
+        about += (
+            f"; trained from nothing on {done['tokens']:,} tokens in {done['steps']:,} steps, {done['hours']:.2f} h; held-out perplexity "
+            f"{done['before']['dense_ppl']:.1f} → {done['after']['dense_ppl']:.2f}"
+        )
+    lines += [about + ".", ""]
     if report["measurable"]:
         lines += [
             "| kept | random eviction, ΔPPL | Attention Matching, ΔPPL | ratio |",
@@ -47,20 +63,66 @@ def render(report: dict[str, Any]) -> str:
                 for x in report["measurable"]
             ),
             "",
-            "A ratio near 1 would mean that the model uses too little context for compressibility to be measured.",
+            "On the base model. A ratio near 1 would mean that it uses too little context for compressibility to be measured.",
             "",
         ]
-    lines += ["## Continued pretraining at equal tokens", "", *_training(report["training"], "policy"), ""]
-    lines += ["## Compressed-prefix continuation", "", _PAPER, "", *_table(report["continuation"]), ""]
-    lines += ["## Caches optimised by gradient", "", *_curves(report["gradient"]), ""]
+    lines += ["### Continued pretraining at equal tokens", "", *_training(report["training"], "policy"), ""]
+    lines += [
+        "### Compressed-prefix continuation",
+        "",
+        *image("continuation", "ΔPPL by compressor, budget and policy"),
+    ]
+    lines += [*_table(report["continuation"]), ""]
+    if report["gradient"]:
+        lines += [
+            "### Caches optimised by gradient",
+            "",
+            *image("gradient", "ΔPPL over steps of Adam on the cache"),
+        ]
+        lines += [*_curves(report["gradient"]), ""]
+    if report["needle"]:
+        lines += ["### Needle", "", *_needle(report["needle"]), ""]
+    if report["masks"]:
+        lines += [
+            "### Health of the routers' training",
+            "",
+            *image("health", "loss parts, keep rates, perplexity"),
+        ]
+        lines += ["What they keep, means over seeds, by layer group:", "", *_masks(report["masks"]), ""]
+        lines += image("masks", "kept slots of a window by layer group")
     if report["ablations"]["training"]:
-        lines += ["## Ablations", "", "One factor changed against `default`; shorter runs.", ""]
+        lines += ["### Ablations", "", "One factor changed against `default`; shorter runs, one seed.", ""]
         lines += [*_training(report["ablations"]["training"], "setting"), ""]
         lines += [*_table(report["ablations"]["continuation"]), ""]
     if report["ablations"]["not_run"]:
-        lines += ["Not run, because the method cannot do them yet:", ""]
-        lines += [f"- {name}: needs {why}" for name, why in report["ablations"]["not_run"].items()] + [""]
-    return "\n".join(lines)
+        lines += ["Not run yet: " + ", ".join(report["ablations"]["not_run"]) + ".", ""]
+    return lines
+
+
+def _needle(rows: list[dict]) -> list[str]:
+    out = ["| compressor | kept | models | keys found, % | NLL of the key |", "|---|---|---|---|---|"]
+    return out + [
+        f"| {r['compressor']} | {100 * r['keep']:.3g} % | {r['group']} | {with_spread(r['accuracy'], 1)} | {with_spread(r['nll'], 2)} |"
+        for r in rows
+    ]
+
+
+def _masks(runs: dict[str, dict]) -> list[str]:
+    each = list(runs.values())
+    count = len(each[0]["kept"])
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    out = [
+        "| tokens | share | " + " | ".join(f"group {i}" for i in range(count)) + " |",
+        "|---" * (count + 2) + "|",
+        "| all | 100 % | "
+        + " | ".join(f"{mean([r['kept'][i] for r in each]):.2f}" for i in range(count))
+        + " |",
+    ]
+    for kind, first in each[0]["by_kind"].items():
+        there = [r["by_kind"][kind]["kept"] for r in each if kind in r["by_kind"]]
+        kept = " | ".join(f"{mean([k[i] for k in there]):.2f}" for i in range(count))
+        out.append(f"| {kind} | {100 * first['share']:.1f} % | {kept} |")
+    return out
 
 
 def _ratio(value: float | None) -> str:
@@ -96,26 +158,29 @@ def _table(rows: list[dict]) -> list[str]:
 
 def _curves(rows: list[dict]) -> list[str]:
     out = [
-        "| models | kept | ΔPPL at the start | at the end | speed-up to the control's end |",
+        "| models | kept | ΔPPL at the start | at the end | speed-up to the control's end, by seed |",
         "|---|---|---|---|---|",
     ]
     for r in rows:
+        speeds = ", ".join("never" if x is None else _ratio(x) for x in r["speed_up"])
         out.append(
-            f"| {r['group']} | {100 * r['keep']:.3g} % | {with_spread(r['start'])} | {with_spread(r['end'])} | "
-            f"{', '.join(_ratio(x) for x in r['speed_up']) or '–'} |"
+            f"| {r['group']} | {100 * r['keep']:.3g} % | {with_spread(r['start'])} | {with_spread(r['end'])} | {speeds} |"
         )
     return out
 
 
-def write_page(report: dict[str, Any], path: Path, *, evidence_page: Path) -> Path:
+def write_page(
+    reports: list[dict[str, Any]], path: Path, *, evidence_page: Path, conclusions: str = ""
+) -> Path:
     """Write the page; docs/evidence.md only from a scale that is evidence.
 
     Raises:
         ValueError: when a scale that is none is to be written there.
     """
-    if path.resolve() == evidence_page.resolve() and not report["evidence"]:
-        raise ValueError(
-            f"{path}: the scale {report['scale']!r} is no evidence; its page stays with its results"
-        )
-    write_atomically(path, render(report).rstrip() + "\n")
+    for report in reports:
+        if path.resolve() == evidence_page.resolve() and not report["evidence"]:
+            raise ValueError(
+                f"{path}: the scale {report['scale']!r} is no evidence; its page stays with its results"
+            )
+    write_atomically(path, render(reports, conclusions).rstrip() + "\n")
     return path

@@ -45,16 +45,43 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Compressed-prefix continuation, and the gradient curves."""
+class Sweep:
+    """Compressed-prefix continuation under every one of the compressors and budgets, on the first windows."""
 
-    windows: int
-    prefix: int
     compressors: tuple[str, ...]
     keep: tuple[str, ...]
+    windows: int
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Pass keys hidden in a text: accuracy by budget."""
+
+    length: int
+    depths: str
+    samples: int
+    """Of each depth."""
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of every model. A window's first `prefix` tokens are compressed, `continuation` tokens follow."""
+
+    prefix: int
+    continuation: int
+    sweeps: tuple[Sweep, ...]
+    """Of the policies' models; the sweeps of one compressor and budget must not overlap."""
+    ablations: Sweep
     gradient_steps: int
     gradient_windows: int
     gradient_keep: tuple[str, ...]
+    needle: Needle | None = None
+
+    @property
+    def windows(self) -> int:
+        """To be cut."""
+        return max(sweep.windows for sweep in (*self.sweeps, self.ablations))
 
 
 @dataclass(frozen=True)
@@ -67,17 +94,22 @@ class Scale:
     corpora: tuple[str, ...]
     held_out: float
     shape: Shape
-    base: Training
+    base: Training | None
+    """None: a trained model is taken (`model`)."""
     continued: Training
     seeds: dict[str, tuple[int, ...]]
     """Policy → seeds (order of the data, routers' initialisation). Runs of equal seed see the same data in the same order."""
-    ablation: Training
-    ablation_seeds: tuple[int, ...]
-    ablations: tuple[str, ...]
-    """Names of jobs.ABLATIONS; empty: all."""
     evaluation: Evaluation
+    ablation: Training | None = None
+    ablation_seeds: tuple[int, ...] = ()
+    ablations: tuple[str, ...] = ()
+    """Names of jobs.ABLATIONS; empty: all."""
+    model: str | None = None
+    """Name of a trained model (`kvcat model fetch`) that is continued, in place of one of our own."""
     router: dict = field(default_factory=dict)
     """KVCatConfig fields of the router policy."""
+    precision: str = "bf16"
+    """Of weights and products in training: bf16 (1.5 times the speed on a CPU that multiplies it) or float32."""
 
 
 # What held the target in short runs (docs/LOG.md, "Keep rate").
@@ -94,7 +126,7 @@ SMOKE = Scale(
     evidence=False,
     corpora=("python-topics",),
     held_out=0.2,
-    shape=Shape(layers=4, width=64, ffn=128, heads=4, kv_heads=2, vocabulary=1024, tokens=64),
+    shape=Shape(layers=4, width=64, ffn=128, heads=4, kv_heads=2, vocabulary=1024, tokens=96),
     base=Training(
         steps=40,
         windows=8,
@@ -115,59 +147,104 @@ SMOKE = Scale(
     ablation_seeds=(1,),
     ablations=("default", "target 0.3"),
     evaluation=Evaluation(
-        windows=4,
         prefix=48,
-        compressors=("attention-matching", "recent"),
-        keep=("0.25", "0.5"),
+        continuation=16,
+        sweeps=(
+            Sweep(("attention-matching", "recent"), ("0.25", "0.5"), 4),
+            Sweep(("random",), ("0.25",), 2),
+        ),
+        ablations=Sweep(("attention-matching",), ("0.25",), 4),
         gradient_steps=3,
         gradient_windows=2,
         gradient_keep=("0.25",),
+        needle=Needle(length=40, depths="0.5", samples=1, keep=("0.5",)),
     ),
     router=_ROUTER,
+)
+
+_CORPORA = (
+    "linux",
+    "python",
+    "sotu",
+    "austen",
+    "moby-dick",
+    "kjv",
+    "debian-handbook",
+    "qasper",
+    "tdavid",
+    "mhcc",
+    "scofield",
+    "web-bible",
+    "anarchism",
+    "perl",
+    "postgresql",
+    "debian-reference",
+    "factbook",
 )
 
 FULL = Scale(
     name="full",
     evidence=True,
-    corpora=(
-        "linux",
-        "python",
-        "sotu",
-        "austen",
-        "moby-dick",
-        "kjv",
-        "debian-handbook",
-        "qasper",
-        "tdavid",
-        "mhcc",
-        "scofield",
-        "web-bible",
-        "anarchism",
-        "perl",
-        "postgresql",
-        "debian-reference",
-        "factbook",
-    ),
+    corpora=_CORPORA,
     held_out=0.05,
-    shape=Shape(layers=8, width=256, ffn=704, heads=8, kv_heads=4, vocabulary=8192, tokens=512),
+    shape=Shape(layers=6, width=256, ffn=704, heads=4, kv_heads=2, vocabulary=4096, tokens=512),
     base=Training(
-        steps=4000, windows=32, micro=8, lr=1.5e-3, warmup=200, validate_every=200, validation_windows=128
+        steps=2200, windows=8, micro=8, lr=2.5e-3, warmup=100, validate_every=200, validation_windows=64
     ),
-    continued=Training(steps=600, windows=32, micro=8, lr=3e-4, warmup=30, validate_every=100),
-    seeds={"none": (1, 2, 3), "random": (1, 2, 3), "attention": (1,), "router": (1, 2, 3)},
-    ablation=Training(steps=200, windows=32, micro=8, lr=3e-4, warmup=20, validate_every=100),
-    ablation_seeds=(1, 2),
-    ablations=(),
+    continued=Training(steps=150, windows=8, micro=8, lr=1e-3, warmup=10, validate_every=50, save_every=50),
+    seeds={"none": (1, 2, 3), "router": (1, 2, 3), "random": (1,), "attention": (1,)},
     evaluation=Evaluation(
-        windows=60,
         prefix=384,
-        compressors=("attention-matching", "kvsculpt", "snapkv", "h2o", "recent:sinks=4", "random"),
-        keep=("0.05", "0.1", "0.2", "0.4"),
+        continuation=128,
+        sweeps=(
+            Sweep(
+                ("attention-matching", "snapkv", "h2o", "recent:sinks=4", "random"),
+                ("0.05", "0.1", "0.2", "0.4"),
+                40,
+            ),
+            Sweep(("kvsculpt",), ("0.05", "0.1"), 10),
+        ),
+        ablations=Sweep(("attention-matching",), ("0.05", "0.1"), 40),
         gradient_steps=50,
-        gradient_windows=20,
+        gradient_windows=16,
         gradient_keep=("0.05", "0.1"),
+        needle=Needle(length=384, depths="0,0.5,1", samples=10, keep=("0.1",)),
     ),
+    ablation=Training(steps=50, windows=8, micro=8, lr=1e-3, warmup=5, validate_every=50, save_every=50),
+    ablation_seeds=(1,),
     router=_ROUTER,
 )
 
-SCALES = {scale.name: scale for scale in (SMOKE, FULL)}
+SMOLLM2 = Scale(
+    name="smollm2",
+    evidence=True,
+    corpora=_CORPORA,
+    held_out=0.05,
+    shape=Shape(layers=30, width=576, ffn=1536, heads=9, kv_heads=3, vocabulary=49152, tokens=1024),
+    base=None,
+    model="smollm2-135m",
+    continued=Training(
+        steps=24,
+        windows=4,
+        micro=1,
+        lr=2e-4,
+        warmup=4,
+        validate_every=12,
+        validation_windows=8,
+        save_every=2,
+    ),
+    seeds={"none": (1,), "router": (1,)},
+    evaluation=Evaluation(
+        prefix=768,
+        continuation=256,
+        sweeps=(Sweep(("attention-matching", "h2o", "random"), ("0.05", "0.1"), 12),),
+        ablations=Sweep((), (), 0),
+        gradient_steps=30,
+        gradient_windows=4,
+        gradient_keep=("0.05",),
+        needle=Needle(length=768, depths="0,0.5,1", samples=4, keep=("0.1", "0.3")),
+    ),
+    router=_ROUTER | {"budget_weight": 10.0},
+)
+
+SCALES = {scale.name: scale for scale in (SMOKE, FULL, SMOLLM2)}

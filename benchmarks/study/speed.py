@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                     "seed": 1,
                     "training": dataclasses.asdict(scale.continued),
                     "threads": threads,
+                    "precision": scale.precision,
                 }
                 (folder / "job.json").write_text(json.dumps(job))
                 command = [

@@ -121,3 +121,82 @@ def measurable(rows: list[dict], model: str) -> list[dict[str, Any]]:
         for budget, v in found.items()
         if {"random", "attention-matching"} <= v.keys()
     ]  # fmt: skip
+
+
+def training_by_group(runs: Path, groups: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Perplexities and keep rates at the runs' ends, by group of runs that differ in the seed."""
+    out: dict[str, dict[str, Any]] = {}
+    for group, names in groups.items():
+        found = [training_figures(runs / name) for name in names]
+        line: dict[str, Any] = {"tokens": found[0]["tokens"], "hours": sum(r["hours"] for r in found)}
+        for name in ("dense_ppl", "masked_ppl", "top1_agreement"):
+            if name in found[0]["after"]:
+                line[name] = spread(r["after"][name] for r in found)
+                line[f"{name}_before"] = spread(r["before"][name] for r in found)
+        if "keep_rate" in found[0]["keep_rate_last_tenth"]:
+            line["keep_rate"] = spread(r["keep_rate_last_tenth"]["keep_rate"] for r in found)
+            line["keep_rate_by_router"] = [
+                [v for k, v in sorted(r["keep_rate_last_tenth"].items()) if "/" in k] for r in found
+            ]
+        out[group] = line
+    return out
+
+
+def gradient_curves(rows: list[dict], groups: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Curves of optimised caches, by budget and group: ends, the mean curve, and the speed-up to the control's end.
+
+    The target is the mean of the control's final ΔPPL over its seeds; a run's speed-up is the control's number of steps
+    over the first step at which that run's curve is at or below it, None when it never is.
+    """
+    out = []
+    for budget in dict.fromkeys(r["budget"] for r in rows):
+        control = [r for r in rows if r["budget"] == budget and r["model"] in groups.get(CONTROL, [])]
+        target = statistics.fmean(r["delta_ppl"] for r in control) if control else None
+        for group, names in groups.items():
+            mine = [r for r in rows if r["budget"] == budget and r["model"] in names]
+            if not mine:
+                continue
+            speeds = []
+            for r in mine:
+                pairs = zip(r["step"], r["delta_ppl_by_step"], strict=True)
+                reached = next((s for s, v in pairs if target is not None and v <= target), None)
+                speeds.append(r["steps"] / reached if reached else None)
+            out.append(
+                {
+                    "group": group,
+                    "keep": mine[0]["keep"],
+                    "start": spread(r["delta_ppl_start"] for r in mine),
+                    "end": spread(r["delta_ppl"] for r in mine),
+                    "target": target,
+                    "speed_up": speeds,
+                    "step": mine[0]["step"],
+                    "curve": np.mean([r["delta_ppl_by_step"] for r in mine], axis=0).tolist(),
+                }
+            )
+    return out
+
+
+def needle(rows: list[dict], groups: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Accuracy over all depths, in percent, by compressor, budget and group."""
+    out = []
+    cells = dict.fromkeys((r["compressor"], r["budget"]) for r in rows)
+    for compressor, budget in cells:
+        for group, names in groups.items():
+            mine = [
+                r
+                for r in rows
+                if (r["compressor"], r["budget"]) == (compressor, budget)
+                and r["model"] in names
+                and r["depth"] == "all"
+            ]
+            if mine:
+                out.append(
+                    {
+                        "group": group,
+                        "compressor": compressor,
+                        "keep": mine[0]["keep"],
+                        "accuracy": spread(r["accuracy"] for r in mine),
+                        "nll": spread(r["nll"] for r in mine),
+                    }
+                )
+    return out

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.study import masks
 from benchmarks.study.model import build, export, start_process
 from benchmarks.study.windows import TokenWindows
 from kvcat_nemo.data.files import new_file
@@ -43,10 +44,13 @@ class Trainer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         self.job, self.plan = job, job["training"]
-        self.model = build(Path(job["start"]), job["kvcat"], job["seed"])
+        half = job["precision"] == "bf16"
+        self.model, trained = build(Path(job["start"]), job["kvcat"], job["seed"], job["precision"])
         self.config = self.model.config
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.ddp = DistributedDataParallel(self.config, DistributedDataParallelConfig(), self.model)
+        self.ddp = DistributedDataParallel(
+            self.config, DistributedDataParallelConfig(grad_reduce_in_fp32=half), trained
+        )
         settings = OptimizerConfig(
             optimizer="adam",
             lr=self.plan["lr"],
@@ -54,6 +58,8 @@ class Trainer:
             adam_beta1=0.9,
             adam_beta2=0.95,
             clip_grad=1.0,
+            bf16=half,
+            params_dtype=self.config.params_dtype,
         )
         self.optimizer = get_megatron_optimizer(
             settings,
@@ -125,6 +131,17 @@ class Trainer:
             mean["masked_ppl"] = math.exp(mean["ce_masked"])
         return mean
 
+    @torch.no_grad()
+    def record_masks(self, path: Path) -> None:
+        """Which slots the routers keep on held-out windows (benchmarks.study.masks); nothing without routers."""
+        recorder = masks.Recorder(self.model)
+        if recorder.routers:
+            self.ddp.eval()
+            inputs, labels = self.held.spread(self.plan["validation_windows"])
+            with recorder:
+                self._run(inputs, labels, forward_only=True)
+            recorder.write(path, inputs)
+
     def save(self, path: Path, step: int) -> None:
         """Everything that the next step depends on."""
         state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -174,7 +191,8 @@ def run(job: dict[str, Any], *, stop_at: int | None = None) -> Path:
             file.write("validation", step, trainer.validate() | {"time": time.time()})
         if step % plan["save_every"] == 0 and step < plan["steps"]:
             trainer.save(checkpoint, step)
-    export(trainer.model, Path(job["untrained"]), out / "hf")
+    trainer.record_masks(out / masks.FILE)
+    export(trainer.model, Path(job["template"]), out / "hf")
     ended = {"step": plan["steps"], "seconds_of_last_start": time.time() - began}
     write_atomically(kept / "finished.json", json.dumps(ended) + "\n")
     checkpoint.unlink(missing_ok=True)

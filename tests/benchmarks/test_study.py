@@ -32,16 +32,16 @@ def test_smoke_never_becomes_evidence(tmp_path):
 
     report = {"scale": "smoke", "evidence": False}
     with pytest.raises(ValueError, match="no evidence"):
-        write_page(report, tmp_path / "evidence.md", evidence_page=tmp_path / "evidence.md")
+        write_page([report], tmp_path / "evidence.md", evidence_page=tmp_path / "evidence.md")
 
 
 def test_plans():
-    from benchmarks.study.jobs import ABLATIONS, ablation_jobs, policy_jobs
-    from benchmarks.study.scales import FULL, SMOKE
+    from benchmarks.study.jobs import ablation_jobs, policy_jobs
+    from benchmarks.study.scales import FULL, SCALES
     from kvcat_nemo.data.corpora import CORPORA
     from kvcat_nemo.method.config import KVCatConfig
 
-    for scale in (SMOKE, FULL):
+    for scale in SCALES.values():
         jobs = policy_jobs(scale) + ablation_jobs(scale)
         assert len({j.name for j in jobs}) == len(jobs)
         for job in jobs:
@@ -52,9 +52,8 @@ def test_plans():
         assert all(len(same) == 1 for same in by_seed.values())  # equal tokens in equal order
     assert 4e6 <= FULL.shape.parameters <= 10e6 and set(FULL.corpora) <= set(CORPORA)
     assert len(FULL.seeds["none"]) >= 3 and len(FULL.seeds["router"]) >= 3
-    assert any(a.needs for a in ABLATIONS.values())
     names = [j.group for j in policy_jobs(FULL)[:4]]
-    assert names == ["none", "random", "attention", "router"]  # short of time, one of each is there first
+    assert names == ["none", "router", "random", "attention"]  # short of time, one of each is there first
 
 
 def test_a_windows_place_depends_on_step_and_seed_alone(tmp_path):
@@ -117,3 +116,47 @@ def test_whether_compressibility_can_be_measured_at_all():
     assert measurable(table, "base") == [
         {"keep": "0.1", "random": 5.0, "attention-matching": 1.0, "ratio": 5.0}
     ]
+
+
+def test_gradient_curves_count_to_the_controls_mean_end():
+    from benchmarks.study.summary import gradient_curves
+
+    def row(model, curve):
+        end = {"delta_ppl_start": curve[0], "delta_ppl": curve[-1], "delta_ppl_by_step": curve}
+        return {"model": model, "budget": "0.1", "keep": 0.1, "steps": 4, "step": [0, 1, 2, 3, 4]} | end
+
+    rows = [
+        row("n1", [9, 6, 5, 4, 3]),
+        row("n2", [9, 7, 6, 5, 5]),
+        row("r1", [9, 4, 3, 2, 1]),
+        row("r2", [9, 8, 8, 7, 6]),
+    ]
+    control, router = gradient_curves(rows, {"none": ["n1", "n2"], "router": ["r1", "r2"]})
+    assert control["target"] == router["target"] == 4
+    assert router["speed_up"] == [4.0, None] and router["curve"] == [9, 6, 5.5, 4.5, 3.5]
+
+
+def test_what_routers_keep_is_told_by_kind_of_token(tmp_path):
+    from benchmarks.study.masks import FILE, KINDS, kinds_of, structure
+
+    pieces = [" the", "ing", "42", ".", "\n"]
+    assert [KINDS[i] for i in kinds_of(pieces)] == list(KINDS)
+    tokens = np.array([[0, 1, 2, 3, 4, 0]])
+    gates = np.array([[[1, 0, 1, 0, 0, 1]], [[0, 1, 0, 1, 1, 0]]], dtype=bool)
+    np.savez(tmp_path / FILE, tokens=tokens, gates=gates)
+    found = structure(tmp_path / FILE, pieces)
+    assert found["kept"] == [0.5, 0.5]
+    assert found["by_kind"]["word start"] == {"share": 1 / 3, "kept": [1.0, 0.0]}
+    assert found["by_kind"]["seen before in the window"] == {"share": 1 / 6, "kept": [1.0, 0.0]}
+    assert found["by_kind"]["slot 0"]["kept"] == [1.0, 0.0]
+    assert found["correlation"][0][1] == pytest.approx(-1)
+
+
+def test_needle_accuracy_over_all_depths_by_group():
+    from benchmarks.study.summary import needle
+
+    cell = {"compressor": "none", "budget": "1", "keep": 1.0, "nll": 1.0}
+    rows = [cell | {"model": m, "depth": d, "accuracy": a} for m, d, a in
+            [("a1", "0.5", 0.0), ("a1", "all", 50.0), ("a2", "all", 100.0), ("b", "all", 25.0)]]  # fmt: skip
+    a, b = needle(rows, {"a": ["a1", "a2"], "b": ["b"]})
+    assert a["accuracy"]["values"] == [50.0, 100.0] and b["accuracy"]["mean"] == 25.0
