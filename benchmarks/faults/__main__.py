@@ -126,7 +126,7 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
     def disk() -> dict:
         unbroken()
         size = runs.checkpoint_megabytes(folder / f"straight-TP1-{STEPS}")
-        return damage.disk_full(server, folder / "disk", unbroken(), STEPS, size)
+        return damage.disk_full(server, folder / "disk", unbroken(), STEPS, size).result()
 
     return {
         "resume": (
