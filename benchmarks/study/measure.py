@@ -70,7 +70,7 @@ class Measurements:
 
     def needle(self) -> Path:
         plan = self.scale.evaluation.needle
-        words = ["--compressors", "none,attention-matching", "--keep", ",".join(plan.keep)]
+        words = ["--compressors", "attention-matching", "--keep", ",".join(plan.keep)]
         words += ["--lengths", str(plan.length), "--depths", plan.depths, "--samples", str(plan.samples)]
         return self._evaluate("needle", "needle", words)
 

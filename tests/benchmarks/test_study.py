@@ -1,8 +1,12 @@
-"""benchmarks/study: plans, refusals, and what its parts compute. The chain itself: make study ARGS='--scale smoke'."""
+"""benchmarks/study: plans, refusals, and what its parts compute; at the end the chain itself."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +164,29 @@ def test_needle_accuracy_over_all_depths_by_group():
             [("a1", "0.5", 0.0), ("a1", "all", 50.0), ("a2", "all", 100.0), ("b", "all", 25.0)]]  # fmt: skip
     a, b = needle(rows, {"a": ["a1", "a2"], "b": ["b"]})
     assert a["accuracy"]["values"] == [50.0, 100.0] and b["accuracy"]["mean"] == 25.0
+
+
+@pytest.mark.slow
+def test_the_chain_from_text_to_page(tmp_path):
+    """Every stage at the smoke scale, as a user runs it; a second start makes nothing again."""
+    command = [sys.executable, "-m", "benchmarks.study", "--scale", "smoke", "--out", str(tmp_path / "smoke")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run():
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+    first = run()
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    report = json.loads((tmp_path / "smoke" / "results.json").read_text())
+    groups = {"none", "random", "router"}
+    assert set(report["training"]) == groups and {r["group"] for r in report["gradient"]} == groups
+    assert {r["group"] for r in report["continuation"]} == groups | {"base"}
+    assert {r["group"] for r in report["needle"]} == groups | {"base"}
+    assert len(report["masks"]["router-seed1"]["kept"]) == 4
+    assert report["ablations"]["not_run"] == []
+    page = (tmp_path / "smoke" / "evidence.md").read_text()
+    assert "None of its figures is evidence" in page
+    for picture in re.findall(r"\]\((img/[^)]*)\)", page):
+        assert (tmp_path / "smoke" / picture).read_bytes().startswith(b"\x89PNG")
+    again = run()
+    assert again.returncode == 0 and "starts" not in again.stdout
