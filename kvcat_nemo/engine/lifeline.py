@@ -76,8 +76,7 @@ class Lifeline:
         with contextlib.suppress(Exception):
             self._announce(text)
         self._stopped.set()
-        if self.rank == 0:  # the store may end with this process: the others need the time to read it
-            time.sleep(2.5 * self.interval)
+        self._let_others_read()
 
     def wait_for_verdict(self, seconds: float) -> str | None:
         """After a collective failed: what is known, or becomes known in time, about who died."""
@@ -89,6 +88,8 @@ class Lifeline:
                 if self.store.check(["dead"]):
                     self._verdict = _text(self.store.get("dead"))
             time.sleep(min(0.2, self.interval))
+        if self._verdict is not None:
+            self._let_others_read()
         return self._verdict
 
     # --- threads ---
@@ -140,7 +141,13 @@ class Lifeline:
     def _judge(self, text: str) -> None:
         if self._verdict is None and not self._stopped.is_set():
             self._verdict = text
+            self._let_others_read()
             self._end(text)
+
+    def _let_others_read(self) -> None:
+        """The store may end with rank 0's process: before that, the others come round to read what was announced."""
+        if self.rank == 0:
+            time.sleep(2.5 * self.interval)
 
     def _announce(self, text: str) -> None:
         """The first announcement stands."""

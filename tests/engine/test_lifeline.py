@@ -72,3 +72,55 @@ def test_a_rank_that_is_gone_without_a_word_is_named(monkeypatch):
     lines[0]._threads[0].join(30)
     lines[1].stop()
     assert len(ended) == 1 and ended[0].startswith("rank 1 (host") and ended[0].endswith("died")
+
+
+class StoreOfAProcess:
+    """A store that answers no longer once the process that holds it has ended."""
+
+    def __init__(self, inner):
+        self.inner, self.gone = inner, False
+
+    def __getattr__(self, name):
+        if self.gone:
+            raise RuntimeError("connection refused")
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("found_by", ["its thread", "a failed collective"])
+def test_rank_0_keeps_its_store_until_the_others_have_read_who_died(monkeypatch, found_by):
+    """Ranks 0 and 2 are left. Rank 2, on another machine, knows of rank 1's death from the store alone."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    store, ended = StoreOfAProcess(torch.distributed.HashStore()), {}
+
+    def end_of(rank):
+        def end(text):
+            ended[rank] = text
+            store.gone = store.gone or rank == 0
+
+        return end
+
+    lines = [Lifeline(store, rank, 3, interval=0.1, patience=1.0, end=end_of(rank)) for rank in range(3)]
+    monkeypatch.setattr(lines[2], "_dead_here", lambda: None)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    starting = [threading.Thread(target=line.start) for line in lines]
+    for thread in starting:
+        thread.start()
+    for thread in starting:
+        thread.join()
+    lines[1]._stopped.set()  # it is killed: no word to anyone
+    dead = lines[0]._known[1] | {"pid": gone.pid}
+    if found_by == "its thread":
+        lines[0]._known[1] = dead
+        lines[0]._threads[0].join(30)
+    else:
+        lines[0]._stopped.set()  # its thread has no part in this
+        lines[0]._threads[0].join(30)
+        lines[0]._known[1] = dead
+        ended[0] = lines[0].wait_for_verdict(10)
+        store.gone = True
+    lines[2]._threads[0].join(30)
+    lines[2]._stopped.set()
+    assert all(text.startswith("rank 1 (host") and text.endswith("died") for text in ended.values())
+    assert set(ended) == {0, 2}
