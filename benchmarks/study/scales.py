@@ -191,7 +191,7 @@ FULL = Scale(
     base=Training(
         steps=2200, windows=8, micro=8, lr=2.5e-3, warmup=100, validate_every=200, validation_windows=64
     ),
-    continued=Training(steps=150, windows=8, micro=8, lr=1e-3, warmup=10, validate_every=50, save_every=50),
+    continued=Training(steps=150, windows=8, micro=8, lr=1e-3, warmup=10, validate_every=75, save_every=25),
     seeds={"none": (1, 2, 3), "router": (1, 2, 3), "random": (1,), "attention": (1,)},
     evaluation=Evaluation(
         prefix=384,
@@ -202,15 +202,15 @@ FULL = Scale(
                 ("0.05", "0.1", "0.2", "0.4"),
                 40,
             ),
-            Sweep(("kvsculpt",), ("0.05", "0.1"), 10),
+            Sweep(("kvsculpt",), ("0.05", "0.1"), 8),
         ),
         ablations=Sweep(("attention-matching",), ("0.05", "0.1"), 40),
-        gradient_steps=50,
-        gradient_windows=16,
-        gradient_keep=("0.05", "0.1"),
+        gradient_steps=40,
+        gradient_windows=10,
+        gradient_keep=("0.05",),
         needle=Needle(length=384, depths="0,0.5,1", samples=10, keep=("0.1",)),
     ),
-    ablation=Training(steps=50, windows=8, micro=8, lr=1e-3, warmup=5, validate_every=50, save_every=50),
+    ablation=Training(steps=40, windows=8, micro=8, lr=1e-3, warmup=5, validate_every=40, save_every=20),
     ablation_seeds=(1,),
     router=_ROUTER,
 )
