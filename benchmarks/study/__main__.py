@@ -75,7 +75,8 @@ class Study:
         return [job for job, settings in pairs if finished(Path(settings["out"]), settings)]
 
     def policy_models(self) -> dict[str, Path]:
-        return {"base": self.base} | self._models(plans.policy_jobs(self.scale))
+        """The base, and what has been trained so far."""
+        return {"base": self.base} | self._models(self.done(plans.policy_jobs(self.scale)))
 
     def _models(self, jobs: list[plans.Job]) -> dict[str, Path]:
         return {j.name: self.out / "runs" / j.name / "hf" for j in jobs}

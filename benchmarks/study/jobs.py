@@ -57,11 +57,10 @@ ABLATIONS = {
 
 
 def policy_jobs(scale: Scale) -> list[Job]:
-    """Continued pretraining under every policy and seed, the control first: short of time, what matters is there.
-
-    Seeds are the outer loop, so that after the first round there is one run of each policy.
-    """
-    rounds = max(len(seeds) for seeds in scale.seeds.values())
+    """Continued pretraining under every policy and seed. Short of time, what matters is there: all seeds of the control
+    and of the router, in turns, before the other policies."""
+    compared = {policy: seeds for policy, seeds in scale.seeds.items() if policy in ("none", "router")}
+    others = {policy: seeds for policy, seeds in scale.seeds.items() if policy not in compared}
     return [
         Job(
             name=f"{policy}-seed{seeds[number]}",
@@ -70,8 +69,9 @@ def policy_jobs(scale: Scale) -> list[Job]:
             seed=seeds[number],
             training=scale.continued,
         )
-        for number in range(rounds)
-        for policy, seeds in scale.seeds.items()
+        for part in (compared, others)
+        for number in range(max(map(len, part.values()), default=0))
+        for policy, seeds in part.items()
         if number < len(seeds)
     ]
 
