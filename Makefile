@@ -101,7 +101,7 @@ image-test:  ## build the image on a CPU base made from nothing, and train in it
 faults: setup  ## kill, starve and damage training runs, and count what they survive (half an hour)
 	$(VENV)/bin/python -m benchmarks.faults
 
-# Nights on two cores; stopped, it goes on where it was. Another size: make study ARGS='--scale smoke'
+# Hours on two cores; stopped, it goes on where it was. Another size: make study ARGS='--scale smoke'
 study: setup  ## train small models of our own and measure how compressible their caches are (benchmarks/study)
 	$(VENV)/bin/python -m benchmarks.study $(ARGS)
 

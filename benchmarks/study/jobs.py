@@ -46,6 +46,7 @@ ABLATIONS = {
     "budget 0.1": Ablation("budget weight", {"budget_weight": 0.1}),
     "budget 10": Ablation("budget weight", {"budget_weight": 10.0}),
     "distill 0.3": Ablation("distill weight", {"distill_weight": 0.3}),
+    "distill 1": Ablation("distill weight", {"distill_weight": 1.0}),
     "distill 3": Ablation("distill weight", {"distill_weight": 3.0}),
     "reverse KL": Ablation("KL direction", {"distill_forward_share": 0.0}),
     "KV-Distill's mixture": Ablation("KL direction", {"distill_forward_share": 0.6}),
