@@ -57,7 +57,10 @@ def test_plans():
     assert 4e6 <= FULL.shape.parameters <= 10e6 and set(FULL.corpora) <= set(CORPORA)
     assert len(FULL.seeds["none"]) >= 3 and len(FULL.seeds["router"]) >= 3
     names = [j.group for j in policy_jobs(FULL)]
-    assert names == ["none", "router"] * 3 + ["random", "attention"]  # short of time, what is compared is there
+    assert names == ["none", "router"] * 3 + [
+        "random",
+        "attention",
+    ]  # short of time, what is compared is there
 
 
 def test_a_windows_place_depends_on_step_and_seed_alone(tmp_path):
