@@ -54,7 +54,8 @@ def continuation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             if points:
                 x, y, error = zip(*points, strict=True)
                 panel.errorbar(x, y, yerr=error, marker="o", capsize=3, label=group, color=COLOURS.get(group))
-        panel.set(title=name, xlabel="kept, %", ylabel="ΔPPL", xscale="log", yscale="symlog")
+        panel.set(title=name, xlabel="kept, %", ylabel="ΔPPL", xscale="log")
+        panel.axhline(0, color="0.8", linewidth=1)
         panel.set_xticks(
             sorted({100 * r["keep"] for r in rows}),
             [f"{k:g}" for k in sorted({100 * r["keep"] for r in rows})],
@@ -77,7 +78,6 @@ def gradient(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             title=f"{100 * budget:.3g} % kept",
             xlabel="step of Adam on the cache",
             ylabel="ΔPPL",
-            yscale="symlog",
         )
         panel.legend(fontsize="small")
     return _write(figure, path)

@@ -37,7 +37,13 @@ def make_report(study) -> dict[str, Any]:
     scale, out = study.scale, study.out
     policies, planned = study.done(plans.policy_jobs(scale)), plans.ablation_jobs(scale)
     ablations = study.done(planned)
-    measured = rows(*(out / f"continuation{i}" / "results.json" for i in range(len(scale.evaluation.sweeps))))
+    measured = [
+        row
+        for i, sweep in enumerate(scale.evaluation.sweeps)
+        for row in rows(out / f"continuation{i}" / "results.json")
+        if row["compressor"] == "none"
+        or (row["compressor"] in sweep.compressors and row["budget"] in sweep.keep)
+    ]
     base: dict[str, Any] = {
         "model": scale.model,
         "parameters": scale.shape.parameters,
