@@ -57,6 +57,14 @@ ABLATIONS = {
 }
 
 
+def _settings(scale: Scale, policy: str) -> dict:
+    """The router's settings; of them the weight of the distillation is that of every policy with a masked pass."""
+    if policy == "router":
+        return scale.router
+    shared = {"distill_weight"} if policy != "none" else set()
+    return {name: value for name, value in scale.router.items() if name in shared}
+
+
 def policy_jobs(scale: Scale) -> list[Job]:
     """Continued pretraining under every policy and seed. Short of time, what matters is there: all seeds of the control
     and of the router, in turns, before the other policies."""
@@ -66,7 +74,7 @@ def policy_jobs(scale: Scale) -> list[Job]:
         Job(
             name=f"{policy}-seed{seeds[number]}",
             group=policy,
-            kvcat={"policy": policy} | (scale.router if policy == "router" else {}),
+            kvcat={"policy": policy} | _settings(scale, policy),
             seed=seeds[number],
             training=scale.continued,
         )

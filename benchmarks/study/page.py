@@ -142,12 +142,13 @@ def _training(groups: dict[str, dict], title: str) -> list[str]:
 
 def _table(rows: list[dict]) -> list[str]:
     out = [
-        "| compressor | kept | models | ΔPPL | KL | top-1, % | against the control | beyond seeds | p (windows) |",
+        "| compressor | kept | models | ΔPPL | KL | top-1, % | against the control | beyond seeds: ΔPPL, KL | p (windows) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: (r["compressor"], r["keep"])):
         versus = f"{r['difference']:+.3f} ({_ratio(r['ratio'])})" if "difference" in r else "–"
-        beyond = {None: "–", True: "yes", False: "no"}[r.get("beyond_seeds")]
+        word = {None: "–", True: "yes", False: "no"}
+        beyond = f"{word[r.get('beyond_seeds')]}, {word[r.get('kl_beyond_seeds')]}"
         p = f"{r['p']:.2g}" if "p" in r else "–"
         out.append(
             f"| {r['compressor']} | {100 * r['keep']:.3g} % | {r['group']} | {with_spread(r['delta_ppl'])} | {with_spread(r['kl'], 4)} | "

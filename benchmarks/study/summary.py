@@ -86,19 +86,33 @@ def compare(rows: list[dict], groups: dict[str, list[str]], control: str = CONTR
 
 def _against(mine: list[dict], base: list[dict]) -> dict[str, Any]:
     a, b = (spread(r["delta_ppl"] for r in side) for side in (base, mine))
-    difference = b["mean"] - a["mean"]
-    beyond = None
-    if a["sd"] is not None and b["sd"] is not None:
-        beyond = abs(difference) > 2 * math.sqrt(a["sd"] ** 2 / a["n"] + b["sd"] ** 2 / b["n"])
     test = paired(_excess(base), _excess(mine))
     return {
-        "difference": difference,
+        "difference": b["mean"] - a["mean"],
         "ratio": a["mean"] / b["mean"] if b["mean"] else None,
-        "beyond_seeds": beyond,
+        "beyond_seeds": _beyond(a, b),
+        "kl_beyond_seeds": _beyond(*(spread(r["kl"] for r in side) for side in (base, mine))),
+        "by_seed": _by_seed(mine, base, "delta_ppl"),
+        "kl_by_seed": _by_seed(mine, base, "kl"),
         "excess_loss_difference": test.difference,
         "excess_loss_se": test.standard_error,
         "p": test.p,
     }
+
+
+def _beyond(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
+    """Whether two means differ by more than twice the standard error that their spreads give."""
+    if a["sd"] is None or b["sd"] is None:
+        return None
+    return abs(b["mean"] - a["mean"]) > 2 * math.sqrt(a["sd"] ** 2 / a["n"] + b["sd"] ** 2 / b["n"])
+
+
+def _by_seed(mine: list[dict], base: list[dict], name: str) -> dict[str, Any] | None:
+    """`spread` of the differences between runs of one seed, which saw the same data in the same order."""
+    seed = lambda row: row["model"].rpartition("-seed")[2]  # noqa: E731
+    control = {seed(r): r[name] for r in base}
+    values = [r[name] - control[seed(r)] for r in mine if "-seed" in r["model"] and seed(r) in control]
+    return spread(values) if values else None
 
 
 def _excess(rows: list[dict]) -> list[float]:

@@ -116,6 +116,21 @@ def test_groups_against_the_control():
     assert out["router"]["beyond_seeds"] is False
 
 
+def test_runs_of_one_seed_are_compared_with_one_another():
+    from benchmarks.study.summary import compare
+
+    names = {"none": ["none-seed1", "none-seed2"], "router": ["router-seed2", "router-seed1"]}
+    table = [
+        rows("none-seed1", 0.10),
+        rows("none-seed2", 0.30),
+        rows("router-seed1", 0.08),
+        rows("router-seed2", 0.27),
+    ]
+    router = next(r for r in compare(table, names) if r["group"] == "router")
+    assert router["by_seed"]["values"] == pytest.approx([-0.3, -0.2])
+    assert router["beyond_seeds"] is False and router["by_seed"]["n"] == 2
+
+
 def test_whether_compressibility_can_be_measured_at_all():
     from benchmarks.study.summary import measurable
 
