@@ -67,6 +67,8 @@ def _scale(report: dict[str, Any]) -> list[str]:
             "",
         ]
     lines += ["### Continued pretraining at equal tokens", "", *_training(report["training"], "policy"), ""]
+    if report["policies_not_run"]:
+        lines += ["Not run yet: " + ", ".join(report["policies_not_run"]) + ".", ""]
     lines += [
         "### Compressed-prefix continuation",
         "",

@@ -58,6 +58,7 @@ def make_report(study) -> dict[str, Any]:
         "evidence": scale.evidence,
         "base": base,
         "measurable": summary.measurable(measured, "base"),
+        "policies_not_run": sorted({*scale.seeds} - {j.group for j in policies}),
         "training": summary.training_by_group(out / "runs", groups(policies)),
         "continuation": summary.compare(measured, {"base": ["base"]} | groups(policies)),
         "gradient": summary.gradient_curves(rows(out / "gradient" / "results.json"), groups(policies)),
