@@ -87,7 +87,7 @@ def test_rows_of_a_chunk_are_those_of_the_loss():
     from kvcat_nemo.kernels.token_sweep import Settings, Vocabulary
 
     weight = torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16)
-    settings = Settings(Vocabulary.of(None, False, len(weight), len(weight)), True, 1.0, 128 * 2**20)
+    settings = Settings(Vocabulary.of(None, False, len(weight), len(weight)), True, 1.0, 1.0, 128 * 2**20)
     rows, _ = settings.rows(weight, torch.float32)
     m = roofline.MODELS["Qwen2.5-0.5B"]
     chunks = roofline.loss(m, 10 * rows, 2).bytes, roofline.loss(m, 11 * rows, 2).bytes
