@@ -66,6 +66,7 @@ def test_a_rank_that_is_gone_without_a_word_is_named(monkeypatch):
     starting.start()
     lines[0].start()
     starting.join()
+    lines[1]._stopped.set()  # a process that is killed says and does nothing more
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     lines[0]._known[1] = lines[0]._known[1] | {"pid": gone.pid}
