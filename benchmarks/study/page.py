@@ -93,7 +93,7 @@ def _scale(report: dict[str, Any]) -> list[str]:
         lines += ["What they keep, means over seeds, by layer group:", "", *_masks(report["masks"]), ""]
         lines += image("masks", "kept slots of a window by layer group")
     if report["ablations"]["training"]:
-        lines += ["### Ablations", "", "One factor changed against `default`; shorter runs, one seed.", ""]
+        lines += ["### Ablations", "", "One factor changed against `default`; shorter runs.", ""]
         lines += [*_training(report["ablations"]["training"], "setting"), ""]
         lines += [*_table(report["ablations"]["continuation"]), ""]
     if report["ablations"]["not_run"]:

@@ -104,7 +104,7 @@ def write_report(study) -> list[Path]:
     report = make_report(study)
     scale = study.scale
     home = RESULTS if scale.evidence else study.out
-    results = home / ("results.json" if not scale.evidence else f"{scale.name}.json")
+    results = home / (f"{scale.name}.json" if scale.evidence else "results.json")
     write_atomically(results, json.dumps(report, indent=1) + "\n")
     page = EVIDENCE if scale.evidence else study.out / "evidence.md"
     images = page.parent / "img"

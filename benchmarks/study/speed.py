@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--policies", nargs="+", default=["none", "router"])
+    parser.add_argument("--precision", choices=("bf16", "float32"), help="default: the scale's")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
                     "seed": 1,
                     "training": dataclasses.asdict(scale.continued),
                     "threads": threads,
-                    "precision": scale.precision,
+                    "precision": args.precision or scale.precision,
                 }
                 (folder / "job.json").write_text(json.dumps(job))
                 command = [
