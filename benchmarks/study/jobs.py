@@ -61,8 +61,7 @@ def _settings(scale: Scale, policy: str) -> dict:
     """The router's settings; of them the weight of the distillation is that of every policy with a masked pass."""
     if policy == "router":
         return scale.router
-    shared = {"distill_weight"} if policy != "none" else set()
-    return {name: value for name, value in scale.router.items() if name in shared}
+    return {k: v for k, v in scale.router.items() if k == "distill_weight" and policy != "none"}
 
 
 def policy_jobs(scale: Scale) -> list[Job]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,9 @@ def structure(path: Path, pieces: list[str]) -> dict[str, Any]:
         gates = gates.mean(-1)
     kind = kinds_of(pieces)[tokens]
     T = tokens.shape[1]
-    seen = np.stack([np.isin(np.arange(T), np.unique(row, return_index=True)[1]) for row in tokens])
-    parts = {f"{name}": kind == i for i, name in enumerate(KINDS)}
-    parts |= {"first time in the window": seen, "seen before in the window": ~seen}
+    first = np.stack([np.isin(np.arange(T), np.unique(row, return_index=True)[1]) for row in tokens])
+    parts = {name: kind == i for i, name in enumerate(KINDS)}
+    parts |= {"first time in the window": first, "seen before in the window": ~first}
     edges = [0, 1, 4, 16, 64, T]
     place = np.broadcast_to(np.arange(T), tokens.shape)
     parts |= {
@@ -84,7 +83,6 @@ def structure(path: Path, pieces: list[str]) -> dict[str, Any]:
     }
     flat = gates.reshape(len(gates), -1)
     agreement = np.corrcoef(flat) if len(flat) > 1 else np.ones((1, 1))
-    runs = (gates[:, :, 1:] == gates[:, :, :-1]).mean((1, 2))
     return {
         "windows": len(tokens),
         "kept": gates.mean((1, 2)).tolist(),
@@ -94,28 +92,4 @@ def structure(path: Path, pieces: list[str]) -> dict[str, Any]:
             if where.any()
         },
         "correlation": np.nan_to_num(agreement).tolist(),
-        "equal_to_the_slot_before": runs.tolist(),
     }
-
-
-def plot(path: Path, pieces: list[str], out: Path, *, slots: int = 96) -> None:
-    """The first window's gates by group over its text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with np.load(path) as file:
-        tokens, gates = file["tokens"][0, :slots], file["gates"][:, 0, :slots].astype(float)
-    if gates.ndim == 3:
-        gates = gates.mean(-1)
-    figure, axes = plt.subplots(figsize=(16, 1.4 + 0.35 * len(gates)), layout="constrained")
-    axes.imshow(gates, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
-    shown = [pieces[t].replace("\n", "⏎").replace(" ", "·") for t in tokens]
-    axes.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=6, family="monospace")
-    axes.set_yticks(range(len(gates)), [f"group {i}" for i in range(len(gates))])
-    axes.set_title("Slots kept (blue) in the first tokens of a held-out window, by layer group")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    os.replace(temporary, out)

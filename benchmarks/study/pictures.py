@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.study.scales import Scale
+from kvcat_nemo.data.files import new_file
 
 COLOURS = {
     "base": "0.55",
@@ -32,10 +34,9 @@ def _figure(columns: int, rows: int = 1, height: float = 4.2):
 def _write(figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
     return path
 
 
@@ -111,4 +112,24 @@ def health(runs: dict[str, list[dict[str, Any]]], path: Path, scale: Scale) -> P
         for panel in (losses, keep, ppl):
             panel.set_xlabel("step")
             panel.legend(fontsize="small", ncols=2)
+    return _write(figure, path)
+
+
+def masks(recorded: Path, pieces: list[str], path: Path, *, slots: int = 96) -> Path:
+    """The first recorded window's gates (benchmarks.study.masks) by layer group, over its text.
+
+    Args:
+        pieces: text of every token id.
+    """
+    with np.load(recorded) as file:
+        tokens, gates = file["tokens"][0, :slots], file["gates"][:, 0, :slots].astype(float)
+    if gates.ndim == 3:
+        gates = gates.mean(-1)
+    figure, ((axes,),) = _figure(1, height=1.4 + 0.35 * len(gates))
+    figure.set_figwidth(16)
+    axes.imshow(gates, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+    shown = [pieces[t].replace("\n", "⏎").replace(" ", "·") for t in tokens]
+    axes.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=6, family="monospace")
+    axes.set_yticks(range(len(gates)), [f"group {i}" for i in range(len(gates))])
+    axes.set_title("Slots kept (blue) in the first tokens of a held-out window, by layer group")
     return _write(figure, path)

@@ -136,6 +136,5 @@ def _pictures(study, report: dict[str, Any], images: Path) -> list[Path]:
         written.append(pictures.health(lines, name("health"), study.scale))
         recorded = runs / next(iter(lines)) / masks.FILE
         if recorded.is_file():
-            masks.plot(recorded, _pieces(study), name("masks"))
-            written.append(name("masks"))
+            written.append(pictures.masks(recorded, _pieces(study), name("masks")))
     return written
