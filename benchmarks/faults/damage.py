@@ -177,27 +177,29 @@ def damaged_files(server: Server, folder: Path, unbroken: list[dict], steps: int
     return record
 
 
-def bad_data(server: Server, folder: Path) -> Record:
-    """Broken data files are named before anything is started, and a token that the model does not have ends the run."""
+def _dataset(folder: Path, name: str, documents: int = 3, tokens: int = 5) -> Path:
+    """A whole indexed dataset; a document's tokens count upwards from 0."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+    builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
+    for i in range(documents):
+        builder.add_item(torch.arange(tokens + i))
+        builder.end_document()
+    builder.finalize(str(folder / f"{name}.idx"))
+    return folder / name
+
+
+def bad_files(folder: Path) -> Record:
+    """Broken data files are named before anything is started."""
     from kvcat_nemo.data.indexed_check import check_indexed
 
     record = Record()
     folder.mkdir(parents=True)
 
-    def build(name: str, documents: int = 3, tokens: int = 5) -> Path:
-        builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
-        for i in range(documents):
-            builder.add_item(torch.arange(tokens + i))
-            builder.end_document()
-        builder.finalize(str(folder / f"{name}.idx"))
-        return folder / name
-
     def spoil(name: str, act: Callable[[Path], None], file: str, words: str) -> None:
-        prefix = build(name.replace(" ", "-"))
+        prefix = _dataset(folder, name.replace(" ", "-"))
         act(prefix)
         try:
             check_indexed(prefix)
@@ -218,7 +220,7 @@ def bad_data(server: Server, folder: Path) -> Record:
     spoil("not an index", lambda p: Path(f"{p}.idx").write_bytes(b"x" * 200), ".idx", "no Megatron index")
     spoil(
         "of another dataset",
-        lambda p: shutil.copy(f"{build('other', 7)}.idx", f"{p}.idx"),
+        lambda p: shutil.copy(f"{_dataset(folder, 'other', 7)}.idx", f"{p}.idx"),
         ".bin",
         "its index promises",
     )
@@ -229,8 +231,14 @@ def bad_data(server: Server, folder: Path) -> Record:
             file.write(b"\x07")
 
     spoil("index damaged", flip, ".idx", "damaged")
-    whole = check_indexed(build("whole"))
+    whole = check_indexed(_dataset(folder, "whole"))
     record.judge("whole", ["" if (whole.documents, whole.tokens) == (3, 18) else f"{whole}"])
+    return record
+
+
+def bad_data(server: Server, folder: Path) -> Record:
+    """Broken data files (`bad_files`) end a run before its first step, and so does a token that the model does not have."""
+    record = bad_files(folder)
 
     def run(name: str, prefix: Path, words: str) -> None:
         job = server.run(folder / name.replace(" ", "-"), settings(4), data=prefix)
@@ -245,13 +253,13 @@ def bad_data(server: Server, folder: Path) -> Record:
             ],
         )
 
-    short = build("short", 40, 100)
-    cut(".bin", 4)(short)
+    short = _dataset(folder, "short", 40, 100)
+    os.truncate(f"{short}.bin", os.path.getsize(f"{short}.bin") - 4)
     run("a run on a truncated file", short, "short.bin")
-    # kvcat_tiny has 128 tokens; documents count upwards from 0.
+    # kvcat_tiny has 128 tokens.
     run(
         "a run on a token that the model does not have",
-        build("other-tokens", 40, 200),
+        _dataset(folder, "other-tokens", 40, 200),
         "the model's vocabulary has 128",
     )
     return record

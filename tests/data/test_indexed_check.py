@@ -11,5 +11,5 @@ def test_every_way_to_break_one_is_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from benchmarks.faults import damage
 
-    record = damage.bad_data(tmp_path / "data")
+    record = damage.bad_files(tmp_path / "data")
     assert record.tried >= 9 and record.survived == record.tried, record.failures
