@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -135,6 +136,16 @@ class SlurmCluster:
             command, env=self.environment, stdin=quiet, stdout=quiet, stderr=quiet, check=True, timeout=30
         )
 
+    def said_of(self, number: int) -> str:
+        """What the controller and the nodes logged of a job."""
+        lines = []
+        for log in sorted(self.folder.glob("log/slurm*.log")):
+            found = re.findall(
+                rf"^.*(?:JobId=|[Jj]ob |\[){number}\b.*$", log.read_text(errors="replace"), re.MULTILINE
+            )
+            lines += [f"{log.name}: {line}" for line in found]
+        return "\n".join(lines)
+
     def wait_idle(self, *names: str, timeout: float = 40) -> None:
         deadline = time.monotonic() + timeout
         while True:
@@ -153,8 +164,9 @@ class SlurmCluster:
             "SlurmUser=root",
             "SlurmdUser=root",
             "AuthType=auth/munge",
-            # A requeued job would wait for its old credential to expire, two minutes by default.
-            f"AuthInfo=socket={folder}/run/munge.socket,cred_expire=5",
+            # A requeued job waits for its old credential to expire, two minutes by default. Less than this, and a launch
+            # that a busy machine delays comes too late for its own.
+            f"AuthInfo=socket={folder}/run/munge.socket,cred_expire=10",
             "CredType=cred/munge",
             "SlurmctldPort=16817",
             "SlurmdPort=16818",

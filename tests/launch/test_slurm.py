@@ -84,14 +84,15 @@ def job(cluster, number):
 
 
 def wait(cluster, number, reached, run_dir):
-    """Until reached(job) holds; the job's output is in the message when it does not."""
+    """Until reached(job) holds; the job's output and Slurm's logs of it are in the message when it does not."""
     while True:
         now = job(cluster, number)
         if reached(now):
             return now
         ended = now["JobState"] in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "COMPLETED")
         if time.monotonic() > cluster.deadline or ended:
-            raise AssertionError(f"{now['JobState']} after {now['RunTime']}:\n{output(run_dir)}")
+            said = f"{output(run_dir)}\n{cluster.said_of(number)}"
+            raise AssertionError(f"{now['JobState']} after {now['RunTime']}:\n{said}")
         time.sleep(0.1)
 
 
