@@ -32,10 +32,8 @@ class Ablation:
 ABLATIONS = {
     "default": Ablation("none", {}),
     "cap 3": Ablation("gate gradient", {"gate_gradient_cap": 3.0}),
-    "cap 30": Ablation("gate gradient", {"gate_gradient_cap": 30.0}),
     "no gradient to dropped slots": Ablation("gate gradient", {"dropped_slot_gradient": False}),
     "jitter 0.02": Ablation("router start", {"router_init_jitter": 0.02}),
-    "jitter 0.3": Ablation("router start", {"router_init_jitter": 0.3}),
     "the paper's start": Ablation("router start", {"router_init_keep": 1.0, "router_init_jitter": 0.02}),
     "4 sinks": Ablation("always visible", {"sinks": 4}),
     "window 16": Ablation("always visible", {"recent_window": 16}),

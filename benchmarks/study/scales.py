@@ -191,7 +191,7 @@ FULL = Scale(
     base=Training(
         steps=2200, windows=8, micro=8, lr=2.5e-3, warmup=100, validate_every=200, validation_windows=64
     ),
-    continued=Training(steps=150, windows=8, micro=8, lr=1e-3, warmup=10, validate_every=75, save_every=25),
+    continued=Training(steps=250, windows=8, micro=8, lr=1e-3, warmup=10, validate_every=125, save_every=25),
     seeds={"none": (1, 2, 3), "router": (1, 2, 3), "random": (1,), "attention": (1,)},
     evaluation=Evaluation(
         prefix=384,
@@ -199,8 +199,8 @@ FULL = Scale(
         sweeps=(
             Sweep(("snapkv", "h2o", "recent:sinks=4", "random"), ("0.05", "0.1", "0.2", "0.4"), 40),
             Sweep(("kvsculpt",), ("0.05", "0.1"), 8),
-            # What is decided here needs more windows: a model's ΔPPL on 40 is off by as much as seeds differ.
-            Sweep(("attention-matching",), ("0.05", "0.1"), 120),
+            # What is decided here needs more windows: a model's ΔPPL on 120 is off by as much as seeds differ.
+            Sweep(("attention-matching",), ("0.05", "0.1"), 480),
             Sweep(("attention-matching",), ("0.2", "0.4"), 40),
         ),
         ablations=Sweep(("attention-matching",), ("0.05", "0.1"), 40),
@@ -209,9 +209,18 @@ FULL = Scale(
         gradient_keep=("0.05",),
         needle=Needle(length=384, depths="0,0.5,1", samples=10, keep=("0.1",)),
     ),
-    ablation=Training(steps=40, windows=8, micro=8, lr=1e-3, warmup=5, validate_every=40, save_every=20),
+    ablation=Training(
+        steps=32,
+        windows=8,
+        micro=8,
+        lr=1e-3,
+        warmup=5,
+        validate_every=32,
+        validation_windows=32,
+        save_every=16,
+    ),
     ablation_seeds=(1,),
-    router=_ROUTER | {"distill_weight": 0.5},  # 1 costs 1.5 % of dense perplexity at this size (docs/LOG.md)
+    router=_ROUTER | {"distill_weight": 0.6},  # 1 costs 1.5 % of dense perplexity at this size (docs/LOG.md)
 )
 
 SMOLLM2 = Scale(
@@ -236,12 +245,15 @@ SMOLLM2 = Scale(
     evaluation=Evaluation(
         prefix=768,
         continuation=256,
-        sweeps=(Sweep(("attention-matching", "h2o", "random"), ("0.05", "0.1"), 12),),
+        sweeps=(
+            Sweep(("attention-matching",), ("0.05", "0.1"), 12),
+            Sweep(("snapkv", "h2o", "random"), ("0.05", "0.1"), 12),
+        ),
         ablations=Sweep((), (), 0),
         gradient_steps=30,
-        gradient_windows=4,
+        gradient_windows=3,
         gradient_keep=("0.05",),
-        needle=Needle(length=768, depths="0,0.5,1", samples=4, keep=("0.1", "0.3")),
+        needle=Needle(length=768, depths="0,0.5,1", samples=2, keep=("0.1", "0.3")),
     ),
     router=_ROUTER | {"budget_weight": 10.0},
 )
