@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.study import dense, summary
 from benchmarks.study import jobs as plans
-from benchmarks.study import summary
 from benchmarks.study.measure import Measurements, cut
 from benchmarks.study.pool import ROOT, finished, run_jobs
 from benchmarks.study.report import write_report
@@ -118,6 +120,7 @@ class Study:
 
     def evaluate(self) -> None:
         models = self.policy_models()
+        self.measure_dense(models)
         measured = Measurements(models, self.windows, self.scale, self.out)
         for number, sweep in enumerate(self.scale.evaluation.sweeps):
             measured.continuation(sweep, f"continuation{number}")
@@ -127,6 +130,11 @@ class Study:
         control = {n: p for n, p in models.items() if n.startswith(f"{summary.CONTROL}-")}
         ordered = control | {n: p for n, p in models.items() if n != "base"}
         Measurements(ordered, self.windows, self.scale, self.out).gradient()
+
+    def measure_dense(self, models: dict[str, Path]) -> None:
+        torch.set_num_threads(1)
+        windows = self.scale.evaluation.dense_windows
+        dense.measure(models, self.data / "heldout", self.scale.shape.tokens, windows, self.out / dense.FILE)
 
     def train_ablations(self) -> None:
         jobs = plans.ablation_jobs(self.scale)

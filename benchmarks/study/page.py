@@ -69,6 +69,8 @@ def _scale(report: dict[str, Any]) -> list[str]:
     lines += ["### Continued pretraining at equal tokens", "", *_training(report["training"], "policy"), ""]
     if report["policies_not_run"]:
         lines += ["Not run yet: " + ", ".join(report["policies_not_run"]) + ".", ""]
+    if report["dense"]:
+        lines += ["### Over the full cache", "", *_dense(report["dense"]), ""]
     lines += [
         "### Compressed-prefix continuation",
         "",
@@ -99,6 +101,20 @@ def _scale(report: dict[str, Any]) -> list[str]:
     if report["ablations"]["not_run"]:
         lines += ["Not run yet: " + ", ".join(report["ablations"]["not_run"]) + ".", ""]
     return lines
+
+
+def _dense(found: dict) -> list[str]:
+    out = [
+        f"{found['windows']} held-out windows of {found['tokens']} tokens, evenly spread, of the exported models.",
+        "",
+        "| models | perplexity | against the control of the same seed | p (windows) |",
+        "|---|---|---|---|",
+    ]
+    for name, group in found["groups"].items():
+        p = f"{group['p']:.2g}" if "p" in group else "–"
+        percent = f"{with_spread(group['percent'], 2)} %" if "percent" in group else "–"
+        out.append(f"| {name} | {with_spread(group['perplexity'], 2)} | {percent} | {p} |")
+    return out
 
 
 def _needle(rows: list[dict]) -> list[str]:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import dense, masks, pictures, summary
 from benchmarks.study import jobs as plans
-from benchmarks.study import masks, pictures, summary
 from benchmarks.study.measure import rows
 from benchmarks.study.page import write_page
 from benchmarks.study.pool import ROOT
@@ -52,6 +52,7 @@ def make_report(study) -> dict[str, Any]:
     }
     if scale.model is None:
         base["training"] = summary.training_figures(out / "base")
+    full_cache = out / dense.FILE
     data = json.loads((study.data / "manifest.json").read_text())
     return {
         "scale": scale.name,
@@ -60,6 +61,9 @@ def make_report(study) -> dict[str, Any]:
         "measurable": summary.measurable(measured, "base"),
         "policies_not_run": sorted({*scale.seeds} - {j.group for j in policies}),
         "training": summary.training_by_group(out / "runs", groups(policies)),
+        "dense": summary.dense(json.loads(full_cache.read_text()), {"base": ["base"]} | groups(policies))
+        if full_cache.is_file()
+        else None,
         "continuation": summary.compare(measured, {"base": ["base"]} | groups(policies)),
         "gradient": summary.gradient_curves(rows(out / "gradient" / "results.json"), groups(policies)),
         "needle": summary.needle(

@@ -76,6 +76,8 @@ class Evaluation:
     gradient_steps: int
     gradient_windows: int
     gradient_keep: tuple[str, ...]
+    dense_windows: int
+    """Held-out windows for perplexity over the full cache."""
     needle: Needle | None = None
 
     @property
@@ -157,6 +159,7 @@ SMOKE = Scale(
         gradient_steps=3,
         gradient_windows=2,
         gradient_keep=("0.25",),
+        dense_windows=8,
         needle=Needle(length=40, depths="0.5", samples=1, keep=("0.5",)),
     ),
     router=_ROUTER,
@@ -197,27 +200,28 @@ FULL = Scale(
         prefix=384,
         continuation=128,
         sweeps=(
-            Sweep(("snapkv", "h2o", "recent:sinks=4", "random"), ("0.05", "0.1", "0.2", "0.4"), 40),
+            Sweep(("snapkv", "h2o", "recent:sinks=4", "random"), ("0.05", "0.1", "0.2", "0.4"), 30),
             Sweep(("kvsculpt",), ("0.05", "0.1"), 8),
             # What is decided here needs more windows: a model's ΔPPL on 120 is off by as much as seeds differ.
             Sweep(("attention-matching",), ("0.05", "0.1"), 480),
             Sweep(("attention-matching",), ("0.2", "0.4"), 40),
         ),
-        ablations=Sweep(("attention-matching",), ("0.05", "0.1"), 40),
+        ablations=Sweep(("attention-matching",), ("0.05", "0.1"), 30),
         gradient_steps=40,
         gradient_windows=10,
         gradient_keep=("0.05",),
-        needle=Needle(length=384, depths="0,0.5,1", samples=10, keep=("0.1",)),
+        dense_windows=512,
+        needle=Needle(length=384, depths="0,0.5,1", samples=5, keep=("0.1",)),
     ),
     ablation=Training(
-        steps=32,
+        steps=24,
         windows=8,
         micro=8,
         lr=1e-3,
-        warmup=5,
-        validate_every=32,
-        validation_windows=32,
-        save_every=16,
+        warmup=4,
+        validate_every=24,
+        validation_windows=24,
+        save_every=12,
     ),
     ablation_seeds=(1,),
     router=_ROUTER | {"distill_weight": 0.6},  # 1 costs 1.5 % of dense perplexity at this size (docs/LOG.md)
@@ -246,14 +250,15 @@ SMOLLM2 = Scale(
         prefix=768,
         continuation=256,
         sweeps=(
-            Sweep(("attention-matching",), ("0.05", "0.1"), 12),
-            Sweep(("snapkv", "h2o", "random"), ("0.05", "0.1"), 12),
+            Sweep(("attention-matching",), ("0.05", "0.1"), 8),
+            Sweep(("snapkv", "h2o", "random"), ("0.05", "0.1"), 8),
         ),
         ablations=Sweep((), (), 0),
-        gradient_steps=30,
-        gradient_windows=3,
+        gradient_steps=20,
+        gradient_windows=2,
         gradient_keep=("0.05",),
-        needle=Needle(length=768, depths="0,0.5,1", samples=2, keep=("0.1", "0.3")),
+        dense_windows=16,
+        needle=Needle(length=768, depths="0,0.5,1", samples=1, keep=("0.1", "0.3")),
     ),
     router=_ROUTER | {"budget_weight": 10.0},
 )

@@ -137,6 +137,30 @@ def measurable(rows: list[dict], model: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def dense(measured: dict[str, Any], groups: dict[str, list[str]], control: str = CONTROL) -> dict[str, Any]:
+    """Perplexity over the full cache by group, and against the control: `percent` by seed, and `p` over windows.
+
+    Args:
+        measured: what benchmarks.study.dense wrote.
+    """
+    each = {name: facts["nll_by_window"] for name, facts in measured["models"].items()}
+    perplexity = {name: math.exp(statistics.fmean(nll)) for name, nll in each.items()}
+    seed = lambda name: name.rpartition("-seed")[2]  # noqa: E731
+    base = {seed(n): n for n in groups.get(control, []) if n in each}
+    rows = {}
+    for group, names in groups.items():
+        there = [n for n in names if n in each]
+        if not there:
+            continue
+        rows[group] = {"perplexity": spread(perplexity[n] for n in there)}
+        pairs = [(base[seed(n)], n) for n in there if "-seed" in n and seed(n) in base and group != control]
+        if pairs:
+            rows[group]["percent"] = spread(100 * (perplexity[b] / perplexity[a] - 1) for a, b in pairs)
+            before, after = (np.mean([each[pair[i]] for pair in pairs], axis=0).tolist() for i in (0, 1))
+            rows[group]["p"] = paired(before, after).p
+    return {**measured["settings"], "groups": rows}
+
+
 def training_by_group(runs: Path, groups: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     """Perplexities and keep rates at the runs' ends, by group of runs that differ in the seed."""
     out: dict[str, dict[str, Any]] = {}

@@ -131,6 +131,27 @@ def test_runs_of_one_seed_are_compared_with_one_another():
     assert router["beyond_seeds"] is False and router["by_seed"]["n"] == 2
 
 
+def test_dense_perplexity_is_compared_by_seed():
+    from benchmarks.study.summary import dense
+
+    control = {"none-seed1": [3.0, 3.2, 2.8], "none-seed2": [3.1, 3.3, 2.9], "base": [3.0, 3.0, 3.0]}
+    worse = {f"router-seed{i}": [x + 0.01 * i for x in control[f"none-seed{i}"]] for i in (1, 2)}
+    models = {name: {"nll_by_window": each} for name, each in (control | worse).items()}
+    measured = {"settings": {"windows": 3, "tokens": 8}, "models": models}
+    names = {
+        "base": ["base"],
+        "none": ["none-seed1", "none-seed2"],
+        "router": ["router-seed1", "router-seed2"],
+    }
+    out = dense(measured, names)
+    assert out["windows"] == 3 and out["groups"]["base"]["perplexity"]["mean"] == pytest.approx(np.exp(3.0))
+    percent = out["groups"]["router"]["percent"]["values"]
+    assert percent == pytest.approx([100 * (np.exp(0.01) - 1), 100 * (np.exp(0.02) - 1)])
+    assert out["groups"]["router"]["p"] == pytest.approx(0.25) and "p" not in out["groups"]["none"]
+    del measured["models"]["router-seed2"]  # not measured yet
+    assert dense(measured, names)["groups"]["router"]["percent"]["n"] == 1
+
+
 def test_whether_compressibility_can_be_measured_at_all():
     from benchmarks.study.summary import measurable
 
