@@ -33,11 +33,7 @@ def kvcat_smollm2_135m(
     out.trainer.val_check_interval = 20
     out.trainer.limit_val_batches = 8
     kvcat = out.model.config.kvcat
-    kvcat.router_init_keep = 0.51
-    kvcat.router_init_jitter = 1.0
     kvcat.budget_weight = 10.0
-    kvcat.gate_gradient_cap = 0.0
-    kvcat.router_detach_input = True  # or that budget loss would train the backbone too
     out.data.seq_length = 512
     out.data.micro_batch_size = 1
     out.data.global_batch_size = 1
