@@ -22,7 +22,6 @@ from kvcat_nemo.nemo.stop import KVCatStop, KVCatTrainer
 from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
 from kvcat_nemo.nemo.tracking import MLflowTracker
 
-
 # The routers' settings that the study stands on (docs/evidence.md). With the paper's start nothing was hidden after 24 steps,
 # with a capped gate gradient or its budget weight the target was missed.
 STUDIED = {
