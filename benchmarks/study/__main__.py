@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.study import dense, summary
 from benchmarks.study import jobs as plans
 from benchmarks.study.measure import Measurements, cut
@@ -132,7 +130,6 @@ class Study:
         Measurements(ordered, self.windows, self.scale, self.out).gradient()
 
     def measure_dense(self, models: dict[str, Path]) -> None:
-        torch.set_num_threads(1)
         windows = self.scale.evaluation.dense_windows
         dense.measure(models, self.data / "heldout", self.scale.shape.tokens, windows, self.out / dense.FILE)
 

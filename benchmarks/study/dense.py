@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.study.windows import TokenWindows
 from kvcat_nemo.evaluate.models import find_model, load_model, weights_fingerprint
+from kvcat_nemo.evaluate.runner import set_threads
 from kvcat_nemo.tracking.metrics_file import write_atomically
 
 FILE = "dense.json"
@@ -25,6 +26,7 @@ def measure(models: dict[str, Path], heldout: Path, tokens: int, windows: int, o
         models: name → exported folder; heldout: prefix of an indexed dataset; tokens: of a window; windows: how many, spread
             evenly over the dataset; out: the JSON to write, after every model.
     """
+    set_threads(1)  # as the other measurements
     inputs, labels = TokenWindows(heldout, tokens).spread(windows)
     known = json.loads(out.read_text()) if out.is_file() else {}
     settings = {"windows": len(inputs), "tokens": tokens}

@@ -250,8 +250,8 @@ SMOLLM2 = Scale(
         prefix=768,
         continuation=256,
         sweeps=(
-            Sweep(("attention-matching",), ("0.05", "0.1"), 8),
-            Sweep(("snapkv", "h2o", "random"), ("0.05", "0.1"), 8),
+            Sweep(("attention-matching",), ("0.05", "0.1"), 12),
+            Sweep(("snapkv", "h2o", "random"), ("0.05", "0.1"), 12),
         ),
         ablations=Sweep((), (), 0),
         gradient_steps=20,

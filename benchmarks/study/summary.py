@@ -109,10 +109,15 @@ def _beyond(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
 
 def _by_seed(mine: list[dict], base: list[dict], name: str) -> dict[str, Any] | None:
     """`spread` of the differences between runs of one seed, which saw the same data in the same order."""
-    seed = lambda row: row["model"].rpartition("-seed")[2]  # noqa: E731
-    control = {seed(r): r[name] for r in base}
-    values = [r[name] - control[seed(r)] for r in mine if "-seed" in r["model"] and seed(r) in control]
+    control = {_seed(r["model"]): r[name] for r in base}
+    seeds = [(_seed(r["model"]), r[name]) for r in mine]
+    values = [value - control[seed] for seed, value in seeds if seed in control]
     return spread(values) if values else None
+
+
+def _seed(model: str) -> str:
+    """What a run's name ends in; the name itself of a model that has no seed, such as the base."""
+    return model.rpartition("-seed")[2]
 
 
 def _excess(rows: list[dict]) -> list[float]:
@@ -145,15 +150,14 @@ def dense(measured: dict[str, Any], groups: dict[str, list[str]], control: str =
     """
     each = {name: facts["nll_by_window"] for name, facts in measured["models"].items()}
     perplexity = {name: math.exp(statistics.fmean(nll)) for name, nll in each.items()}
-    seed = lambda name: name.rpartition("-seed")[2]  # noqa: E731
-    base = {seed(n): n for n in groups.get(control, []) if n in each}
+    base = {_seed(n): n for n in groups.get(control, []) if n in each}
     rows = {}
     for group, names in groups.items():
         there = [n for n in names if n in each]
         if not there:
             continue
         rows[group] = {"perplexity": spread(perplexity[n] for n in there)}
-        pairs = [(base[seed(n)], n) for n in there if "-seed" in n and seed(n) in base and group != control]
+        pairs = [(base[_seed(n)], n) for n in there if _seed(n) in base and group != control]
         if pairs:
             rows[group]["percent"] = spread(100 * (perplexity[b] / perplexity[a] - 1) for a, b in pairs)
             before, after = (np.mean([each[pair[i]] for pair in pairs], axis=0).tolist() for i in (0, 1))

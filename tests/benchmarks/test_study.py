@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -205,6 +206,49 @@ def test_needle_accuracy_over_all_depths_by_group():
     assert a["accuracy"]["values"] == [50.0, 100.0] and b["accuracy"]["mean"] == 25.0
 
 
+def test_dense_perplexity_is_what_transformers_computes(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.study import dense
+
+    torch.manual_seed(0)
+    shape = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+    )
+    models = {name: LlamaForCausalLM(LlamaConfig(**shape)).eval() for name in "ab"}
+    tokens = torch.randint(0, 50, (3, 9))
+    loaded = []
+
+    class Windows:
+        def __init__(self, *_):
+            pass
+
+        def spread(self, count):
+            return tokens[:count, :-1], tokens[:count, 1:]
+
+    monkeypatch.setattr(dense, "TokenWindows", Windows)
+    monkeypatch.setattr(dense, "find_model", lambda folder: folder)
+    monkeypatch.setattr(dense, "weights_fingerprint", lambda folder: f"weights of {folder}")
+    monkeypatch.setattr(
+        dense, "load_model", lambda folder: loaded.append(str(folder)) or (models[str(folder)],)
+    )
+    monkeypatch.setattr(dense, "set_threads", lambda threads: None)
+    out = tmp_path / "dense.json"
+
+    def measure(names, count):
+        dense.measure({name: Path(name) for name in names}, tmp_path, 8, count, out)
+
+    measure("a", 3)
+    measure("ab", 3)
+    assert loaded == ["a", "b"]  # what is measured is not measured again
+    with torch.inference_mode():
+        for name, facts in json.loads(out.read_text())["models"].items():
+            expected = [models[name](row[None], labels=row[None]).loss.item() for row in tokens]
+            assert facts["nll_by_window"] == pytest.approx(expected, rel=1e-5)
+    measure("a", 2)  # other windows: nothing of before may stand beside it
+    assert [len(m["nll_by_window"]) for m in json.loads(out.read_text())["models"].values()] == [2]
+
+
 @pytest.mark.slow
 def test_the_chain_from_text_to_page(tmp_path):
     """Every stage at the smoke scale, as a user runs it; a second start makes nothing again."""
@@ -227,5 +271,7 @@ def test_the_chain_from_text_to_page(tmp_path):
     assert "None of its figures is evidence" in page
     for picture in re.findall(r"\]\((img/[^)]*)\)", page):
         assert (tmp_path / "smoke" / picture).read_bytes().startswith(b"\x89PNG")
+    assert list(report["dense"]["groups"]) == ["base", "none", "router", "random"]
+    assert "### Over the full cache" in page
     again = run()
     assert again.returncode == 0 and "starts" not in again.stdout
