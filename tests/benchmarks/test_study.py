@@ -206,6 +206,24 @@ def test_needle_accuracy_over_all_depths_by_group():
     assert a["accuracy"]["values"] == [50.0, 100.0] and b["accuracy"]["mean"] == 25.0
 
 
+def test_the_readmes_table_is_the_committed_one():
+    report = json.loads((ROOT / "benchmarks" / "study" / "full.json").read_text("utf-8"))
+    cells = {(r["compressor"], r["keep"], r["group"]): r["delta_ppl"] for r in report["continuation"]}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme.partition("| compressor | kept | control | router | |\n")[2].partition("\n\n")[0]
+    names = {"Attention Matching": "attention-matching", "H2O": "h2o", "SnapKV": "snapkv"}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]]
+    assert len(lines) == 4
+    for name, kept, *told, change in lines:
+        control, router = (
+            cells[names[name], int(kept.split()[0]) / 100, group] for group in ("none", "router")
+        )
+        assert told == [f"{x['mean']:.3f} ± {x['sd']:.3f}" for x in (control, router)]
+        assert change == f"−{100 * (1 - router['mean'] / control['mean']):.0f} %"
+    percent = report["dense"]["groups"]["router"]["percent"]["mean"]
+    assert f"dense perplexity +{percent:.2f} %" in readme
+
+
 def test_dense_perplexity_is_what_transformers_computes(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -221,6 +222,12 @@ def test_once_prints_everything(run):
     assert re.search("▁+▂*", router)
 
 
+def _listen_to_the_terminal():
+    """So that ^C reaches the process, and means something even where the tests run in the background and ignore it."""
+    ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A command in a pseudo-terminal of 100 columns."""
 
@@ -237,7 +244,7 @@ class Terminal:
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C reaches it
+            preexec_fn=_listen_to_the_terminal,
         )
         os.close(slave)
         self.output = ""
