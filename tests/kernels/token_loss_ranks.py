@@ -59,7 +59,9 @@ def main(folder, rank, world_size, kernel="auto"):
             if sequence_parallel
             else slice(T)
         )
-        split = run(hidden[own], weight[part], group=group, sequence_parallel=sequence_parallel, kernel=kernel)
+        split = run(
+            hidden[own], weight[part], group=group, sequence_parallel=sequence_parallel, kernel=kernel
+        )
         expected = whole[0], whole[1][own], whole[2][part]
         name = f"TP{ranks} sp={sequence_parallel} known={known} paired={paired} τ={temperature} λ={share} {dtype}"
         errors[name] = [
