@@ -24,7 +24,7 @@ and β_j = −c_j for dropped slots, which are in nobody's way here: without val
             = min(e^{c_j}, N·e^{cap} / dv'[D+1]_j)·(⟨dv'[:D]_j, v_j⟩ + dv'[D]_j)    g_j = 0
 
 for dv'[D+1]_j·e^{c_j}/N is the slot's weight in all rows together, averaged over query heads. c_j only has to keep P_ij in
-the range of the numbers. It is 0, unless a slot's weights turn out to exceed e^HEADROOM: then backward is done again with
+the range of the numbers. It is 0, unless a slot's weights turn out to exceed e^60 (kernels/overflow.py): then backward is done again with
 c_j its largest logit above L, which takes a pass over the scores, block by block.
 In 16-bit types β_j and δ_i are each given as the sum of two columns.
 
@@ -38,20 +38,16 @@ Of a split window q, o and their like have this rank's tokens, of which there ar
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kvcat_nemo.kernels.columns import add_gated
 from kvcat_nemo.kernels.columns_choice import columns_for
 from kvcat_nemo.kernels.earlier import Earlier, Slots
 from kvcat_nemo.kernels.near import OwnSlot, Window
+from kvcat_nemo.kernels.overflow import watch
 from kvcat_nemo.kernels.protocol import FusedKernel
 from kvcat_nemo.kernels.split_kernel import SplitKernel
 from kvcat_nemo.kernels.window_split import WindowSplit
-
-HEADROOM = 60.0
-"""Logits by which a dropped slot's weights, summed, may exceed the visible ones; e^60 is far from float32's end."""
 
 
 class GatedAttention(torch.autograd.Function):
@@ -82,9 +78,7 @@ class GatedAttention(torch.autograd.Function):
         slots = Slots(k, v, gate, ctx.sinks, ctx.cu_seqlens, split)
         wide_do, delta = earlier.gradient_columns(do, o)
         far = earlier.backward(wide_do, q, slots, 0.0, level, ctx.saved)
-        heavy = (~(earlier.weights(far) <= math.exp(HEADROOM)).all()).float()
-        # On a GPU this waits for the device, once per call.
-        if bool(heavy if split is None else split.maximum(heavy)):
+        if watch.exceeded(earlier.weights(far), split):
             shift = earlier.largest_gaps(q, slots.k, level).clamp(min=0)
             shift = shift if split is None else split.maximum(shift)
             far = earlier.backward(wide_do, q, slots, shift, level, ctx.saved)

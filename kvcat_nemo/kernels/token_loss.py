@@ -40,14 +40,16 @@ than it reads, wants many rows for that (docs/roofline.md); a CPU is content wit
 
 
 def _common_factor(grad: Tensor, weights: Tensor) -> float | None:
-    """s with grad = s·weights up to rounding, or None when there is none."""
+    """s with grad = s·weights up to rounding, or None when there is none. Waits for the device once."""
     g, w = grad.double(), weights.double()
-    norm = float((w * w).sum())
+    norm = (w * w).sum()
+    factor = (g * w).sum() / norm
+    tolerance = 32 * torch.finfo(grad.dtype).eps * factor.abs() * w.abs().max()
+    off = (g - factor * w).abs().max() > tolerance
+    norm, factor, off, asked = torch.stack([norm, factor, off.to(norm), g.any().to(norm)]).tolist()
     if norm == 0:
-        return 1.0 if not g.any() else None
-    factor = float((g * w).sum()) / norm
-    tolerance = 32 * torch.finfo(grad.dtype).eps * abs(factor) * float(w.abs().max())
-    return factor if float((g - factor * w).abs().max()) <= tolerance else None
+        return None if asked else 1.0
+    return None if off else factor
 
 
 class _TokenLosses(torch.autograd.Function):

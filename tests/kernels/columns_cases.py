@@ -4,7 +4,10 @@ import random
 
 import pytest
 import torch
+from launches import attention_launches
 from test_gated import case, run
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
 from kvcat_nemo.kernels import algebra, columns, columns_triton, gated_attention
 from kvcat_nemo.kernels.cpu import CpuKernel
@@ -136,3 +139,32 @@ def test_a_wrong_kernel_is_found(monkeypatch):
     columns_triton.failure.cache_clear()
     assert columns_triton.failure(torch.device("cpu")).startswith("result 0 differs")
     columns_triton.failure.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options,forward,backward",
+    [
+        ({}, (3, 3), (6, 12)),
+        ({"recent_window": 3}, (2, 11), (5, 18)),
+        ({"cu_seqlens": torch.tensor([0, 4, 11])}, (3, 10), (6, 19)),
+    ],
+    ids=["own slot", "window", "packed"],
+)  # fmt: skip
+def test_launches(monkeypatch, options, forward, backward):
+    """(Triton kernels, other operations) at most, in bf16. Raise the numbers knowingly."""
+    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    launched = []
+    real = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        with _disable_current_modes():
+            return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    seen = attention_launches(**options)
+    first = {"_query_columns": 1, "_slot_columns": 1, "_merge_own": 1}
+    in_forward = len(first) if "recent_window" not in options else 2
+    assert in_forward <= forward[0] and len(launched) - in_forward <= backward[0], launched
+    others = len(seen.forward), len(seen.backward)
+    assert others[0] <= forward[1] and others[1] <= backward[1], (seen.forward.names, seen.backward.names)
