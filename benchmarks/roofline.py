@@ -32,13 +32,17 @@ BF16, FP32 = 2, 4
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks from the vendor's data sheets: dense bf16, and memory."""
+    """Peaks from the vendor's data sheets: dense bf16, float32 without tensor cores, and memory."""
 
     flops: float
+    flops_float32: float
     bytes: float
 
 
-DEVICES = {"H100 SXM": Device(989e12, 3.35e12), "A100 SXM 80 GB": Device(312e12, 2.039e12)}
+DEVICES = {
+    "H100 SXM": Device(989e12, 67e12, 3.35e12),
+    "A100 SXM 80 GB": Device(312e12, 19.5e12, 2.039e12),
+}
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,13 @@ class Part:
 
     flops: float
     bytes: float
+    float32: bool = False
+    """Computed in float32 (torch's default: no TF32), else in bf16 on tensor cores."""
 
     def seconds(self, device: Device) -> float:
         """At the device's peaks: the longer of computing and moving."""
-        return max(self.flops / device.flops, self.bytes / device.bytes)
+        peak = device.flops_float32 if self.float32 else device.flops
+        return max(self.flops / peak, self.bytes / device.bytes)
 
 
 def attention(m: Model, s: int, N: int, dims: int, computed: int) -> Part:
@@ -115,21 +122,16 @@ def attention(m: Model, s: int, N: int, dims: int, computed: int) -> Part:
 
 
 def gates(m: Model, N: int) -> Part:
-    """What kernels/algebra.py does around the kernel, each step reading and writing its tensors once."""
+    """What surrounds the kernel: the kernels of kernels/columns_triton.py, each reading and writing its tensors once."""
     E = m.padded[0]
     q, kv = N * m.heads * m.head_dim, N * m.groups * m.head_dim
     wide_q, wide_kv = N * m.heads * E, N * m.groups * E
-    build = q + 2 * kv + wide_q + 2 * wide_kv
-    forward = (
-        (q + kv) + build + (wide_q + q) + (2 * q + kv)
-    )  # own logits, inputs, o from the kernel's, own slot
-    backward = 2 * q + build + (q + wide_q) + wide_q  # δ, inputs again, do', zeros for o
-    backward += (
-        (2 * q + 2 * kv) + (q + 2 * kv) + (2 * q + 4 * kv + wide_q + 2 * wide_kv)
-    )  # own slot, sum of the two
-    backward += wide_kv + kv  # gates' gradients
+    columns = (q + wide_q) + (2 * kv + 2 * wide_kv)  # q', k' and v', in forward and again in backward
+    merged = q + 2 * kv + q + q  # q, k, v and the kernel's o in, o out
+    gradient = 2 * q + wide_q  # do and o in, do' out
+    own = 2 * q + 2 * kv + q + 2 * kv + q + 2 * kv  # do, q, k, v and the call's gradients in, dq, dk, dv out
     elements = q + 2 * kv
-    return Part(m.layers * 20 * elements, m.layers * BF16 * (forward + backward))
+    return Part(m.layers * 20 * elements, m.layers * BF16 * (2 * columns + merged + gradient + 2 * kv + own))
 
 
 def linear(weights: float, inputs: float, outputs: float, N: int, micro: float, item: int = BF16) -> Part:
@@ -143,19 +145,35 @@ def router(m: Model, N: int, micro: float) -> Part:
     R, C = m.router_dim, 128
     out = linear(4 * m.width * R + m.width**2, 5 * m.width, 4 * R + m.width, N, micro, FP32)
     out.flops += 3 * N * 2 * (C * R + C * (R + 1) + 2 * R * (R + 1))
-    return Part(m.routers * out.flops, m.routers * out.bytes)
+    return Part(m.routers * out.flops, m.routers * out.bytes, float32=True)
 
 
-def loss(m: Model, N: int, passes: int, memory_mib: int = 128) -> Part:
+LOSS_MEMORY_MIB = 2048
+"""kernels.token_loss.LOSS_MEMORY_MIB on a GPU."""
+
+
+def logit_bytes(passes: int, triton: bool) -> int:
+    """Bytes that cross the memory bus for one logit of each pass, the products' own included."""
+    products = passes * (BF16 + 2 * BF16)  # written by one, read by two
+    if triton:  # kernels/row_losses_triton.py: read; read and written
+        return products + passes * (BF16 + 2 * BF16)
+    # kernels/row_losses.py, operation by operation: widened, its maximum, less the maximum, exp, its sum, times a number,
+    # narrowed.
+    each = (BF16 + FP32) + FP32 + 2 * FP32 + 2 * FP32 + FP32 + 2 * FP32 + (FP32 + BF16)
+    # Of a pair: gap = x − y; gap·p and its sum; q − p.
+    pair = 3 * FP32 + (3 * FP32 + FP32) + 3 * FP32
+    return products + passes * each + (passes == 2) * pair
+
+
+def loss(m: Model, N: int, passes: int, memory_mib: int = LOSS_MEMORY_MIB, triton: bool = True) -> Part:
     """Logits, CE (and KL) and their gradients in one sweep of kernels/token_loss.py."""
     V, M = m.vocabulary, m.width
     # Bytes of a row in a chunk of that memory, as kernels/token_sweep.py counts them on a GPU.
-    row = V * (passes * (FP32 + BF16) + (passes == 2) * FP32)
+    row = V * passes * BF16 if triton else V * (passes * (FP32 + BF16) + (passes == 2) * FP32)
     rows = min(max(memory_mib * 2**20 // row, 1), N)
     chunks = N / rows
     weight = V * M * (2 * BF16 + 2 * BF16 + 2 * FP32)  # read twice; a chunk's product; its float32 sum
-    # Per logit: product out, widened, softmax (two reads, one write), narrowed, read twice.
-    logits = passes * V * (BF16 + BF16 + FP32 + 3 * FP32 + FP32 + BF16 + 2 * BF16)
+    logits = V * logit_bytes(passes, triton)
     return Part(6 * N * passes * M * V, chunks * weight + N * logits + 3 * N * passes * M * BF16)
 
 

@@ -129,20 +129,31 @@ def widths() -> str:
 
 
 def losses() -> str:
-    """CE + KL by the memory of a chunk."""
+    """CE + KL by the memory of a chunk, in both forms."""
     body = []
-    for memory in (128, 512, 2048, 8192):
-        line = [f"{memory:,}"]
-        for name in PUBLISHED:
-            work = roofline.loss(MODELS[name], STEP_TOKENS, 2, memory)
-            line += [f"{work.flops / work.bytes:,.0f}", f"{work.seconds(DEVICES[H100]) * 1e3:,.0f}"]
-        body.append(line)
+    for triton in (False, True):
+        form = "Triton" if triton else "PyTorch"
+        for memory in (128, 512, 2048, 8192):
+            line = [f"{form}, {memory:,}"]
+            for name in PUBLISHED:
+                work = roofline.loss(MODELS[name], STEP_TOKENS, 2, memory, triton)
+                line += [f"{work.flops / work.bytes:,.0f}", f"{work.seconds(DEVICES[H100]) * 1e3:,.0f}"]
+            body.append(line)
     body.append(["compute alone"])
     for name in PUBLISHED:
         floor = roofline.loss(MODELS[name], STEP_TOKENS, 2).flops / DEVICES[H100].flops
         body[-1] += ["", f"{floor * 1e3:,.0f}"]
-    head = ["loss_memory_mib"] + [x for name in PUBLISHED for x in (f"{name} FLOP/byte", "H100 ms")]
+    head = ["form, loss_memory_mib"] + [x for name in PUBLISHED for x in (f"{name} FLOP/byte", "H100 ms")]
     return table(head, body)
+
+
+def logits() -> str:
+    """Bytes of traffic per logit."""
+    body = [
+        [form, str(roofline.logit_bytes(1, triton)), f"{roofline.logit_bytes(2, triton) / 2:.0f}"]
+        for form, triton in (("PyTorch's operations", False), ("Triton", True))
+    ]
+    return table(["form", "CE alone, bytes a logit", "CE + KL, bytes a logit"], body)
 
 
 def measured(path: Path = roofline.STEP) -> str:
@@ -259,6 +270,7 @@ BLOCKS = {
     "parts": lambda: "\n\n".join(parts_at(name, 4096) for name in PUBLISHED),
     "contexts": lambda: "\n\n".join(contexts(name) for name in PUBLISHED),
     "losses": losses,
+    "logits": logits,
     "measured": measured,
     "attention": attention,
     "loss": loss,

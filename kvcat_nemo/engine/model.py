@@ -82,6 +82,7 @@ class KVCatGPTModel(GPTModel):
             forward_share=kvcat.distill_forward_share,
             loss_weights=None if loss_mask is None else token_loss_weights(loss_mask, kvcat),
             memory_mib=kvcat.loss_memory_mib,
+            kernel=kvcat.loss_kernel,
         )
 
 

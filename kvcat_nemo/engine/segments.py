@@ -10,6 +10,7 @@ Shapes: B windows, T tokens of this rank, S its segments, N those of all ranks, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -93,13 +94,20 @@ class TokenSegments:
     def _weights(self, like: Tensor) -> Tensor:
         """[B or 1, N, N]: 1 where segment n is handed the state of segment m: m is earlier, and no document began between."""
         all_pieces = [piece for rank in self.pieces for piece in rank]
-        start, end = torch.tensor(all_pieces, device=like.device).T
+        start, end = _on_device(tuple(all_pieces), like.device)
         weights = (end[None, :] <= start[:, None]) & (end > start)[None, :] & (end > start)[:, None]
         if self.position_BT is None:
             return weights[None].to(like.dtype)
         # Documents that began before each place: none between m's last token and n's first where the numbers agree.
         begun = torch.nn.functional.pad((self.position_BT == 0).cumsum(1), (1, 0))
         return (weights & (begun[:, start][:, :, None] == begun[:, end][:, None, :])).to(like.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(pieces: tuple[Piece, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Starts and ends of segments; kept, since copying them to a GPU makes the host wait for it."""
+    start, end = torch.tensor(pieces, device=device).T
+    return start, end
 
 
 def pieces_of_ranks(tokens: int, tp: int, cp: int) -> list[tuple[Piece, ...]]:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from kvcat_nemo.engine.layer import kvcat_layers
+from kvcat_nemo.kernels.overflow import watch
 from kvcat_nemo.kernels.token_loss import TOKEN_METRICS
 from kvcat_nemo.method.config import KVCatConfig
 
@@ -62,14 +63,17 @@ def step_metrics(
 
     Returns:
         loss parts raw (`loss/…`) and weighted (`weighted/…`), their total, `ce_masked`, `top1_agreement`,
-        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `tokens`.
+        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `tokens`; of a paired batch `gate_overflow`, the calls
+        of gated attention (layers × micro-batches, all ranks) whose backward was done again (kernels/overflow.py).
     """
     token_names = TOKEN_METRICS if kvcat.paired else TOKEN_METRICS[:1]
     rows = kvcat.num_groups * len(GROUP_METRICS)
-    sums = torch.zeros(len(token_names) + 1 + 2 * rows, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(token_names) + 1 + 2 * rows + 1, dtype=torch.float64, device=device)
     for micro in token_sums:
         sums[: len(token_names) + 1] += micro.to(sums)
-    group_sums = sums[len(token_names) + 1 :].view(kvcat.num_groups, len(GROUP_METRICS), 2)  # sum and count
+    group_sums = sums[len(token_names) + 1 : -1].view(
+        kvcat.num_groups, len(GROUP_METRICS), 2
+    )  # sum and count
     for chunk in chunks:
         for layer in kvcat_layers(chunk):
             for stats in layer.pop_stats():
@@ -77,6 +81,10 @@ def step_metrics(
                     value = getattr(stats, name)
                     if value is not None:
                         group_sums[stats.group, i] += torch.stack([value, torch.ones_like(value)]).to(sums)
+    # Tensor-parallel ranks have calls of their own heads; context-parallel ranks count the same calls.
+    overflow = torch.tensor(watch.end_of_step(), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(overflow, group=parallel_state.get_tensor_model_parallel_group())
+    sums[-1] = overflow / parallel_state.get_context_parallel_world_size()
     torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     # Context-parallel ranks each have some of the tokens, and all of a group's figures, which are means in the end.
     torch.distributed.all_reduce(
@@ -92,6 +100,7 @@ def _name(sums: Tensor, token_names, group_sums: Tensor, kvcat: KVCatConfig) -> 
     weights = {"anchor": kvcat.anchor_weight}
     if kvcat.paired:
         out |= {"loss/distill": mean["kl"], "ce_masked": mean["ce_masked"], "top1_agreement": mean["top1"]}
+        out["gate_overflow"] = float(sums[-1])
         weights["distill"] = kvcat.distill_weight
     averages: dict[str, list[float]] = {name: [] for name in GROUP_METRICS}
     for group in range(kvcat.num_groups):

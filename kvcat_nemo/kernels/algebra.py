@@ -24,7 +24,7 @@ and β_j = −c_j for dropped slots, which are in nobody's way here: without val
             = min(e^{c_j}, N·e^{cap} / dv'[D+1]_j)·(⟨dv'[:D]_j, v_j⟩ + dv'[D]_j)    g_j = 0
 
 for dv'[D+1]_j·e^{c_j}/N is the slot's weight in all rows together, averaged over query heads. c_j only has to keep P_ij in
-the range of the numbers. It is 0, unless a slot's weights turn out to exceed e^HEADROOM: then backward is done again with
+the range of the numbers. It is 0, unless a slot's weights turn out to exceed e^60 (kernels/overflow.py): then backward is done again with
 c_j its largest logit above L, which takes a pass over the scores, block by block.
 In 16-bit types β_j and δ_i are each given as the sum of two columns.
 
@@ -38,18 +38,16 @@ Of a split window q, o and their like have this rank's tokens, of which there ar
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from kvcat_nemo.kernels.columns import add_gated
+from kvcat_nemo.kernels.columns_choice import columns_for
 from kvcat_nemo.kernels.earlier import Earlier, Slots
-from kvcat_nemo.kernels.near import OwnSlot, Window, dot
+from kvcat_nemo.kernels.near import OwnSlot, Window
+from kvcat_nemo.kernels.overflow import watch
 from kvcat_nemo.kernels.protocol import FusedKernel
 from kvcat_nemo.kernels.split_kernel import SplitKernel
 from kvcat_nemo.kernels.window_split import WindowSplit
-
-HEADROOM = 60.0
-"""Logits by which a dropped slot's weights, summed, may exceed the visible ones; e^60 is far from float32's end."""
 
 
 class GatedAttention(torch.autograd.Function):
@@ -60,14 +58,13 @@ class GatedAttention(torch.autograd.Function):
         ctx, q, k, v, gate, kernel: FusedKernel, scale, window, gradient_cap, cu_seqlens, sinks=0, split=None
     ):
         kernel = kernel if split is None else SplitKernel(kernel, split)
+        columns = columns_for(q.device)
         slots = Slots(k, v, gate, sinks, cu_seqlens, split)
-        earlier = Earlier(kernel, scale, window, cu_seqlens, q, slots, split)
-        near = (OwnSlot if window == 1 else Window)(kernel, scale, window, cu_seqlens)
+        earlier = Earlier(kernel, scale, window, cu_seqlens, q, slots, split, columns)
+        near = OwnSlot(columns, scale) if window == 1 else Window(kernel, scale, window, cu_seqlens)
         k_near, v_near = (k, v) if window == 1 else (slots.k, slots.v)
-        lse_near = near.forward(q, k_near, v_near)
         o, lse, saved = earlier.forward(q, slots)
-        level = torch.logaddexp(lse, lse_near)
-        o = near.add_output(o * (lse - level).exp()[..., None], (lse_near - level).exp(), v).to(q.dtype)
+        o, level, lse_near = near.merge(q, k_near, v_near, o, lse)
         ctx.save_for_backward(q, k, v, gate, o, level, lse_near)
         ctx.earlier, ctx.near, ctx.saved, ctx.gradient_cap = earlier, near, saved, gradient_cap
         ctx.sinks, ctx.cu_seqlens, ctx.split = sinks, cu_seqlens, split
@@ -79,24 +76,27 @@ class GatedAttention(torch.autograd.Function):
         earlier: Earlier = ctx.earlier
         split: WindowSplit | None = ctx.split
         slots = Slots(k, v, gate, ctx.sinks, ctx.cu_seqlens, split)
-        delta = dot(do, o)
-        far = earlier.backward(do, delta, q, slots, 0.0, level, ctx.saved)
-        heavy = (~(earlier.weights(far) <= math.exp(HEADROOM)).all()).float()
-        # On a GPU this waits for the device, once per call.
-        if bool(heavy if split is None else split.maximum(heavy)):
+        wide_do, delta = earlier.gradient_columns(do, o)
+        far = earlier.backward(wide_do, q, slots, 0.0, level, ctx.saved)
+        if watch.exceeded(earlier.weights(far), split):
             shift = earlier.largest_gaps(q, slots.k, level).clamp(min=0)
             shift = shift if split is None else split.maximum(shift)
-            far = earlier.backward(do, delta, q, slots, shift, level, ctx.saved)
+            far = earlier.backward(wide_do, q, slots, shift, level, ctx.saved)
         dgate = earlier.gate_gradient(far, q, slots, ctx.gradient_cap)
-        own = split is None or isinstance(ctx.near, OwnSlot)
+        if split is None and isinstance(ctx.near, OwnSlot):
+            grads = earlier.columns.own_and_gated_gradients(
+                do, delta, q, k, v, level, lse_near, earlier.scale, far, slots.gate
+            )
+            return *grads, dgate, *[None] * 7
+        own = isinstance(ctx.near, OwnSlot)
         k_near, v_near = (k, v) if own else (slots.k, slots.v)
         near = ctx.near.backward(do, delta, q, k_near, v_near, o, level, lse_near)
         if split is None:
-            dq, dk, dv = earlier.add(near, far, slots.gate)
+            dq, dk, dv = add_gated(near, far, slots.gate, earlier.window)
         else:
             dq, *grads = near
             grads = [split.place(x) for x in grads] if own else grads
             grads = [x.to(y.dtype) for x, y in zip(grads, far[1:3], strict=True)]
-            dq, *grads = earlier.add((dq, *grads), far, slots.gate)
+            dq, *grads = add_gated((dq, *grads), far, slots.gate, earlier.window)
             dk, dv = (split.sum_to_owner(x.to(k.dtype)) for x in grads)
         return dq, dk, dv, dgate, *[None] * 7

@@ -19,6 +19,8 @@ vocabulary, N rows of a chunk: its tokens × windows.
 
 from __future__ import annotations
 
+import functools
+import logging
 import warnings
 
 import torch
@@ -26,7 +28,11 @@ from torch import Tensor
 
 from kvcat_nemo.kernels.token_sweep import TOKEN_METRICS, Settings, Vocabulary, sweep
 
-__all__ = ["TOKEN_METRICS", "check_labels", "token_losses"]
+__all__ = ["LOSS_KERNELS", "TOKEN_METRICS", "check_labels", "select_loss_kernel", "token_losses"]
+
+LOSS_KERNELS = ("auto", "torch", "triton")
+
+logger = logging.getLogger("kvcat_nemo.losses")
 
 LOSS_MEMORY_MIB = {"cpu": 128, "cuda": 2048}
 """Default budget by device. Every chunk reads the weight twice and adds to its gradient: a GPU, which multiplies much faster
@@ -34,14 +40,16 @@ than it reads, wants many rows for that (docs/roofline.md); a CPU is content wit
 
 
 def _common_factor(grad: Tensor, weights: Tensor) -> float | None:
-    """s with grad = s·weights up to rounding, or None when there is none."""
+    """s with grad = s·weights up to rounding, or None when there is none. Waits for the device once."""
     g, w = grad.double(), weights.double()
-    norm = float((w * w).sum())
+    norm = (w * w).sum()
+    factor = (g * w).sum() / norm
+    tolerance = 32 * torch.finfo(grad.dtype).eps * factor.abs() * w.abs().max()
+    off = (g - factor * w).abs().max() > tolerance
+    norm, factor, off, asked = torch.stack([norm, factor, off.to(norm), g.any().to(norm)]).tolist()
     if norm == 0:
-        return 1.0 if not g.any() else None
-    factor = float((g * w).sum()) / norm
-    tolerance = 32 * torch.finfo(grad.dtype).eps * abs(factor) * float(w.abs().max())
-    return factor if float((g - factor * w).abs().max()) <= tolerance else None
+        return None if asked else 1.0
+    return None if off else factor
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -80,6 +88,30 @@ class _TokenLosses(torch.autograd.Function):
         return dh, dw, None, None, None, None, None
 
 
+@functools.cache
+def select_loss_kernel(name: str, device: torch.device) -> str:
+    """Resolve `auto`: "triton" or "torch". Says once when a CUDA device falls back to "torch", and why.
+
+    Raises:
+        ValueError: for an unknown name, or for "triton" where it cannot be used.
+    """
+    if name not in LOSS_KERNELS:
+        raise ValueError(f"loss_kernel={name!r}: choose one of {', '.join(LOSS_KERNELS)}")
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
+    try:
+        from kvcat_nemo.kernels.row_losses_triton import failure
+    except ImportError as error:
+        why = f"Triton is not installed ({error})"
+    else:
+        why = failure(device)
+    if why and name == "triton":
+        raise ValueError(f"loss_kernel=triton cannot be used on {device}: {why}; use auto or torch")
+    if why:
+        logger.warning("CE + KL by PyTorch's operations, not by Triton, on %s: %s", device, why)
+    return "torch" if why else "triton"
+
+
 def check_labels(labels: Tensor, vocab_size: int) -> None:
     """Refuse labels that are no tokens: their cross-entropy would be that of nothing.
 
@@ -107,6 +139,7 @@ def token_losses(
     group=None,
     sequence_parallel: bool = False,
     memory_mib: float = 0,
+    kernel: str = "auto",
     take_weight_gradient=None,
 ) -> Tensor:
     """Per-token metrics of a batch, of which the first two carry gradients (to hidden states and output weight).
@@ -123,6 +156,8 @@ def token_losses(
             when not paired). Given them, the gradients come out of the forward's sweep.
         group: process group over which the vocabulary is split, or None.
         memory_mib: MiB for the logits of a chunk (at least one token's are always formed); 0: LOSS_MEMORY_MIB.
+        kernel: of LOSS_KERNELS: "triton" turns logits into gradients with two Triton kernels, "torch" with PyTorch's
+            operations; "auto" takes Triton on CUDA where a small case agrees with PyTorch's form, which it tries once.
         take_weight_gradient: gets the weight's gradient in at least float32 and returns what autograd passes on.
 
     Returns:
@@ -131,7 +166,7 @@ def token_losses(
         when not paired. In nats, float32 or wider.
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit, and on labels that are no tokens.
+        ValueError: on shapes or dtypes that do not fit, on labels that are no tokens, and when `kernel` cannot be used.
     """
     ranks = group.size() if group is not None else 1
     passes = 1 + paired
@@ -153,7 +188,8 @@ def token_losses(
     check_labels(labels_BT, vocab_size)
     vocabulary = Vocabulary.of(group, sequence_parallel, len(weight_VM), vocab_size)
     memory = int((memory_mib or LOSS_MEMORY_MIB["cpu" if weight_VM.device.type == "cpu" else "cuda"]) * 2**20)
-    settings = Settings(vocabulary, paired, float(temperature), float(forward_share), memory)
+    triton = select_loss_kernel(kernel, weight_VM.device) == "triton"
+    settings = Settings(vocabulary, paired, float(temperature), float(forward_share), memory, triton)
     labels = labels_BT.transpose(0, 1).contiguous()
     weights = None if loss_weights is None else loss_weights.detach().transpose(1, 2).contiguous()
     grad_enabled = torch.is_grad_enabled()

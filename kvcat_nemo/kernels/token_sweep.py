@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from kvcat_nemo.kernels.row_losses import row_losses
+
 TOKEN_METRICS = ("ce_dense", "kl", "ce_masked", "top1")
 """Rows of a paired batch's token metrics; a dense-only batch has the first alone."""
 
@@ -68,10 +70,15 @@ class Settings:
     """λ of λ·KL(dense ‖ masked) + (1 − λ)·KL(masked ‖ dense)."""
     memory: int
     """Bytes for the logits of a chunk."""
+    triton: bool = False
+    """Whether kernels/row_losses_triton.py turns logits into metrics and gradients, else kernels/row_losses.py."""
 
     def rows(self, weight: Tensor, wide: torch.dtype) -> tuple[int, int]:
         """Rows of each pass in a chunk, and how many of them are transformed at a time."""
         columns = len(weight)  # not the true ones alone: every rank must come to the same number of chunks
+        if self.triton:
+            chunk = max(self.memory // (columns * (1 + self.paired) * weight.dtype.itemsize), 1)
+            return chunk, chunk
         blocks = self.vocabulary.group is None and weight.device.type == "cpu"
         scratch = (0 if blocks else 1 + (self.temperature != 1)) if self.paired else 0
         if scratch and self.forward_share != 1:
@@ -80,90 +87,6 @@ class Settings:
         bytes_per_row = columns * ((1 + self.paired) * (wide.itemsize + narrow) + scratch * wide.itemsize)
         chunk = max(self.memory // bytes_per_row, 1)
         return chunk, max(_BLOCK_BYTES // (columns * wide.itemsize), 1) if blocks else chunk
-
-
-def _softmaxes(x: Tensor, y: Tensor | None, labels: Tensor, weights: Tensor | None, s: Settings, out: Tensor):
-    """Metrics of a block of rows; its logits become their gradients when `weights` are given.
-
-    Args:
-        x, y: logits [N, V] of the dense and the masked pass, overwritten; y is None for a dense-only batch.
-        labels: [N]. weights: of CE and KL, [2, N] ([1, N]). out: metrics, [4, N] ([1, N]); written.
-
-    Returns:
-        token ids of the largest logits of this rank's vocabulary that are the largest of all ranks', [2, N].
-    """
-    voc, tau = s.vocabulary, s.temperature
-    passes = [x] if y is None else [x, y]
-    best = torch.stack([z.argmax(-1) for z in passes])
-    local = torch.stack([z.gather(-1, i[:, None])[:, 0] for z, i in zip(passes, best, strict=True)])
-    top = voc.reduce(local.clone(), ReduceOp.MAX)
-    best = torch.where(local == top, best + voc.first, torch.iinfo(best.dtype).max)
-
-    here = labels - voc.first
-    mine = (here >= 0) & (here < voc.real)
-    here = here.clamp(0, x.shape[-1] - 1)[:, None]
-    sums = []
-    for z, t in zip(passes, top, strict=True):
-        z.sub_(t[:, None])
-        sums.append(torch.where(mine, z.gather(-1, here)[:, 0], 0.0))
-    mixed = y is not None and s.forward_share != 1
-    if y is None:
-        sums.append(x.exp_().sum(-1))
-    elif mixed:
-        gap, p, q = (x - y).div_(tau), torch.exp(x / tau), torch.exp(y / tau)
-        sums += [
-            x.exp_().sum(-1),
-            y.exp_().sum(-1),
-            p.sum(-1),
-            q.sum(-1),
-            (p * gap).sum(-1),
-            (q * gap).sum(-1),
-        ]
-    elif tau == 1:
-        gap = x - y
-        sums += [x.exp_().sum(-1), y.exp_().sum(-1), gap.mul_(x).sum(-1)]
-    else:
-        p = torch.exp(x)  # x itself is needed at both temperatures
-        sums.append(p.sum(-1))
-        sums.append(torch.exp(y, out=p).sum(-1))
-        torch.div(x, tau, out=p)
-        gap = p - y.div_(tau)
-        sums += [p.exp_().sum(-1), y.exp_().sum(-1), gap.mul_(p).sum(-1)]
-    sums = voc.reduce(torch.stack(sums))
-
-    if y is None:
-        label, total = sums
-        out[0] = total.log() - label
-    else:
-        label, label_masked, total, total_masked = sums[:4]
-        p_total, q_total, cross = sums[2:5] if tau == 1 and not mixed else sums[4:7]
-        out[0] = total.log() - label
-        shift = q_total.log() - p_total.log()
-        kl = cross / p_total + shift
-        if mixed:
-            reverse = -sums[7] / q_total - shift
-            kl = s.forward_share * kl + (1 - s.forward_share) * reverse
-        out[1] = tau**2 * kl
-        out[2] = total_masked.log() - label_masked
-    if weights is None:
-        return best
-
-    if mixed:
-        # q̂·(λ + (1 − λ)·(log q̂ − log p̂ − reverse)) − λ·p̂, normalised by their sums
-        pull = gap.neg_().sub_((shift + reverse)[:, None]).mul_(1 - s.forward_share).add_(s.forward_share)
-        torch.mul(q, pull, out=y).mul_((tau * weights[1] / q_total)[:, None])
-        y.addcmul_(p, (tau * s.forward_share * weights[1] / p_total)[:, None], value=-1)
-    elif y is not None:
-        if tau == 1:
-            p = x
-        else:
-            torch.div(x, tau, out=p).exp_()
-            x.exp_()
-        y.mul_((tau * weights[1] / q_total)[:, None])
-        y.addcmul_(p, (tau * weights[1] / p_total)[:, None], value=-1)
-    x.mul_((weights[0] / total)[:, None])
-    x.scatter_add_(-1, here, -(weights[0] * mine)[:, None])
-    return best
 
 
 def sweep(hidden, weight, labels_TB, weights_KTB, s: Settings, needs: tuple[bool, bool]):
@@ -187,8 +110,13 @@ def sweep(hidden, weight, labels_TB, weights_KTB, s: Settings, needs: tuple[bool
     weights = None if weights_KTB is None else weights_KTB.to(wide).reshape(len(weights_KTB), -1)
     dh = torch.empty_like(h) if weights is not None and needs[0] else None
     dw = torch.zeros_like(weight, dtype=wide) if weights is not None and needs[1] else None
-    logits = h.new_empty(passes * tokens * B, len(rows), dtype=wide)
-    narrow = logits if own_dtype == wide else torch.empty_like(logits, dtype=own_dtype)
+    # Triton's kernels read logits in their own dtype and compute in `wide`; PyTorch's operations need them wide.
+    logits = h.new_empty(passes * tokens * B, len(rows), dtype=own_dtype if s.triton else wide)
+    narrow = logits if own_dtype == logits.dtype else torch.empty_like(logits, dtype=own_dtype)
+    if s.triton:
+        from kvcat_nemo.kernels.row_losses_triton import row_losses as transform
+    else:
+        transform = row_losses
     for t in range(0, T, tokens):
         part = slice(t, t + tokens)
         # [dense rows | masked rows]
@@ -199,11 +127,11 @@ def sweep(hidden, weight, labels_TB, weights_KTB, s: Settings, needs: tuple[bool
         if low is not x:
             x.copy_(low)
         if voc.real == 0:
-            x.fill_(-1e30)
+            x.fill_(-3e4)  # no part of any sum, and a number in every dtype
         for i in range(0, N, block):
             a, b = i, min(i + block, N)
             at = slice(t * B + a, t * B + b)
-            best[:, at] = _softmaxes(
+            best[:, at] = transform(
                 x[a:b],
                 x[N + a : N + b] if s.paired else None,
                 labels[at],

@@ -30,6 +30,9 @@ class KVCatConfig:
     loss_memory_mib: int = 0
     """MiB for the logits of a chunk of tokens; those of all tokens are never formed. 0: 128 on a CPU, 2048 on a GPU."""
 
+    loss_kernel: str = "auto"
+    """What turns logits into losses and gradients: auto, torch, or triton (on CUDA; auto tries it on a small case first)."""
+
     router_dim: int = 64
     """Width of the router's causal linear attention."""
     router_input: Literal["masked", "dense"] = "masked"
@@ -72,6 +75,7 @@ class KVCatConfig:
         _one_of(self, "policy", ("router", "random", "attention", "none"))
         _one_of(self, "router_input", ("masked", "dense"))
         _one_of(self, "mask_per", ("token", "kv_head"))
+        _one_of(self, "loss_kernel", ("auto", "torch", "triton"))
         _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "oracle"))
         _check(
             self,

@@ -62,7 +62,8 @@ def random_gate(
     """
     ids = prefix_ids_BT.to(torch.int64)
     position = torch.arange(ids.shape[1], device=ids.device) if position_BT is None else position_BT
-    stream = _mix(ids + _mix(torch.tensor(seed * 1000003 + group, device=ids.device)))
+    # new_full, not torch.tensor(…, device): a copy from the host would make it wait for a GPU.
+    stream = _mix(ids + _mix(ids.new_full((), seed * 1000003 + group)))
     bits = _mix(stream + position * -7046029254386353131)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)
     return (uniform < keep).to(torch.float32)

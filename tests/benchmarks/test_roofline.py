@@ -1,5 +1,6 @@
 """benchmarks/roofline.py: its counts against published sizes and torch's own counter; the page is what it generates."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -88,12 +89,46 @@ def test_rows_of_a_chunk_are_those_of_the_loss():
 
     weight = torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16)
     settings = Settings(Vocabulary.of(None, False, len(weight), len(weight)), True, 1.0, 1.0, 128 * 2**20)
-    rows, _ = settings.rows(weight, torch.float32)
     m = roofline.MODELS["Qwen2.5-0.5B"]
-    chunks = roofline.loss(m, 10 * rows, 2).bytes, roofline.loss(m, 11 * rows, 2).bytes
-    per_chunk = m.vocabulary * m.width * 16
-    assert chunks[1] - chunks[0] >= per_chunk
-    assert roofline.loss(m, rows, 2).bytes < 2 * per_chunk
+    for triton in (False, True):
+        rows, _ = dataclasses.replace(settings, triton=triton).rows(weight, torch.float32)
+        one, two = (roofline.loss(m, n * rows, 2, 128, triton).bytes for n in (1, 2))
+        per_chunk = m.vocabulary * m.width * 16
+        # What grows with tokens grows twice; what a chunk costs, its weight, is paid once for each.
+        assert two == pytest.approx(2 * one, rel=0.01) and one > per_chunk
+
+
+def test_traffic_of_a_logit_is_what_the_operations_read_and_write():
+    """PyTorch's form, run operation by operation on rows of float32, and its neighbours in bf16."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from kvcat_nemo.kernels.row_losses import row_losses
+    from kvcat_nemo.kernels.token_sweep import Settings, Vocabulary
+
+    N, V = 4, 5000
+
+    class Traffic(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if not func.is_view and "empty" not in str(func):
+                for x in (*args, *(out if isinstance(out, tuple) else (out,))):
+                    if isinstance(x, torch.Tensor) and x.numel() >= N * V:
+                        self.bytes += x.nbytes
+            return out
+
+    for passes in (1, 2):
+        x = torch.randn(passes, N, V)
+        settings = Settings(Vocabulary.of(None, False, V, V), passes == 2, 1.0, 1.0, 1 << 30)
+        out, labels = torch.zeros(4, N), torch.zeros(N, dtype=torch.long)
+        with Traffic() as seen:
+            row_losses(x[0], x[1] if passes == 2 else None, labels, torch.ones(passes, N), settings, out)
+        # Beside it: the product in bf16 is widened and narrowed, and three products write or read it.
+        around = passes * ((2 + 4) + (4 + 2) + 3 * 2)
+        counted = seen.bytes / (N * V) + around
+        # Gathers and scatters name the whole tensor and touch a few of its numbers.
+        assert roofline.logit_bytes(passes, False) <= counted <= roofline.logit_bytes(passes, False) + 24 * passes
 
 
 def test_json_and_page_are_up_to_date():

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kvcat_nemo.kernels import algebra, causal_attention, gated_attention
+from kvcat_nemo.kernels import causal_attention, gated_attention
 from kvcat_nemo.kernels.backends import BACKENDS, select_backend
 from kvcat_nemo.kernels.cpu import CpuKernel
+from kvcat_nemo.kernels.overflow import HEADROOM
 from kvcat_nemo.method.attention import gated_attention_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -201,7 +202,7 @@ def test_dropped_slots_may_exceed_the_visible_ones_by_any_gap(dtype, gap, everyo
 def test_backward_is_repeated_only_when_numbers_would_end(monkeypatch):
     calls, backward = [], CpuKernel.backward
     monkeypatch.setattr(CpuKernel, "backward", lambda *x, **y: calls.append(1) or backward(*x, **y))
-    for gap, times in ((0.0, 1), (algebra.HEADROOM - 10, 1), (algebra.HEADROOM + 10, 2), (500.0, 2)):
+    for gap, times in ((0.0, 1), (HEADROOM - 10, 1), (HEADROOM + 10, 2), (500.0, 2)):
         *tensors, do = dominated(gap, torch.float32)
         calls.clear()
         run(gated_attention, tensors, do, scale=1 / 8)

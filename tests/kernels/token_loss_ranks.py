@@ -1,4 +1,4 @@
-"""Rank program of test_token_loss_split: python token_loss_ranks.py FOLDER RANK WORLD_SIZE.
+"""Rank program of test_token_loss_split: python token_loss_ranks.py FOLDER RANK WORLD_SIZE [KERNEL].
 
 Runs the losses over a vocabulary split between 2 and between 4 ranks, and compares metrics and gradients with those of
 one process.
@@ -14,7 +14,7 @@ import torch
 T, B, V, PADDED, M = 8, 2, 13, 24, 5  # of 4 ranks the third has five rows of padding, the last nothing else
 
 
-def main(folder, rank, world_size):
+def main(folder, rank, world_size, kernel="auto"):
     from kvcat_nemo.kernels.token_loss import token_losses
 
     torch.set_num_threads(1)
@@ -33,6 +33,8 @@ def main(folder, rank, world_size):
     ):
         if not paired and (temperature, share) != (1, 1):
             continue
+        if kernel == "triton" and (known != sequence_parallel or dtype == torch.float32):
+            continue  # a fifth of the cases: Triton's interpreter is slow
         rng = torch.Generator().manual_seed(ranks)
         passes = 1 + paired
         hidden = torch.randn(T, passes * B, M, generator=rng, dtype=torch.float64).to(dtype)
@@ -57,7 +59,9 @@ def main(folder, rank, world_size):
             if sequence_parallel
             else slice(T)
         )
-        split = run(hidden[own], weight[part], group=group, sequence_parallel=sequence_parallel)
+        split = run(
+            hidden[own], weight[part], group=group, sequence_parallel=sequence_parallel, kernel=kernel
+        )
         expected = whole[0], whole[1][own], whole[2][part]
         name = f"TP{ranks} sp={sequence_parallel} known={known} paired={paired} τ={temperature} λ={share} {dtype}"
         errors[name] = [
@@ -69,4 +73,4 @@ def main(folder, rank, world_size):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -1,0 +1,170 @@
+"""Cases of kernels/columns_triton.py, run by test_columns.py in .venv-te, where Triton interprets its kernels on the CPU."""
+
+import random
+
+import pytest
+import torch
+from launches import attention_launches
+from test_gated import case, run
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+from kvcat_nemo.kernels import algebra, columns, columns_triton, gated_attention
+from kvcat_nemo.kernels.cpu import CpuKernel
+from kvcat_nemo.method.attention import gated_attention_reference
+
+FUNCTIONS = ("query", "slots", "gradient", "sums", "gate", "merge", "own", "own and gated")
+ROUNDINGS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
+
+
+def results(form, x, window, widths, twice, scale, shift, cap):
+    """Every function of a form of the columns, on the same tensors."""
+    wide = form.slot_columns(
+        x["k"], x["v"], x["gate"], x["position"], window=window, widths=widths, twice=twice, scale=scale, shift=shift
+    )  # fmt: skip
+    N = x["q"].shape[2] // x["k"].shape[2]
+    wide_do, delta = form.gradient_columns(x["do"], x["o"], widths[1], twice)
+    far = x["far"]
+    sums = form.gate_sums(
+        far[1], far[2], x["v"], x["gate"], window=window, D=x["k"].shape[-1], twice=twice, scale=scale
+    )
+    merged = form.merge_own(x["q"], x["k"], x["v"], x["o"], x["lse"], scale)
+    own = (x["do"], delta, x["q"], x["k"], x["v"], *merged[1:], scale)
+    return {
+        "query": [form.query_columns(x["q"], widths[0], twice)],
+        "slots": wide,
+        "gradient": [wide_do, delta],
+        "sums": [sums],
+        "gate": [form.gate_gradient(sums, wide[2], x["gate"], x["sink"], cap, N)],
+        "merge": merged,
+        "own": form.own_gradients(*own),
+        "own and gated": form.own_and_gated_gradients(*own, far, x["gate"]),
+    }
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_each_function_is_its_namesake(dtype, seed):
+    """Float64: to rounding. Narrower types: to the rounding of each of the plain form's steps."""
+    draw = random.Random(seed)
+    B, T, G, N = draw.randint(1, 2), draw.randint(2, 6), draw.randint(1, 2), draw.randint(1, 3)
+    D, E, padding, sinks = draw.randint(1, 9), draw.randint(1, 9), draw.randint(0, 3), draw.randint(0, 2)
+    window = draw.randint(1, min(3, T))
+    shift = (0.0, columns.HIDDEN, "by slot")[seed % 3]
+    twice = 1 if dtype.itemsize >= 4 else 2
+    widths = (D + twice + padding, E + twice + 1 + padding)
+    rng = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def numbers(heads, width, dtype=dtype):
+        # Heads before tokens in memory: no tensor here is contiguous.
+        x = torch.randn(B, heads, T, width, generator=rng, dtype=torch.float64)
+        return x.to(dtype).transpose(1, 2)
+
+    gate = torch.rand(B, G, T, generator=rng, dtype=torch.float64).to(wide).transpose(1, 2)
+    gate = torch.where(gate < 0.4, 0.0, torch.where(gate > 0.8, 1.0, gate))
+    place = torch.arange(T)
+    begin = draw.randint(0, T)
+    position = torch.where(place < begin, place, place - begin)  # two documents
+    x = {
+        "q": numbers(G * N, D),
+        "k": numbers(G, D),
+        "v": numbers(G, E),
+        "do": numbers(G * N, E),
+        "o": numbers(G * N, E),
+        "lse": numbers(G * N, 1, wide)[..., 0],
+        "gate": gate,
+        "position": position,
+        "sink": (position < sinks)[None],
+        "far": (numbers(G * N, widths[0]), numbers(G, widths[0]), numbers(G, widths[1])),
+    }
+    x["far"][2][..., E + twice].abs_()  # a slot's weight in all rows
+    if shift == "by slot":
+        shift = 10 * torch.rand(B, T, G, generator=rng).to(wide)
+    options = (x, window, widths, twice, D**-0.5, shift, 0.0)
+    ours, theirs = results(columns_triton, *options), results(columns, *options)
+    for name in FUNCTIONS:
+        for a, b in zip(ours[name], theirs[name], strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype, name
+            size = max([1.0, *b.double().abs().flatten().tolist()])
+            # The plain form rounds each head's product and each sum to dtype: N + 4 steps at most.
+            torch.testing.assert_close(
+                a.double(), b.double(), rtol=0, atol=(N + 4) * ROUNDINGS[dtype] * size, msg=lambda m, n=name: f"{n}: {m}"
+            )  # fmt: skip
+
+
+SETTINGS = [
+    {"sinks": 2},
+    {"recent_window": 3, "gradient_cap": 0.0},
+    {"cu_seqlens": torch.tensor([0, 4, 5, 5, 11], dtype=torch.int32), "sinks": 1},
+]
+
+
+@pytest.mark.parametrize("gate", ["mixed", "hard"])
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_gated_attention_with_these_columns(monkeypatch, gate, options):
+    """Against the float64 oracle, through the path that Transformer Engine's and flash-attn's kernels take."""
+    monkeypatch.setattr(CpuKernel, "takes_key_bias", False)
+    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    *tensors, do = case(1, 11, 4, 2, 8, gate=gate)
+    ours = run(gated_attention, tensors, do, **options)
+    expected = run(gated_attention_reference, tensors, do, wide=True, **options)
+    for value, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(
+            value, other, rtol=1e-9, atol=1e-11 * float(other.abs().max().clamp(min=1))
+        )
+
+
+def test_weights_beyond_the_headroom(monkeypatch):
+    """The second backward, in which every dropped slot has a shift of its own."""
+    monkeypatch.setattr(CpuKernel, "takes_key_bias", False)
+    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    *tensors, do = case(1, 11, 4, 2, 8, spread=6.0)
+    ours = run(gated_attention, tensors, do)
+    expected = run(gated_attention_reference, tensors, do, wide=True)
+    for value, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(
+            value, other, rtol=1e-8, atol=1e-10 * float(other.abs().max().clamp(min=1))
+        )
+
+
+def test_the_small_case_that_a_run_tries_first():
+    assert columns_triton.failure(torch.device("cpu")) == ""
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    monkeypatch.setattr(
+        columns_triton, "query_columns", lambda q, width, twice: columns.query_columns(-q, width, twice)
+    )
+    columns_triton.failure.cache_clear()
+    assert columns_triton.failure(torch.device("cpu")).startswith("result 0 differs")
+    columns_triton.failure.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options,forward,backward",
+    [
+        ({}, (3, 3), (6, 14)),  # two of them begin the watch, once per process
+        ({"recent_window": 3}, (2, 11), (5, 18)),
+        ({"cu_seqlens": torch.tensor([0, 4, 11])}, (3, 10), (6, 19)),
+    ],
+    ids=["own slot", "window", "packed"],
+)  # fmt: skip
+def test_launches(monkeypatch, options, forward, backward):
+    """(Triton kernels, other operations) at most, in bf16. Raise the numbers knowingly."""
+    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    launched = []
+    real = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        with _disable_current_modes():
+            return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    seen = attention_launches(**options)
+    first = {"_query_columns": 1, "_slot_columns": 1, "_merge_own": 1}
+    in_forward = len(first) if "recent_window" not in options else 2
+    assert in_forward <= forward[0] and len(launched) - in_forward <= backward[0], launched
+    others = len(seen.forward), len(seen.backward)
+    assert others[0] <= forward[1] and others[1] <= backward[1], (seen.forward.names, seen.backward.names)
