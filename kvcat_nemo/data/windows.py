@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcat_nemo.data.indexed_check import check_indexed, sequence_lengths
+from kvcat_nemo.data.indexed_check import sequence_lengths
 
 MAX_EPOCHS = 100_000
 """No run reads the same tokens more often on purpose; a split of a few tokens asks for it by mistake."""
@@ -79,8 +79,7 @@ def tokens_of(prefix: str, share: tuple[float, float] = (0.0, 1.0)) -> tuple[int
 
 
 @functools.lru_cache(maxsize=64)
-def _contents(prefix: str, *_state: int) -> dict[str, object]:
-    facts = check_indexed(prefix)
+def _contents(prefix: str, *_state: int) -> str:
     digest = hashlib.sha256()
     for ending in (".idx", ".bin"):
         path = Path(f"{prefix}{ending}")
@@ -90,22 +89,14 @@ def _contents(prefix: str, *_state: int) -> dict[str, object]:
             for start in sorted({int(x) for x in np.linspace(0, max(size - _BLOCK, 0), _BLOCKS)}):
                 file.seek(start)
                 digest.update(file.read(_BLOCK))
-    return {"documents": facts.sequences, "tokens": facts.tokens, "digest": digest.hexdigest()[:32]}
+    return digest.hexdigest()[:32]
 
 
-def contents(prefix: str | os.PathLike) -> dict[str, object]:
-    """A dataset's documents, tokens and digest, the same wherever it lies.
+def contents(prefix: str | os.PathLike) -> str:
+    """A digest of a dataset, the same wherever it lies.
 
-    The digest is of both files' sizes and of 256 blocks of each: enough to tell datasets apart, and quick on any size. It
-    does not show a few changed tokens in a large dataset (`kvcat data inspect` hashes whole files).
+    It is of both files' sizes and of 256 blocks of each: enough to tell datasets apart, and quick on any size. It does not
+    show a few changed tokens in a large dataset.
     """
-    state = [x for e in (".idx", ".bin") for x in _stamp(Path(f"{prefix}{e}"))]
-    return dict(_contents(str(prefix), *state))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0  # check_indexed says what is missing
-    return found.st_size, found.st_mtime_ns
+    found = [Path(f"{prefix}{ending}").stat() for ending in (".idx", ".bin")]
+    return _contents(str(prefix), *(x for one in found for x in (one.st_size, one.st_mtime_ns)))
