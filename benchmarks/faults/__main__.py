@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.faults import damage, kills, nan, resume, runs, store
+from benchmarks.faults import damage, kills, longer, nan, resume, runs, store
 from benchmarks.faults.server import Server
 from kvcat_nemo.data.files import new_file
 from kvcat_nemo.manifest import manifest
@@ -136,6 +136,10 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
         "resume_with_files": (
             "the same on an indexed dataset with a loader's worker, killed in between",
             lambda: resume.resume_with_files(server, folder / "files", ["TP1", "DP2"]).result(),
+        ),
+        "longer_run": (
+            "a run extended over the end of an epoch, and resumed with other settings of its data",
+            lambda: longer.extended(server, folder / "longer").result(),
         ),
         "resume_across_layouts": (
             "5 steps at TP2 × PP2, 5 at TP1",

@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.nemo, pytest.mark.slow, pytest.mark.multiprocess]
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.faults import damage, kills, nan, resume, runs  # noqa: E402
+from benchmarks.faults import damage, kills, longer, nan, resume, runs  # noqa: E402
 from benchmarks.faults.server import Server  # noqa: E402
 
 STEPS = 12
@@ -65,6 +65,10 @@ def test_ten_steps_are_five_and_five(server, tmp_path, layout):
 
 def test_the_same_on_an_indexed_dataset(server, tmp_path):
     good(resume.resume_with_files(server, tmp_path / "files", ["DP2"]))
+
+
+def test_a_longer_run_reads_the_same_windows(server, tmp_path):
+    good(longer.extended(server, tmp_path))
 
 
 def test_five_steps_at_another_layout(server, tmp_path):
