@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from smoke import add_option, shrink
 from torch import Tensor
 
 from kvcat_nemo.engine import host
@@ -347,7 +348,17 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks/keep_rate.json", help="JSON to write")
     add("--plot", type=Path, default=ROOT / "docs/img/keep_rate.png", help="picture to write")
     add("--plot-only", action="store_true", help="draw the picture from --out and train nothing")
-    return parser.parse_args(argv)
+    add_option(parser)
+    small = {
+        "steps": 20,
+        "pretrain_steps": 2,
+        "warmup": 1,
+        "windows": 2,
+        "tokens": 16,
+        "layers": 2,
+        "width": 16,
+    }
+    return shrink(parser.parse_args(argv), parser, **small, only=["none", "budget3-cap0-detach"])
 
 
 def main(argv=None) -> None:

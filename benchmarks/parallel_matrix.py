@@ -19,10 +19,12 @@ sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests"), str(ROOT / 
 
 from matrix_cases import CASES, Case  # noqa: E402
 from matrix_run import Difference, difference, run_cases  # noqa: E402
+from smoke import add_option, shrink  # noqa: E402
 
 from kvcat_nemo.data.files import new_file  # noqa: E402
 from kvcat_nemo.manifest import git_revision, manifest  # noqa: E402
 
+SMOKE = next(c.name for c in CASES if c.short and c.processes == 2)
 OUT = ROOT / "benchmarks" / "parallel_matrix.json"
 
 
@@ -96,7 +98,8 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page-only", action="store_true", help="write the page from --out and run nothing")
-    return parser.parse_args(argv)
+    add_option(parser)
+    return shrink(parser.parse_args(argv), parser, only=[SMOKE])
 
 
 def main(argv=None) -> int:

@@ -38,15 +38,16 @@ def extended(server: Server, folder: Path, short: int = 5, steps: int = 16) -> R
     """A run within an epoch, extended over its end and the next one's, against a run that was as long from the start."""
     record = Record()
     data = numbers(folder / "numbers", documents=14)  # some 25 windows of 64 tokens; a step takes four
-    split = {"data.split": "80,20,0", "trainer.val_check_interval": steps}
+    split = {"data.split": "80,20,0", "trainer.val_check_interval": 4}
     whole, place = folder / "whole", folder / "extended"
     codes = server.run(whole, settings(steps, **split), data=data).wait(300)
     codes += server.run(place, settings(short, **split), data=data).wait(300)
-    codes += server.run(place, settings(steps, **split) | {"resume.mode": "must"}, data=data).wait(300)
+    run = server.run(place, settings(steps, **split) | {"resume.mode": "must"}, data=data)
+    codes += run.wait(300)
     mine, other = ([x for x in trajectory(p) if x["kind"] == "train"] for p in (place, whole))
     record.judge(
         f"{short} steps extended to {steps}",
-        [f"exit codes {codes}" if any(codes) else "", difference(mine, other)],
+        [f"exit codes {codes}: {run.tail(800)}" if any(codes) else "", difference(mine, other)],
     )
     for name, value in REFUSED.items():
         given = settings(steps + 4, **split) | {name: value, "resume.mode": "must"}

@@ -82,7 +82,9 @@ def check_trainer(trainer) -> None:
     again = "the loader would begin anew and hand out the same windows again"
     limit = getattr(trainer, "limit_train_batches", None)
     if limit is not None and not (isinstance(limit, float) and limit == 1.0):
-        refuse("limit_train_batches", f"after so many batches {again}; leave it out, and set trainer.max_steps")
+        refuse(
+            "limit_train_batches", f"after so many batches {again}; leave it out, and set trainer.max_steps"
+        )
     if getattr(trainer, "overfit_batches", None):
         refuse("overfit_batches", f"{again}; set it to 0, and make a small dataset of its own")
     if getattr(trainer, "reload_dataloaders_every_n_epochs", None):

@@ -1,5 +1,6 @@
 """The short form of `make faults`: every kind of fault once or twice, on real training processes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -99,8 +100,16 @@ def test_not_a_number(server, tmp_path):
     good(nan.skipped_step_changes_nothing(server, tmp_path / "weights"))
 
 
-def test_resume_modes(server, tmp_path):
-    good(resume.resume_modes(server, tmp_path))
+def test_resume_modes_and_the_suites_own_smoke_form(server, tmp_path, capsys):
+    from benchmarks.faults.__main__ import OUT, SMOKE, main
+
+    before = OUT.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["--smoke", "--out", str(tmp_path / "faults.json"), "--keep", str(tmp_path / "runs")], server)
+    assert ended.value.code == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "faults.json").read_text())["faults"]
+    assert set(found) == set(SMOKE) and all(one["survived"] == one["tried"] > 0 for one in found.values())
+    assert OUT.read_bytes() == before
 
 
 def test_keeps_the_newest_and_the_best(server, unbroken, tmp_path):
