@@ -370,7 +370,7 @@ def main(argv=None) -> None:
     torch.set_num_threads(1)
     start_single_process()
     began, revision = time.time(), git_revision()  # of the code that runs, not of the moment of writing
-    text = real_text(2_000_000)
+    text = real_text(100_000 if args.smoke else 2_000_000)
     train_text, test_text = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     base, run = train("base", {"policy": "none"}, train_text, args, args.pretrain_steps, args.pretrain_lr)
     print(
