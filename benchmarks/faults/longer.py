@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from benchmarks.faults.runs import Record, difference, newest, settings, trajectory
@@ -57,7 +58,11 @@ def extended(server: Server, folder: Path, short: int = 5, steps: int = 16) -> R
             f"{name}={value}",
             [
                 "" if all(codes) else f"exit codes {codes}",
-                "" if f"{name}={value!r}" in run.output() else f"not named: {run.tail(600)}",
+                ""
+                if re.search(
+                    rf"{re.escape(name)}( \(the train part\))?={re.escape(repr(value))}", run.output()
+                )
+                else f"not named: {run.tail(600)}",
                 "" if newest(place) == steps else "something was trained",
             ],
         )

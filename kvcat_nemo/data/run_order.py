@@ -165,6 +165,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         if name not in old or name not in new or old[name] == new[name]:
             continue
         a, b = old[name], new[name]
+        if name.endswith("/shares") and before.get("split") != now.get("split"):
+            a, b = before.get("split"), now.get("split")  # as the user writes it
         if name.endswith("/contents"):  # names say more than digests
             side = name.partition("/")[0]
             a, b = ([d["prefix"] for d in record[side]] for record in (before, now))

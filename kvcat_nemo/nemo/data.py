@@ -217,6 +217,7 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
             "index": self._index,
             "seed": self.seed,
             "seq_length": self.seq_length,
+            "split": None if "blend_per_split" in given else str(self.split),
             "train": splits["train"],
             "validation": splits["validation"],
             "train_windows": windows["train"],

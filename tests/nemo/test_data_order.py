@@ -20,7 +20,13 @@ EPOCH = (sum(LENGTHS) - 1) // S
 
 
 def trainer(max_steps, **changes):
-    settings = {"limit_val_batches": 2, "limit_test_batches": 0, "val_check_interval": 10, "global_step": 0}
+    settings = {
+        "limit_val_batches": 2,
+        "limit_test_batches": 0,
+        "val_check_interval": 10,
+        "global_step": 0,
+        "strategy": None,
+    }
     return SimpleNamespace(max_steps=max_steps, ckpt_path="RUN/checkpoints/step=3", **settings | changes)
 
 
@@ -102,7 +108,7 @@ def test_validation_windows_stay(module):
     [
         ({"seed": 5}, "data.seed=5, which was 1234"),
         ({"seq_length": 8}, "data.seq_length=8, which was 16"),
-        ({"split": "50,50,0"}, "data.split (the train part)"),
+        ({"split": "50,50,0"}, "data.split (the train part)='50,50,0', which was '60,40,0'"),
         ({"corpus": "other"}, "data.paths (the train part)"),
         ({"weights": ["1", "3"]}, "data.paths (weights of the train part)"),
     ],
