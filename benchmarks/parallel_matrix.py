@@ -17,9 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import matrix_run  # noqa: E402
 from matrix_cases import CASES, Case  # noqa: E402
 from matrix_run import Difference, difference, run_cases  # noqa: E402
-from smoke import add_option, shrink  # noqa: E402
+from smoke import Child, add_option, script, shrink  # noqa: E402
 
 from kvcat_nemo.data.files import new_file  # noqa: E402
 from kvcat_nemo.manifest import git_revision, manifest  # noqa: E402
@@ -115,6 +116,10 @@ def main(argv=None) -> int:
                 + "\n  ".join(c.name for c in CASES)
             )
         began = time.time()
+        if args.smoke:  # what is imported here is there at once
+            matrix_run.start_rank = lambda arguments, environment, log: Child(
+                lambda: script(matrix_run.PROGRAM, arguments, environment), log
+            )
         with tempfile.TemporaryDirectory() as folder:
             results = run_cases(cases, Path(folder), timeout=600)
         measured = {c.name: row(c, difference(c, *results[c.name])) for c in cases}

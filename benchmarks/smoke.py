@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -81,13 +82,23 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-def fork(work: Callable[[], object], log: Path, seconds: float) -> int:
-    """Exit code of `work` in a process of its own that shares what is imported; its output goes to `log`."""
-    sys.stdout.flush(), sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
+class Child:
+    """`work` in a process of its own that shares what is imported; its output goes to `log`. Used like a Popen.
+
+    new_session: the process leads a session, so that what it starts ends with it.
+    """
+
+    def __init__(self, work: Callable[[], object], log: Path, *, new_session: bool = False):
+        sys.stdout.flush(), sys.stderr.flush()
+        self.returncode: int | None = None
+        self._session = new_session
+        self.pid = os.fork()
+        if self.pid:
+            return
         code = 1
         try:
+            if new_session:
+                os.setsid()
             with log.open("wb") as file:
                 os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -103,14 +114,32 @@ def fork(work: Callable[[], object], log: Path, seconds: float) -> int:
             with contextlib.suppress(Exception):
                 sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    deadline = time.monotonic() + seconds
-    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(pid, 9)
-            os.waitpid(pid, 0)
-            return 124
-        time.sleep(0.02)
-    return os.waitstatus_to_exitcode(ended[1])
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG)) != (0, 0):
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            (os.killpg if self._session else os.kill)(self.pid, 9)
+
+    def wait(self, seconds: float | None = None) -> int:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while self.poll() is None:
+            if deadline is not None and time.monotonic() > deadline:
+                self.kill()
+                self.wait()
+                return 124
+            time.sleep(0.02)
+        return self.returncode
+
+
+def script(path: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    """Run a Python file as a program of its own would be, in this (forked) process."""
+    os.environ.update(environment)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def run(name: str) -> object:
@@ -142,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TMPDIR"] = tempfile.tempdir = place  # what they write goes with it
         for name in args.names or SCRIPTS:
             began, log = time.monotonic(), Path(place) / f"{name}.log"
-            code = fork(lambda name=name: run(name), log, args.timeout)
+            code = Child(lambda name=name: run(name), log, new_session=True).wait(args.timeout)
             seconds, text = round(time.monotonic() - began, 1), log.read_text(errors="replace")
             out[name] = {"code": code, "seconds": seconds, "output": text[-6000:]}
             print(f"{name:30}{'ok' if code == 0 else f'FAILED ({code})':14}{seconds:6.1f} s", flush=True)
