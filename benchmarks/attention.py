@@ -22,6 +22,7 @@ import statistics
 import time
 from pathlib import Path
 
+from smoke import add_option, shrink
 from turns import require_linux, save_figure, serve, take_turns, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ HEADS = {64: (9, 3), 128: (12, 2)}
 """Head dim → query and KV heads: SmolLM2-135M's and Qwen2.5-1.5B's."""
 SIZES = {f"{T}x{D}": (T, D, "float32") for D in HEADS for T in (512, 1024, 2048, 4096, 8192)}
 SIZES |= {f"{T}x64-bfloat16": (T, 64, "bfloat16") for T in (2048, 4096)}
+SMOKE = {"smoke 64x64": (64, 64, "float32"), "smoke 64x64-bfloat16": (64, 64, "bfloat16")}
 MATRICES = {"dense_mask": 6, "dense_gate": 12}
 """T × T matrices of every head that a dense form's forward and backward hold at once, about."""
 
@@ -67,7 +69,7 @@ def worker(name: str, size: str) -> None:
     """Serves runs of one form."""
     import torch
 
-    T, D, dtype = SIZES[size]
+    T, D, dtype = (SIZES | SMOKE)[size]
     H, G = HEADS[D]
     rng = torch.Generator().manual_seed(0)
     q, k, v, do = (
@@ -84,15 +86,15 @@ def worker(name: str, size: str) -> None:
 
 
 def forms_of(size: str, dense_limit: float) -> list[str]:
-    T, D, dtype = SIZES[size]
+    T, D, dtype = (SIZES | SMOKE)[size]
     one = HEADS[D][0] * T * T * (4 if dtype == "float32" else 2)
     return ["plain", "gated", *(n for n, count in MATRICES.items() if count * one <= dense_limit * 2**30)]
 
 
-def measure(size: str, rounds: int, threads: int, dense_limit: float) -> dict:
-    T, D, dtype = SIZES[size]
+def measure(size: str, rounds: int, threads: int, dense_limit: float, fork=None) -> dict:
+    T, D, dtype = (SIZES | SMOKE)[size]
     names = forms_of(size, dense_limit)
-    runs = take_turns(__file__, {name: ["--worker", name, size] for name in names}, rounds, threads)
+    runs = take_turns(__file__, {name: ["--worker", name, size] for name in names}, rounds, threads, fork)
     bound = 1e-3 if dtype == "float32" else 3e-2
     for dense in names[2:]:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding
         for ours, theirs in zip(runs["gated"][0]["check"][:4], runs[dense][0]["check"][:4], strict=True):
@@ -171,8 +173,9 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks" / "attention.json")
     add("--plot", type=Path, default=ROOT / "docs" / "img" / "attention.png")
     add("--plot-only", action="store_true", help="draw the picture from --out and measure nothing")
+    add_option(parser)
     add("--worker", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return shrink(parser.parse_args(argv), parser, only=list(SMOKE), rounds=1, threads=1)
 
 
 def main(argv=None) -> None:
@@ -184,8 +187,10 @@ def main(argv=None) -> None:
         began = time.time()
         rows = []
         for size in args.only or SIZES:
-            rounds = args.rounds * (1 if SIZES[size][0] > 4096 else 2 if SIZES[size][0] > 2048 else 3)
-            rows.append(measure(size, rounds, args.threads, args.dense_limit))
+            tokens = (SIZES | SMOKE)[size][0]
+            rounds = args.rounds * (1 if tokens > 4096 or args.smoke else 2 if tokens > 2048 else 3)
+            fork = main if args.smoke else None
+            rows.append(measure(size, rounds, args.threads, args.dense_limit, fork))
             print(size, {name: round(value, 4) for name, value in rows[-1]["seconds"].items()}, flush=True)
         write_report(rows, args.out, began, threads=args.threads, dense_limit_gib=args.dense_limit)
     report = json.loads(args.out.read_text())

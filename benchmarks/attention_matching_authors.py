@@ -25,6 +25,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -227,9 +228,46 @@ def summarise(rows: list[dict]) -> list[dict]:
     return out
 
 
-def main() -> None:
+def smoke() -> None:
+    """Both commands on a random model, with a stand-in for the authors' code that keeps the whole cache."""
+    import authors_standin
+    from smoke import tiny_model
+
+    authors_standin.install()
+    folder = Path(tempfile.mkdtemp(prefix="kvcat-smoke-"))
+    (folder / "code").mkdir()
+    model, windows, rows = tiny_model(folder / "model"), folder / "windows.json", folder / "rows.json"
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 257, (2, PREFIX + CONTINUATION), generator=rng).tolist()
+    cut = [{"source": "random", "doc": i, "start": 0, "ids": one} for i, one in enumerate(ids)]
+    windows.write_text(json.dumps(cut))
+    plan = f"{authors_standin.METHOD}:{authors_standin.QUERIES}:1.0:2"
+    main(
+        [
+            "run",
+            "--code",
+            str(folder / "code"),
+            "--model",
+            str(model),
+            "--windows",
+            str(windows),
+            "--out",
+            str(rows),
+            plan,
+        ]
+    )
+    page = folder / "page.json"
+    main(["summary", str(rows), "--windows", str(windows), "--out", str(page)])
+    (line,) = json.loads(page.read_text())["rows"]
+    assert (
+        line["slots"] == PREFIX and abs(line["delta_ppl"]) < 1e-3 * line["ppl_dense"] and line["top1"] > 99
+    ), line
+
+
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
+    parser.add_argument("--smoke", action="store_true", help="both commands without their code, in seconds")
     first = commands.add_parser("run")
     first.add_argument("--code", type=Path, required=True, help="a checkout of their repository")
     first.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m")
@@ -242,7 +280,11 @@ def main() -> None:
     ):
         command.add_argument("--windows", type=Path, default=ROOT / "results" / "windows.json")
         command.add_argument("--out", type=Path, default=default)
-    told = parser.parse_args()
+    told = parser.parse_args(argv)
+    if told.smoke:
+        return smoke()
+    if told.command is None:
+        parser.error("give run or summary")
     if told.command == "run":
         torch.set_num_threads(1)
         run(told.code, told.model, told.windows, told.out, told.plans)

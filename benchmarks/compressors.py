@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from smoke import add_option, shrink, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcat_nemo.compress import Budget, make, prefill
@@ -72,7 +73,7 @@ def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +86,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=list(SPECIFICATIONS), help="specifications")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/compressors.json")
-    args = parser.parse_args()
+    add_option(parser)
+    args = shrink(parser.parse_args(argv), parser, tokens=48, repeats=1, threads=1, keep=[0.25])
+    if args.smoke:
+        args.model = tiny_model(args.folder / "model")
     if not args.model.is_dir():
         sys.exit(f"--model {args.model}: no such folder; `kvcat model fetch` gets one")
     torch.set_num_threads(args.threads)

@@ -15,6 +15,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from smoke import add_option, shrink
+
 from kvcat_nemo.data.files import new_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,13 +82,27 @@ def rises(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def main() -> None:
+def remade(page: Path, folder: Path) -> list[Path]:
+    """Results files from which a page of results came: the rows of each of its runs."""
+    known = json.loads(page.read_text(encoding="utf-8"))
+    rows = [row | {"budget": row["keep"]} for row in known["rows"]]
+    for number, manifest in enumerate(known["manifests"]):
+        (folder / str(number)).mkdir(parents=True)
+        text = json.dumps({"manifest": manifest, "rows": rows[number :: len(known["manifests"])]})
+        (folder / str(number) / "results.json").write_text(text, encoding="utf-8")
+    return [folder]
+
+
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="*", type=Path, default=[ROOT / "results" / "continuation"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "continuation.json")
-    options = parser.parse_args()
+    add_option(parser)
+    options = shrink(parser.parse_args(argv), parser)
+    if options.smoke:
+        options.results = remade(parser.get_default("out"), options.folder / "results")
     files = sorted({file for folder in options.results for file in folder.rglob("results.json")})
     if not files:
         sys.exit(f"no results.json under {', '.join(map(str, options.results))}; run the sweep first")

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from smoke import add_option, shrink
 from torch import Tensor
 
 from kvcat_nemo.engine import host
@@ -347,7 +348,17 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks/keep_rate.json", help="JSON to write")
     add("--plot", type=Path, default=ROOT / "docs/img/keep_rate.png", help="picture to write")
     add("--plot-only", action="store_true", help="draw the picture from --out and train nothing")
-    return parser.parse_args(argv)
+    add_option(parser)
+    small = {
+        "steps": 20,
+        "pretrain_steps": 2,
+        "warmup": 1,
+        "windows": 2,
+        "tokens": 16,
+        "layers": 2,
+        "width": 16,
+    }
+    return shrink(parser.parse_args(argv), parser, **small, only=["none", "budget3-cap0-detach"])
 
 
 def main(argv=None) -> None:
@@ -359,7 +370,7 @@ def main(argv=None) -> None:
     torch.set_num_threads(1)
     start_single_process()
     began, revision = time.time(), git_revision()  # of the code that runs, not of the moment of writing
-    text = real_text(2_000_000)
+    text = real_text(100_000 if args.smoke else 2_000_000)
     train_text, test_text = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     base, run = train("base", {"policy": "none"}, train_text, args, args.pretrain_steps, args.pretrain_lr)
     print(

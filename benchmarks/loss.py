@@ -20,6 +20,7 @@ import statistics
 import time
 from pathlib import Path
 
+from smoke import add_option, shrink
 from turns import require_linux, save_figure, serve, take_turns, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,11 @@ SIZES = {
     "issue": (2048, 151_936, 896, 2, ("fused", "plain")),
 }
 
+
+SMOKE = {
+    "smoke": (16, 256, 32, 2, ("fused", "plain", "two_sweeps")),
+    "smoke one pass": (16, 256, 32, 1, ("fused", "plain", "torch")),
+}
 
 # ---- one form in a process of its own
 
@@ -70,7 +76,7 @@ def worker(name: str, size: str, memory_mib: float) -> None:
     """Serves runs of one form."""
     import torch
 
-    tokens, vocabulary, width, passes, _ = SIZES[size]
+    tokens, vocabulary, width, passes, _ = (SIZES | SMOKE)[size]
     rng = torch.Generator().manual_seed(0)
     hidden = torch.empty(tokens, passes, width).normal_(generator=rng).requires_grad_()
     weight = torch.empty(vocabulary, width).normal_(0, 0.03, generator=rng).requires_grad_()
@@ -89,10 +95,10 @@ def worker(name: str, size: str, memory_mib: float) -> None:
 # ---- all forms of a size, taking turns
 
 
-def measure(size: str, rounds: int, threads: int, memory_mib: float) -> dict:
-    tokens, vocabulary, width, passes, forms = SIZES[size]
+def measure(size: str, rounds: int, threads: int, memory_mib: float, fork=None) -> dict:
+    tokens, vocabulary, width, passes, forms = (SIZES | SMOKE)[size]
     common = ["--memory-mib", str(memory_mib), "--worker"]
-    runs = take_turns(__file__, {name: [*common, name, size] for name in forms}, rounds, threads)
+    runs = take_turns(__file__, {name: [*common, name, size] for name in forms}, rounds, threads, fork)
     for name in forms[1:]:  # the same loss and gradients, or the comparison means nothing
         for ours, theirs in zip(runs["fused"][0]["check"], runs[name][0]["check"], strict=True):
             assert abs(ours - theirs) <= 1e-4 * abs(theirs), (size, name, runs["fused"][0], runs[name][0])
@@ -157,8 +163,9 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks" / "loss.json")
     add("--plot", type=Path, default=ROOT / "docs" / "img" / "loss_memory.png")
     add("--plot-only", action="store_true", help="draw the picture from --out and measure nothing")
+    add_option(parser)
     add("--worker", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return shrink(parser.parse_args(argv), parser, only=list(SMOKE), rounds=1, threads=1)
 
 
 def main(argv=None) -> None:
@@ -173,7 +180,7 @@ def main(argv=None) -> None:
         rows = []
         for size in args.only or SIZES:
             rounds = args.rounds * (2 if size == "small" else 1)
-            rows.append(measure(size, rounds, args.threads, args.memory_mib))
+            rows.append(measure(size, rounds, args.threads, args.memory_mib, main if args.smoke else None))
             print(size, rows[-1]["seconds"], flush=True)
         budget = args.memory_mib or LOSS_MEMORY_MIB["cpu"]
         write_report(rows, args.out, began, threads=args.threads, loss_memory_mib=budget)

@@ -17,12 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import matrix_run  # noqa: E402
 from matrix_cases import CASES, Case  # noqa: E402
 from matrix_run import Difference, difference, run_cases  # noqa: E402
+from smoke import Child, add_option, script, shrink  # noqa: E402
 
 from kvcat_nemo.data.files import new_file  # noqa: E402
 from kvcat_nemo.manifest import git_revision, manifest  # noqa: E402
 
+SMOKE = next(c.name for c in CASES if c.short and c.processes == 2)
 OUT = ROOT / "benchmarks" / "parallel_matrix.json"
 
 
@@ -96,7 +99,8 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page-only", action="store_true", help="write the page from --out and run nothing")
-    return parser.parse_args(argv)
+    add_option(parser)
+    return shrink(parser.parse_args(argv), parser, only=[SMOKE])
 
 
 def main(argv=None) -> int:
@@ -106,12 +110,18 @@ def main(argv=None) -> int:
     wrong = 0
     if not args.page_only:
         cases = [c for c in CASES if not args.only or c.name.startswith(tuple(args.only))]
+        if args.smoke:
+            cases = [c for c in cases if c.name == SMOKE]  # other names begin so too
         if not cases:
             sys.exit(
                 f"--only {' '.join(args.only)}: no case begins so; they are\n  "
                 + "\n  ".join(c.name for c in CASES)
             )
         began = time.time()
+        if args.smoke:  # what is imported here is there at once
+            matrix_run.start_rank = lambda arguments, environment, log: Child(
+                lambda: script(matrix_run.PROGRAM, arguments, environment), log
+            )
         with tempfile.TemporaryDirectory() as folder:
             results = run_cases(cases, Path(folder), timeout=600)
         measured = {c.name: row(c, difference(c, *results[c.name])) for c in cases}

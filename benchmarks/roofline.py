@@ -15,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from smoke import add_option
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "roofline.json"
@@ -240,10 +243,11 @@ def result() -> dict:
     }
 
 
-def main() -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
-    arguments = parser.parse_args()
+    add_option(parser)
+    arguments = parser.parse_args(argv)
     import roofline_page
 
     text = json.dumps(result(), indent=1) + "\n"
@@ -253,6 +257,12 @@ def main() -> int:
         for path, new in ((OUT, text), (PAGE, page))
         if not path.exists() or path.read_text(encoding="utf-8") != new
     ]
+    if arguments.smoke:
+        folder = Path(tempfile.mkdtemp(prefix="kvcat-smoke-"))
+        (folder / OUT.name).write_text(text)
+        (folder / PAGE.name).write_text(page)
+        print(f"wrote {folder}")
+        return 0
     if arguments.check:
         print(
             f"out of date: {', '.join(map(str, stale))}; run python benchmarks/roofline.py"

@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from smoke import add_option, shrink
 from turns import require_linux, save_figure, serve, take_turns, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,7 @@ SIZES = {
     "smollm2-135m T=512": (None, 512),
     "smollm2-135m T=2048": (None, 2048),
 }
+SMOKE = {"smoke 2-layers T=32": (2, 32)}
 STAGES = ("attention", "mlp", "router", "loss", "optimizer", "rest")
 
 
@@ -130,24 +132,28 @@ def time_stages(model, clock: Clock) -> None:
 
 
 def time_router(layer, clock: Clock) -> None:
-    """The router's own backward runs from its probabilities to the hidden states that it reads."""
-    route, read, router = layer._route, layer._router_input, layer.router.forward
+    """The router's own backward runs from its probabilities to the hidden states that it reads.
 
-    def whole_route(hidden):  # forward alone: the residual stream passes through it
+    By the layer's public `route`, whose arguments are handed through whatever they are, and by the router's module hooks.
+    """
+    route = layer.route
+
+    def whole_route(*args, **kwargs):  # forward alone: the residual stream passes through it
         clock.enter("router")
-        out = route(hidden)
+        out = route(*args, **kwargs)
         clock.leave("router")
         return out
 
-    def marked_router(h):
-        routing = router(h)
+    def arriving(router, args):
+        return (mark(args[0], lambda: clock.leave("router")), *args[1:])
+
+    def departing(router, args, routing):
         if routing.p_BT.requires_grad:
             routing.p_BT.register_hook(lambda grad: clock.enter("router"))
-        return routing
 
-    layer._route = whole_route
-    layer._router_input = lambda hidden: read(mark(hidden, lambda: clock.leave("router")))
-    layer.router.forward = marked_router
+    layer.route = whole_route
+    layer.router.register_forward_pre_hook(arriving)
+    layer.router.register_forward_hook(departing)
 
 
 def start_single_process() -> None:
@@ -241,7 +247,7 @@ def worker(form: str, size: str, checkpoint: Path) -> None:
     from kvcat_nemo.engine.collectives import set_router_loss_scale
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
-    layers, tokens = SIZES[size]
+    layers, tokens = (SIZES | SMOKE)[size]
     model, clock = build_model(form, layers, tokens, checkpoint), Clock()
     time_stages(model, clock)
     config = model.config
@@ -283,11 +289,11 @@ def worker(form: str, size: str, checkpoint: Path) -> None:
     serve(step)
 
 
-def measure(size: str, rounds: int, threads: int, checkpoint: Path) -> dict:
+def measure(size: str, rounds: int, threads: int, checkpoint: Path, fork=None) -> dict:
     forms = {name: ["--checkpoint", str(checkpoint), "--worker", name, size] for name in FORMS}
-    runs = take_turns(__file__, forms, rounds + 1, threads)
+    runs = take_turns(__file__, forms, rounds + 1, threads, fork)
     runs = {name: answers[1:] for name, answers in runs.items()}  # the first step makes Adam's moments
-    layers, tokens = SIZES[size]
+    layers, tokens = (SIZES | SMOKE)[size]
     fastest = {name: min(runs[name], key=lambda r: r["seconds"]) for name in FORMS}
     pairs = list(zip(runs["kvcat"], runs["plain"], strict=True))
 
@@ -352,8 +358,9 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks" / "step.json")
     add("--plot", type=Path, default=ROOT / "docs" / "img" / "step.png")
     add("--plot-only", action="store_true", help="draw the picture from --out and measure nothing")
+    add_option(parser)
     add("--worker", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return shrink(parser.parse_args(argv), parser, only=["smoke"], rounds=1, threads=1)
 
 
 def main(argv=None) -> None:
@@ -362,8 +369,9 @@ def main(argv=None) -> None:
         return worker(*args.worker, args.checkpoint)
     if not args.plot_only:
         require_linux()
-        sizes = [size for size in SIZES if not args.only or size.startswith(tuple(args.only))]
-        if any(SIZES[s][0] is None for s in sizes) and not (args.checkpoint / "weights").is_dir():
+        known = SMOKE if args.smoke else SIZES
+        sizes = [size for size in known if not args.only or size.startswith(tuple(args.only))]
+        if any(known[s][0] is None for s in sizes) and not (args.checkpoint / "weights").is_dir():
             sys.exit(
                 f"--checkpoint {args.checkpoint}: no converted SmolLM2-135M there. Make it by\n"
                 f"  kvcat model fetch smollm2-135m && kvcat convert import models/smollm2-135m {args.checkpoint}\n"
@@ -371,7 +379,9 @@ def main(argv=None) -> None:
             )
         began, rows = time.time(), []
         for size in sizes:
-            rows.append(measure(size, args.rounds, args.threads, args.checkpoint))
+            rows.append(
+                measure(size, args.rounds, args.threads, args.checkpoint, main if args.smoke else None)
+            )
             print(size, rows[-1]["seconds"], flush=True)
         write_report(rows, args.out, began, threads=args.threads)
     report = json.loads(args.out.read_text())

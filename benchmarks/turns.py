@@ -5,6 +5,7 @@ A process of its own makes peak memory the form's own; turns let a busy moment o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -15,13 +16,49 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
+class Forked:
+    """A worker that is forked instead of started: what is imported is there at once. For --smoke; its memory is not its own."""
+
+    def __init__(self, main: Callable[[list[str]], object], arguments: Sequence[str]):
+        (down, self_in), (self_out, up) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.dup2(down, 0), os.dup2(up, 1)
+                for one in (down, self_in, self_out, up):
+                    os.close(one)
+                sys.stdin = open(0, closefd=False)  # noqa: SIM115
+                main(list(arguments))
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(down), os.close(up)
+        self.stdin, self.stdout = os.fdopen(self_in, "w"), os.fdopen(self_out)
+
+    def kill(self) -> None:
+        self.stdin.close(), self.stdout.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, 9)
+
+    def wait(self) -> int:
+        with contextlib.suppress(ChildProcessError):
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+
 def take_turns(
-    script: str, forms: dict[str, Sequence[str]], rounds: int, threads: int
+    script: str,
+    forms: dict[str, Sequence[str]],
+    rounds: int,
+    threads: int,
+    fork: Callable[[list[str]], object] | None = None,
 ) -> dict[str, list[dict]]:
     """Start every form, then run each in turn, `rounds` times, forwards and backwards.
 
     Args:
         script: the file to run; forms: name → its arguments, for which it must call `serve`.
+        fork: the script's `main`, to fork the workers from this process (--smoke).
 
     Returns:
         each form's answers, in order.
@@ -31,6 +68,9 @@ def take_turns(
     workers = {}
     try:
         for name, arguments in forms.items():
+            if fork is not None:
+                workers[name] = Forked(fork, arguments)
+                continue
             workers[name] = subprocess.Popen(
                 [sys.executable, script, *arguments],
                 env=environment,

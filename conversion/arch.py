@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcat_nemo.conversion.layout import check_layout, padded_vocab_size
 from kvcat_nemo.conversion.rope import RopeScaling, inverse_frequencies, rope_from_config
+from kvcat_nemo.limits import check_config_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
         ValueError: for an architecture or an option that the conversion would not carry over faithfully; the
             message names the field and its value.
     """
+    check_config_sizes(config)
     family = config.get("model_type")
     classes = config.get("architectures") or [_CLASSES.get(family)]
     if family not in _CLASSES or classes != [_CLASSES[family]]:

@@ -29,7 +29,9 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx, name):
         if name not in _COMMANDS:
             return None
-        return importlib.import_module(f"kvcat_nemo.commands.{name}").command
+        from kvcat_nemo.commands.bounds import bound
+
+        return bound(importlib.import_module(f"kvcat_nemo.commands.{name}").command)
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):

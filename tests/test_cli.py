@@ -1,9 +1,9 @@
 """The command line: help everywhere, quickly, and errors without a traceback."""
 
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -39,13 +39,17 @@ def test_help_loads_no_torch_and_takes_less_than_a_second(words):
         "finally:\n    assert not {'torch', 'megatron', 'nemo', 'transformers'} & sys.modules.keys()\n"
     )
 
+    def cpu():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     def run():
-        started = time.monotonic()
+        started = cpu()
         done = subprocess.run([sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return time.monotonic() - started
+        return cpu() - started
 
-    # The best of three: other work on the machine must not fail this.
+    # Processor time, and the best of three: other work on the machine must not fail this.
     assert min(run() for _ in range(3)) < 1.0
 
 

@@ -7,6 +7,7 @@ compared, figure by figure to the last bit, with one that nothing happened to.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -15,8 +16,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.faults import damage, kills, nan, resume, runs, store
+from benchmarks.faults import damage, kills, longer, nan, resume, runs, store
 from benchmarks.faults.server import Server
+from benchmarks.smoke import add_option, shrink
 from kvcat_nemo.data.files import new_file
 from kvcat_nemo.manifest import manifest
 
@@ -24,25 +26,34 @@ OUT = Path(__file__).parents[1] / "faults.json"
 STEPS = 24
 
 
-def main() -> None:
+SMOKE = ("resume_modes",)
+
+
+def main(argv=None, server: Server | None = None) -> None:
+    """Bring faults about and count.
+
+    Args:
+        server: one that runs already, for --smoke among other tests.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="names of faults; the others' results are kept")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--keep", type=Path, help="work here and leave the runs there")
-    options = parser.parse_args()
+    add_option(parser)
+    options = shrink(parser.parse_args(argv), parser, only=list(SMOKE))
     with tempfile.TemporaryDirectory(prefix="kvcat-faults-") as name:
         folder = options.keep or Path(name)
-        failed = measure(folder, options)
+        failed = measure(folder, options, server)
     sys.exit(1 if failed else 0)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> list[str]:
+def measure(folder: Path, options: argparse.Namespace, running: Server | None = None) -> list[str]:
     began = time.monotonic()
     # Asked for before the result's own file changes the checkout.
     facts = manifest(seed=options.seed, steps=STEPS, save_every=runs.SAVE_EVERY, recipe="kvcat_tiny")
     stored = json.loads(options.out.read_text())["faults"] if options.only and options.out.is_file() else {}
-    with Server() as server:
+    with Server() if running is None else contextlib.nullcontext(running) as server:
         print(f"NeMo imported after {time.monotonic() - began:.0f} s", flush=True)
         todo = faults(server, folder, options.seed)
         if unknown := set(options.only or []) - set(todo):
@@ -136,6 +147,10 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
         "resume_with_files": (
             "the same on an indexed dataset with a loader's worker, killed in between",
             lambda: resume.resume_with_files(server, folder / "files", ["TP1", "DP2"]).result(),
+        ),
+        "longer_run": (
+            "a run extended over the end of an epoch, and resumed with other settings of its data",
+            lambda: longer.extended(server, folder / "longer").result(),
         ),
         "resume_across_layouts": (
             "5 steps at TP2 × PP2, 5 at TP1",

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.smoke import add_option
 from benchmarks.study import dense, summary
 from benchmarks.study import jobs as plans
 from benchmarks.study.measure import Measurements, cut
@@ -190,7 +192,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="of each (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="show the runs and start nothing")
+    add_option(parser)
     args = parser.parse_args(argv)
+    if args.smoke:
+        args.scale = "smoke"
+        args.out = args.out or Path(tempfile.mkdtemp(prefix="kvcat-smoke-")) / "smoke"
     scale = SCALES[args.scale]
     study = Study(scale, args.out or ROOT / "results" / "study" / scale.name, args.workers, args.threads)
     if args.list:

@@ -15,6 +15,7 @@ import yaml
 
 from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.kvpress_adapter import PRESSES, named_press
+from kvcat_nemo.limits import check_upper
 
 # name → module:class; imported when used.
 COMPRESSORS = {
@@ -66,9 +67,9 @@ def make(specification: str) -> Compressor:
                 f"compressor {specification!r}: {setting!r} is not a setting; {name} has"
                 f" {', '.join(f'{x}=…' for x in known) or 'none'}"
             )
-        values[key] = _fitting(
-            f"compressor {specification!r}: {key}={value}", getattr(kind, key), _value(value)
-        )
+        what = f"compressor {specification!r}: {key}"
+        values[key] = _fitting(f"{what}={value}", getattr(kind, key), _value(value))
+        check_upper(key, values[key], what)
     return kind(**values)
 
 

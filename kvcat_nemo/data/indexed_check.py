@@ -75,3 +75,11 @@ def check_indexed(prefix: str | os.PathLike) -> IndexedFacts:
     if not count:
         raise ValueError(f"{tokens} holds no token")
     return IndexedFacts(int(sequences), int(documents) - 1, count, _DTYPES[code])
+
+
+def sequence_lengths(prefix: str | os.PathLike) -> np.ndarray:
+    """[documents] tokens of each, mapped from the index of a dataset that `check_indexed` found whole."""
+    index = Path(f"{prefix}.idx")
+    with index.open("rb") as stream:
+        sequences = _HEADER.unpack(stream.read(_HEADER.size))[3]
+    return np.memmap(index, np.int32, "r", _HEADER.size, (sequences,))

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from kvcat_nemo.engine import host
 from kvcat_nemo.engine.stages import validate_stages
 from kvcat_nemo.kernels import select_backend
+from kvcat_nemo.limits import check_model_sizes
 from kvcat_nemo.method.config import KVCatConfig
 
 
@@ -32,6 +33,7 @@ def validate_model_config(config) -> None:
     Args:
         config: a TransformerConfig (NeMo's model configurations are) with a `kvcat` field.
     """
+    check_model_sizes(config)
     kvcat: KVCatConfig = config.kvcat
     kvcat.validate()
 

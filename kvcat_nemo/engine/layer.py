@@ -88,7 +88,7 @@ class KVCatTransformerLayer(TransformerLayer):
         if context is None:
             return super().forward(hidden_states=hidden_states, context=None, **kwargs)
         if self.router is not None:
-            hidden_states, gate = self._route(hidden_states, documents)
+            hidden_states, gate = self.route(hidden_states, documents)
             context = gate[None]
         gate = context[self.group if self.config.kvcat.policy == "random" else 0]
         if self.router is None and self.begins_group and not self._replaying:
@@ -109,7 +109,14 @@ class KVCatTransformerLayer(TransformerLayer):
         places, _ = document_positions(T * rows // passes, documents)
         return angles_T11D[:, 0, 0][places.view(-1, T).T.repeat(1, passes)][:, :, None]
 
-    def _route(self, hidden_states: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def route(self, hidden_states: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All that the group's router does in a micro-batch: its gates, its loss and its statistics.
+
+        A method of its own so that it can be timed (benchmarks/step.py); called where `router` is there.
+
+        Returns:
+            hidden states (the router's loss rides on their gradient), and the gates [B, T] or [B, T, G].
+        """
         kvcat: KVCatConfig = self.config.kvcat
         h_BTM = self._router_input(hidden_states)
         segments, position_BT = self._segments(h_BTM, documents)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvcat_nemo.data.files import sha256_of
+from kvcat_nemo.limits import check_config_fits_weights, check_config_sizes
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -81,7 +82,11 @@ def find_model(specification: str | Path) -> ModelFolder:
         raise ValueError(
             f"model {rest!r}: no tokenizer there; copy the base model's tokenizer files into the folder"
         )
-    return ModelFolder(name or path.resolve().name, path, config, _weight_files(path, rest))
+    where = f"model {rest!r}: config.json"
+    check_config_sizes(config, where)
+    files = _weight_files(path, rest)
+    check_config_fits_weights(config, {k: v for file in files for k, v in _check_whole(file).items()}, where)
+    return ModelFolder(name or path.resolve().name, path, config, files)
 
 
 def _supported() -> tuple[str, ...]:
@@ -116,12 +121,11 @@ def _weight_files(path: Path, shown: str) -> tuple[Path, ...]:
                 else "; fetch or export it again"
             )
             raise ValueError(f"model {shown!r}: {file.name} is missing{hint}")
-        _check_whole(file)
     return files
 
 
-def _check_whole(file: Path) -> None:
-    """A safetensors file says in its header how long it is."""
+def _check_whole(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors; its header also says how long it is."""
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
@@ -129,13 +133,16 @@ def _check_whole(file: Path) -> None:
             if header > size:
                 raise ValueError("the header ends behind the file")
             tensors = json.loads(stream.read(header))
-        end = max((x["data_offsets"][1] for name, x in tensors.items() if name != "__metadata__"), default=0)
+        tensors.pop("__metadata__", None)
+        end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
+        shapes = {name: tuple(x["shape"]) for name, x in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{file}: not a safetensors file ({error}); fetch or export it again") from None
     if size != 8 + header + end:
         raise ValueError(
             f"{file}: {size} bytes, its header counts {8 + header + end}; fetch or export it again"
         )
+    return shapes
 
 
 def find_models(specifications: list[str]) -> list[ModelFolder]:

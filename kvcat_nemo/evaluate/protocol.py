@@ -23,6 +23,7 @@ from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.registry import make
 from kvcat_nemo.evaluate.models import DTYPES, ModelFolder, choose_device, find_models, model_facts
 from kvcat_nemo.evaluate.results import budget_label, parse_budget
+from kvcat_nemo.limits import check_upper
 
 # name → module:class in kvcat_nemo.evaluate; imported when used.
 PROTOCOLS = {
@@ -106,7 +107,10 @@ class Protocol(ABC):
             missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
             if missing and item.name not in settings:
                 raise ValueError(f"{cls.name}: {item.name} is missing; give it")
-        return cls(**{key: fit(key, value, fields[key]) for key, value in settings.items()})
+        fitting = {key: fit(key, value, fields[key]) for key, value in settings.items()}
+        for key, value in fitting.items():
+            check_upper(key, value)
+        return cls(**fitting)
 
     def check_common(self) -> list[ModelFolder]:
         """Check the shared settings; returns the models, which all have one tokenizer.

@@ -13,6 +13,7 @@ from kvcat_nemo.engine import host
 from kvcat_nemo.engine.config import KVCatFields, validate_model_config
 from kvcat_nemo.engine.model import KVCatGPTModel
 from kvcat_nemo.engine.spec import has_transformer_engine, kvcat_block_spec
+from kvcat_nemo.limits import check_model_sizes
 
 _FUSIONS = (
     "gradient_accumulation_fusion",
@@ -33,6 +34,7 @@ class KVCatModelConfig(KVCatFields):
     """Tokens of the vocabulary without padding; columns after it take no probability. None: `vocab_size`."""
 
     def __post_init__(self):
+        check_model_sizes(self)
         if not host.is_cuda():
             for name in _FUSIONS:
                 setattr(self, name, False)

@@ -1,21 +1,32 @@
-"""Data modules: tokenised Megatron datasets with exact resume, and a synthetic stream for tests."""
+"""The data module of tokenised Megatron datasets, with exact resume."""
 
-import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
-import lightning.pytorch as pl
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.data import WrappedDataLoader
-from nemo.lightning.io import IOMixin
-from nemo.lightning.pytorch.plugins import MegatronDataSampler
-from torch.utils.data import Dataset
 
 from kvcat_nemo.data.indexed_check import check_indexed
+from kvcat_nemo.data.run_order import EPOCHS, FORMAT, check_parts, splits_of
+from kvcat_nemo.data.windows import split_shares
+from kvcat_nemo.engine.epochs import EpochDataset
 from kvcat_nemo.nemo.base import tokenizer_dir
+from kvcat_nemo.nemo.data_order import STATE, KeepsOrder
+from kvcat_nemo.nemo.numbered import NumberedDataset, PairedDataSampler
+from kvcat_nemo.nemo.synthetic import RecallDataset, SyntheticDataModule
+
+__all__ = [
+    "KVCatDataModule",
+    "NumberedDataset",
+    "PairedDataSampler",
+    "RecallDataset",
+    "SyntheticDataModule",
+    "dataset_paths",
+]
 
 
 def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
@@ -48,8 +59,10 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
         out = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(x) for x in paths]
     parts = out.values() if isinstance(out, dict) else [out]
     for prefix in dict.fromkeys(p for part in parts for p in part):
-        if _is_number(prefix):
-            continue  # a weight in a list of weights and prefixes
+        if _is_number(prefix):  # a weight in a list of weights and prefixes
+            if not 0 < float(prefix) < float("inf"):
+                raise ValueError(f"data.paths={paths!r}: weight {prefix}: give a positive number")
+            continue
         try:
             check_indexed(prefix)
         except ValueError as error:
@@ -68,36 +81,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-class PairedDataSampler(MegatronDataSampler):
-    """Tells the schedule how many windows travel between pipeline stages: of a paired batch, twice a micro-batch's."""
+class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
+    """NeMo's pretraining data on Megatron's datasets, in an order that does not hang on the run's length.
 
-    def on_megatron_step_start(self, step):
-        step = super().on_megatron_step_start(step)
-        windows = self.micro_batch_size * (2 if step.pl_module.config.kvcat.paired else 1)
-        return dataclasses.replace(step, micro_batch_size=windows)
-
-
-class NumberedDataset(Dataset):
-    """A dataset whose items carry their number (`sample_id`), so that a run can say which windows it has seen.
-
-    Those of packed documents say so (`packed`): of the models of interleaved stages only the first knows its trainer.
-    """
-
-    def __init__(self, dataset: Dataset, packed: bool = False):
-        self.dataset, self.packed = dataset, packed
-        if hasattr(dataset, "collate_fn"):
-            self.collate_fn = dataset.collate_fn
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        item = {**self.dataset[index], "sample_id": torch.tensor(index)}
-        return item | {"packed": torch.tensor(True)} if self.packed else item
-
-
-class KVCatDataModule(PreTrainingDataModule):
-    """NeMo's pretraining data on Megatron's GPTDataset, with the same validation windows at every validation.
+    Windows are read epoch by epoch (engine.epochs), corpora without weights in the ratio of their tokens, and every
+    validation reads the same windows. The order is kept in the run's checkpoints (nemo.data_order).
 
     Args:
         paths: see `dataset_paths`.
@@ -108,6 +96,8 @@ class KVCatDataModule(PreTrainingDataModule):
             another: attention, routers, sinks, positions and random masks begin anew at each. False: a window is one text.
         eod_mask_loss: leave out the loss where the input is an end-of-document token (its label is the next document's
             first token).
+        on_change: what a resumed run does whose settings would put its windows into another order: `refuse`, or `say` so
+            and take the new ones from there on.
         others: as NeMo's PreTrainingDataModule.
     """
 
@@ -125,7 +115,16 @@ class KVCatDataModule(PreTrainingDataModule):
         index_mapping_dir: Optional[str] = None,
         packed_documents: bool = False,
         eod_mask_loss: bool = False,
+        on_change: Literal["refuse", "say"] = "refuse",
     ):
+        self.on_change = on_change
+        self._check_sizes(
+            seq_length=(seq_length, "positions"),
+            micro_batch_size=(micro_batch_size, "batch"),
+            global_batch_size=(global_batch_size, "batch"),
+            num_workers=(num_workers, "workers"),
+            seed=(seed, "seed"),
+        )
         if paths is None:
             raise ValueError("data.paths=None: give a folder made by kvcat data build, or dataset prefixes")
         if tokenizer is None:
@@ -134,16 +133,17 @@ class KVCatDataModule(PreTrainingDataModule):
             tokenizer = tokenizer_dir(base)
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = AutoTokenizer(pretrained_model_name=str(tokenizer))
+        split_shares(split)
         super().__init__(
             paths=dataset_paths(paths),
             tokenizer=tokenizer,
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
-            num_workers=num_workers,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            seed=seed,
+            persistent_workers=self.num_workers > 0,
+            seed=self.seed,
             split=split,
             index_mapping_dir=index_mapping_dir,
             reset_position_ids=packed_documents,
@@ -152,7 +152,9 @@ class KVCatDataModule(PreTrainingDataModule):
         )
         self.base, self.paths, self.packed_documents = base, paths, packed_documents
         self.data_sampler = PairedDataSampler(
-            seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
+            seq_len=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
         )
         # Attention is causal by construction; NeMo would make a T×T mask per window where it finds no Transformer Engine.
         self.create_attention_mask = False
@@ -164,109 +166,96 @@ class KVCatDataModule(PreTrainingDataModule):
         trainer_limit_val_batches,
         trainer_limit_test_batches,
     ):
-        """As NeMo's, but the validation set is exactly one validation's windows, so that every validation sees the same."""
-        once = (
-            trainer_max_steps + 1
-        )  # "validate every so many steps": the set is then sized for a single validation
-        super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
+        """As NeMo's, but epoch by epoch, and of the validation set so many windows as a single validation reads."""
+        steps = max(trainer_max_steps, (self.num_train_samples or 0) // self.global_batch_size)
+        once = steps + 1  # "validate every so many steps": the set is then sized for a single validation
+        self._limits = (trainer_limit_val_batches, trainer_limit_test_batches)
+        given, self.dataset_cls = self.build_kwargs, GPTDataset
+        if self._index == EPOCHS:
+            self.dataset_cls, self.build_kwargs = EpochDataset, self._weighted()
+        try:
+            super().build(trainer_max_steps, once, *self._limits)
+        finally:
+            self.build_kwargs = given
+
+    def _weighted(self) -> dict[str, Any]:
+        """What Megatron is given, with training corpora that have no weights in the ratio of their tokens.
+
+        Without weights it reads one epoch and has no more; with its own (windows of one epoch) they would hang on seq_length.
+        """
+        out = dict(self.build_kwargs)
+
+        def weigh(blend):
+            paths, weights = blend
+            if weights is None and len(paths) > 1:
+                weights = [float(check_indexed(path).tokens) for path in paths]
+            return paths, weights
+
+        if "blend" in out:
+            out["blend"] = weigh(out["blend"])
+        else:
+            out["blend_per_split"] = [weigh(out["blend_per_split"][0]), *out["blend_per_split"][1:]]
+        return out
+
+    def describe_order(self, trainer) -> dict[str, Any]:
+        limit = trainer.limit_val_batches
+        part = isinstance(limit, float) and 0 < limit <= 1  # of one epoch
+        windows = {
+            "train": trainer.max_steps * self.global_batch_size,
+            "validation": None if part else int(limit * self.global_batch_size),
+            "test": int((trainer.limit_test_batches or 0) * self.global_batch_size),
+        }
+        given = self._weighted() if self._index == EPOCHS else self.build_kwargs
+        splits = splits_of(given.get("blend"), given.get("blend_per_split"), self.split)
+        if splits["train"] is None:
+            raise ValueError(
+                f"data.split={self.split!r}: no document is left for training; give train a weight"
+            )
+        check_parts(splits, windows, self.seq_length)
+        return {
+            "format": FORMAT,
+            "index": self._index,
+            "seed": self.seed,
+            "seq_length": self.seq_length,
+            "split": None if "blend_per_split" in given else str(self.split),
+            "train": splits["train"],
+            "validation": splits["validation"],
+            "train_windows": windows["train"],
+            "validation_windows": limit if part else windows["validation"],
+            "global_batch_size": self.global_batch_size,
+            "packed_documents": bool(self.packed_documents),
+            "eod_mask_loss": bool(self.eod_mask_loss),
+            "eod": _eod(self.tokenizer),
+        }
+
+    def setup(self, stage: str = "") -> None:
+        self.check_run(self.trainer)
+        super().setup(stage)
+
+    def train_dataloader(self):
+        needed = self.windows_needed()
+        if len(self._train_ds) < needed and self.trainer.global_step < self.trainer.max_steps:
+            # The batch was larger once: the steps to come reach further than max_steps × global_batch_size.
+            self.num_train_samples = needed
+            self.build(self.trainer.max_steps, None, *self._limits)
+        return super().train_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {STATE: self.order_record()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        index = self._index
+        self._keep_order(state_dict.get(STATE))
+        if self._index != index:  # an old run: what was built is in the other order
+            self.build(self.trainer.max_steps, None, *self._limits)
+        super().load_state_dict(state_dict)
 
     def _create_dataloader(self, dataset, mode, **kwargs) -> WrappedDataLoader:
         return super()._create_dataloader(NumberedDataset(dataset, self.packed_documents), mode, **kwargs)
 
 
-class RecallDataset(Dataset):
-    """Windows in which late tokens repeat early ones: key–value pairs, then the keys asked again in another order.
-
-    Predicting the second half needs the KV slots of the first, so compressing them costs something. Window i is drawn
-    from seed and i alone. In `documents` parts of about equal length positions begin anew, as if each were a document.
-    """
-
-    def __init__(self, size: int, seq_length: int, vocab_size: int, seed: int, documents: int = 1):
-        self.size, self.seq_length, self.vocab_size, self.seed = size, seq_length, vocab_size, seed
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        pairs, half = (self.seq_length + 2) // 4, self.vocab_size // 2
-        keys = (
-            torch.randperm(half, generator=rng)[:pairs]
-            if half >= pairs
-            else torch.randint(half, (pairs,), generator=rng)
-        )
-        values = torch.randint(half, self.vocab_size, (pairs,), generator=rng)
-        again = torch.randperm(pairs, generator=rng)
-        stream = [torch.stack([keys, values], 1), torch.stack([keys[again], values[again]], 1)]
-        tokens = torch.cat(stream).flatten()
-        tokens = tokens.repeat(-(-(self.seq_length + 1) // len(tokens)))[: self.seq_length + 1]
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": torch.ones(self.seq_length),
-            "position_ids": torch.cat(
-                [
-                    torch.arange(len(part))
-                    for part in torch.arange(self.seq_length).tensor_split(self.documents)
-                ]
-            ),
-        }
-
-
-class _NumberTokenizer:
-    """Stands for a tokenizer where tokens are made as numbers."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-        self.eos_id = 0
-
-
-class SyntheticDataModule(pl.LightningDataModule, IOMixin):
-    """Endless `RecallDataset` windows; needs no file. For kvcat_tiny and tests.
-
-    packed_documents: windows are cut into three documents, which see nothing of one another.
-    """
-
-    def __init__(
-        self,
-        seq_length: int = 64,
-        vocab_size: int = 128,
-        micro_batch_size: int = 2,
-        global_batch_size: int = 4,
-        seed: int = 1234,
-        packed_documents: bool = False,
-    ):
-        super().__init__()
-        self.packed_documents = packed_documents
-        self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.tokenizer = _NumberTokenizer(vocab_size)
-        self.data_sampler = PairedDataSampler(
-            seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
-        )
-
-    def _loader(self, mode: str, size: int, seed: int) -> WrappedDataLoader:
-        self.data_sampler.init_global_step = self.trainer.global_step
-        documents = 3 if self.packed_documents else 1
-        dataset = RecallDataset(size, self.seq_length, self.vocab_size, seed, documents)
-        numbered = NumberedDataset(dataset, self.packed_documents)
-        return WrappedDataLoader(mode=mode, dataset=numbered, num_workers=0)
-
-    def train_dataloader(self) -> WrappedDataLoader:
-        return self._loader("train", max(self.trainer.max_steps, 1) * self.global_batch_size, self.seed)
-
-    def val_dataloader(self) -> WrappedDataLoader:
-        batches = self.trainer.limit_val_batches
-        return self._loader("validation", max(int(batches), 1) * self.global_batch_size, self.seed + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the data stands, so that a resumed run goes on with the next window."""
-        steps = self.trainer.global_step - self.data_sampler.init_global_step
-        return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        consumed = state_dict["consumed_samples"]
-        self.data_sampler.init_consumed_samples = consumed
-        self.data_sampler.prev_consumed_samples = consumed
-        self.data_sampler.if_first_step = 1
+def _eod(tokenizer) -> int | None:
+    try:
+        return int(tokenizer.eod)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None

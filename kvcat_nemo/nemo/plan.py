@@ -9,6 +9,7 @@ import fiddle as fdl
 
 from kvcat_nemo.engine.config import validate_model_config
 from kvcat_nemo.engine.plan import Layout, flops_per_step, memory_per_gpu, parameters
+from kvcat_nemo.limits import check_model_sizes, check_size
 
 
 def plan(recipe) -> dict[str, Any]:
@@ -21,10 +22,15 @@ def plan(recipe) -> dict[str, Any]:
         ValueError: when a setting does not fit, naming the field, the value and the fix.
     """
     trainer = recipe.trainer
+    check_trainer(trainer)
+    check_model_sizes(recipe.model.config)  # before anything loops over them
+    for name, kind in _DATA_SIZES.items():
+        if (value := getattr(recipe.data, name, None)) is not None:
+            check_size(f"data.{name}", value, kind)
+    devices = check_size("trainer.devices", trainer.devices, "workers")
+    world_size = max(devices, 1) * check_size("trainer.num_nodes", trainer.num_nodes, "nodes")
     config = fdl.build(recipe.model.config)
-    layout = checked_layout(
-        config, trainer.strategy, recipe.data, recipe.optim.config, trainer.devices * trainer.num_nodes
-    )
+    layout = checked_layout(config, trainer.strategy, recipe.data, recipe.optim.config, world_size)
     tokens = layout.global_batch_size * layout.seq_length
     return {
         "parameters": parameters(config),
@@ -42,6 +48,60 @@ def plan(recipe) -> dict[str, Any]:
     }
 
 
+_DATA_SIZES = {
+    "seq_length": "positions",
+    "vocab_size": "vocabulary",
+    "micro_batch_size": "batch",
+    "global_batch_size": "batch",
+    "num_workers": "workers",
+    "seed": "seed",
+}
+
+
+def check_trainer(trainer) -> None:
+    """Refuse settings of a trainer with which a run never ends, or reads its windows again.
+
+    Args:
+        trainer: built, or still to be built.
+
+    Raises:
+        ValueError: naming the setting, its value, why, and what to set.
+    """
+
+    def refuse(name: str, why: str) -> None:
+        raise ValueError(f"trainer.{name}={getattr(trainer, name)!r}: {why}")
+
+    if getattr(trainer, "accumulate_grad_batches", None) not in (None, 1):
+        refuse(
+            "accumulate_grad_batches",
+            "Megatron accumulates gradients itself, over data.global_batch_size / (data.micro_batch_size × data-parallel ranks) "
+            "micro-batches a step; with Lightning's accumulation no step would ever be counted. Set it to 1, and raise "
+            "data.global_batch_size instead",
+        )
+    check_size("trainer.max_steps", trainer.max_steps, "steps")
+    again = "the loader would begin anew and hand out the same windows again"
+    limit = getattr(trainer, "limit_train_batches", None)
+    if limit is not None and not (isinstance(limit, float) and limit == 1.0):
+        refuse(
+            "limit_train_batches", f"after so many batches {again}; leave it out, and set trainer.max_steps"
+        )
+    if getattr(trainer, "overfit_batches", None):
+        refuse("overfit_batches", f"{again}; set it to 0, and make a small dataset of its own")
+    if getattr(trainer, "reload_dataloaders_every_n_epochs", None):
+        refuse("reload_dataloaders_every_n_epochs", f"{again}; set it to 0")
+    for name in ("limit_val_batches", "limit_test_batches"):
+        value = getattr(trainer, name, None)
+        if isinstance(value, float) and 0 <= value <= 1:
+            continue  # a share of the set
+        if isinstance(value, float | str):
+            refuse(name, "give a whole number of batches, or a share from 0.0 to 1.0")
+        if value is not None:
+            check_size(f"trainer.{name}", value, "val_batches")
+    every = getattr(trainer, "val_check_interval", None)
+    if isinstance(every, str) or (every is not None and not every > 0):
+        refuse("val_check_interval", "give a number of steps of at least 1")
+
+
 def checked_layout(config, strategy, data, optimizer, world_size: int) -> Layout:
     """The layout of a run whose parts fit together.
 
@@ -53,7 +113,10 @@ def checked_layout(config, strategy, data, optimizer, world_size: int) -> Layout
         ValueError: when a setting does not fit, naming the field, the value and the fix.
     """
     for name in PARALLEL_FIELDS:
-        setattr(config, name, getattr(strategy, name))
+        value = getattr(strategy, name)
+        if name.endswith("_parallel_size") and value is not None:
+            value = check_size(f"trainer.strategy.{name}", value, "ranks")
+        setattr(config, name, value)
     group = strategy.microbatch_group_size_per_vp_stage
     config.microbatch_group_size_per_vp_stage = group or strategy.pipeline_model_parallel_size
     _refuse_untested(strategy, optimizer)

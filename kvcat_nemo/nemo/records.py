@@ -14,6 +14,7 @@ from nemo.utils import logging
 
 from kvcat_nemo.engine.plan import flops_per_step
 from kvcat_nemo.manifest import manifest
+from kvcat_nemo.nemo.data_order import ORDER_FILE
 from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile, MLflowTracker, run_folder, write_atomically
 from kvcat_nemo.plots import plot_run
 from kvcat_nemo.tracking.afterwards import flatten
@@ -21,7 +22,7 @@ from kvcat_nemo.tracking.redact import redact_tree
 
 
 class KVCatRecords(pl.Callback):
-    """Writes kvcat/config.yaml (and .json), kvcat/manifest.json and kvcat/losses.png, and attaches them to the MLflow run."""
+    """Writes kvcat/config.yaml (and .json), kvcat/data_order.json, kvcat/manifest.json and kvcat/losses.png, and attaches them to the MLflow run."""
 
     def __init__(self):
         self._based = False
@@ -37,6 +38,9 @@ class KVCatRecords(pl.Callback):
         write_atomically(
             folder / "config.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
         )
+        if hasattr(trainer.datamodule, "order_record"):
+            order = json.dumps(trainer.datamodule.order_record(), indent=1)
+            write_atomically(folder / ORDER_FILE, order + "\n")
         facts = redact_tree(manifest(config=described, world_size=trainer.world_size))
         write_atomically(folder / "manifest.json", json.dumps(facts, indent=2) + "\n")
         for logger in trainer.loggers:

@@ -20,7 +20,7 @@ from kvcat_nemo.engine import host
 from kvcat_nemo.nemo.base import check_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
-from kvcat_nemo.nemo.plan import checked_layout
+from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
 from kvcat_nemo.nemo.verify import first_whole
 from kvcat_nemo.processes import children_die_with_us
@@ -48,8 +48,11 @@ class KVCatStrategy(nl.MegatronStrategy):
         trainer = model.trainer
         if trainer.datamodule is None:
             return
+        check_trainer(trainer)
         world_size = trainer.num_devices * trainer.num_nodes
         checked_layout(copy.copy(model.config), self, trainer.datamodule, model.optim.config, world_size)
+        if hasattr(trainer.datamodule, "check_run"):
+            trainer.datamodule.check_run(trainer, self._candidates)
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.

@@ -270,7 +270,7 @@ def test_dense_perplexity_is_what_transformers_computes(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_chain_from_text_to_page(tmp_path):
     """Every stage at the smoke scale, as a user runs it; a second start makes nothing again."""
-    command = [sys.executable, "-m", "benchmarks.study", "--scale", "smoke", "--out", str(tmp_path / "smoke")]
+    command = [sys.executable, "-m", "benchmarks.study", "--smoke", "--out", str(tmp_path / "smoke")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run():

@@ -22,6 +22,14 @@ PER_RANK_FIGURES = ("flipped",)
 """Measured on the last window of each data-parallel rank, so another figure for another number of ranks."""
 
 
+def start_rank(arguments: list[str], environment: dict[str, str], log: Path):
+    """A process of layout_ranks.py with its output in `log`. benchmarks/parallel_matrix.py --smoke forks it instead."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, str(PROGRAM), *arguments], env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
+
+
 def run_ranks(jobs: list[dict], processes: int, folder: Path, timeout: float = 240) -> list[list[dict]]:
     """Results of every rank, [job][rank]. Jobs share the processes, whose start costs more than most jobs.
 
@@ -35,9 +43,7 @@ def run_ranks(jobs: list[dict], processes: int, folder: Path, timeout: float = 2
     ranks, logs = [], [folder / f"rank-{rank}.log" for rank in range(processes)]
     try:
         for rank, log in enumerate(logs):
-            command = [sys.executable, str(PROGRAM), str(jobs_file), str(rank), str(processes)]
-            with log.open("wb") as out:
-                ranks.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+            ranks.append(start_rank([str(jobs_file), str(rank), str(processes)], environment, log))
         deadline = time.monotonic() + timeout
         while any(rank.poll() is None for rank in ranks):
             # A dead rank leaves its peers waiting: end them all at once.

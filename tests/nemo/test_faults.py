@@ -1,5 +1,6 @@
 """The short form of `make faults`: every kind of fault once or twice, on real training processes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ pytestmark = [pytest.mark.nemo, pytest.mark.slow, pytest.mark.multiprocess]
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.faults import damage, kills, nan, resume, runs  # noqa: E402
+from benchmarks.faults import damage, kills, longer, nan, resume, runs  # noqa: E402
 from benchmarks.faults.server import Server  # noqa: E402
 
 STEPS = 12
@@ -67,6 +68,10 @@ def test_the_same_on_an_indexed_dataset(server, tmp_path):
     good(resume.resume_with_files(server, tmp_path / "files", ["DP2"]))
 
 
+def test_a_longer_run_reads_the_same_windows(server, tmp_path):
+    good(longer.extended(server, tmp_path))
+
+
 def test_five_steps_at_another_layout(server, tmp_path):
     good(resume.resume_across(server, tmp_path, source="TP2", target="TP1"))
 
@@ -95,8 +100,16 @@ def test_not_a_number(server, tmp_path):
     good(nan.skipped_step_changes_nothing(server, tmp_path / "weights"))
 
 
-def test_resume_modes(server, tmp_path):
-    good(resume.resume_modes(server, tmp_path))
+def test_resume_modes_and_the_suites_own_smoke_form(server, tmp_path, capsys):
+    from benchmarks.faults.__main__ import OUT, SMOKE, main
+
+    before = OUT.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["--smoke", "--out", str(tmp_path / "faults.json"), "--keep", str(tmp_path / "runs")], server)
+    assert ended.value.code == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "faults.json").read_text())["faults"]
+    assert set(found) == set(SMOKE) and all(one["survived"] == one["tried"] > 0 for one in found.values())
+    assert OUT.read_bytes() == before
 
 
 def test_keeps_the_newest_and_the_best(server, unbroken, tmp_path):

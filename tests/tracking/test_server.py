@@ -124,7 +124,8 @@ def test_a_server_that_answers_badly_or_never(code, tmp_path, caplog, monkeypatc
         started = time.monotonic()
         job.steps(*range(201, 401))
         assert job.box.close(1.0) == 400 * len(NAMES)
-        assert time.monotonic() - started < 4 and job.slowest < 0.02
+        # A step that waited for an answer would take the request's second, 200 of them 200 s.
+        assert time.monotonic() - started < 100 and job.slowest < 1
         assert broken.asked >= 2 and len(warnings(caplog)) == 1
     finally:
         broken.release.set()

@@ -6,6 +6,8 @@ import importlib
 
 import click
 
+from kvcat_nemo.commands.bounds import bound
+
 _COMMANDS = {
     "continuation": "perplexity of a text's second part, its first part compressed (ΔPPL, KL, top-1)",
     "gradient": "ΔPPL per step while the slots of a small cache are trained",
@@ -25,7 +27,7 @@ class _LazyGroup(click.Group):
         if name not in _COMMANDS:
             return None
         module = f"kvcat_nemo.commands.evaluate.{name.replace('-', '_')}"
-        return importlib.import_module(module).command
+        return bound(importlib.import_module(module).command)
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
