@@ -167,8 +167,14 @@ def refuse_credentials(arguments: Iterable[str]) -> None:
     arguments = list(arguments)
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, value = argument.partition("=")
-        named = bool(equals) and is_secret_name(name.rstrip("+-*/|& ")) and value.strip("'\" ") not in ("", "None")
-        follows = before.startswith("-") and "=" not in before and what_secret("", f"{before} {argument}", secrets)
+        named = (
+            bool(equals)
+            and is_secret_name(name.rstrip("+-*/|& "))
+            and value.strip("'\" ") not in ("", "None")
+        )
+        follows = (
+            before.startswith("-") and "=" not in before and what_secret("", f"{before} {argument}", secrets)
+        )
         if named or follows or redact(argument, secrets) != argument:
             shown = redact(name, secrets) if equals else "an argument"
             raise ValueError(
