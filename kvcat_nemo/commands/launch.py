@@ -127,6 +127,7 @@ def _recipe_name(recipe: str) -> str:
 
 
 def _folder(run_dir: str | None, recipe: str) -> Path:
+    _check_values({"run-dir": run_dir})
     return Path(os.path.abspath(run_dir or Path("runs") / _recipe_name(recipe)))
 
 
