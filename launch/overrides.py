@@ -104,19 +104,28 @@ def check_override_value(value: str) -> None:
     if text.lstrip("\"'<[({ ").startswith(("Config", "Partial")):
         raise ValueError("nemo-run would import and build a class by that name; set its fields instead")
     try:
-        literal = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        _check_text(text)
-    except (RecursionError, MemoryError, TypeError):
-        raise ValueError("not to be read as a value; give a literal that is less deep") from None
-    else:
-        if any(x.lstrip("\"'< ").startswith(("Config", "Partial")) for x in _texts(literal)):
+        if any(x.lstrip("\"'< ").startswith(("Config", "Partial")) for x in _texts(text)):
             raise ValueError("nemo-run would import and build a class by that name; set its fields instead")
+        if _literal(text) is None:
+            _check_text(text)
+    except RecursionError:
+        raise ValueError("not to be read as a value; give a literal that is less deep") from None
+
+
+def _literal(text: str) -> tuple[object] | None:
+    """The value of a literal, in a tuple; None when the text is none."""
+    try:
+        return (ast.literal_eval(text),)
+    except (ValueError, SyntaxError, TypeError, MemoryError):
+        return None
 
 
 def _texts(literal: object) -> Iterable[str]:
+    """All texts in a value, and in what nemo-run makes of them: it takes double quotes off and reads what is inside again."""
     if isinstance(literal, str):
         yield literal
+        inside = _literal(literal.strip('"')) or _literal(literal)
+        yield from _texts(inside[0]) if inside else ()
     elif isinstance(literal, dict):
         for pair in literal.items():
             yield from _texts(pair)
