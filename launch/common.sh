@@ -10,6 +10,8 @@
 readonly KVCAT_EXIT_AGAIN=75
 # One that ended because another did (EX_UNAVAILABLE); kvcat_nemo/exit_codes.py has both.
 readonly KVCAT_EXIT_PEER_DIED=69
+# Folder of these scripts and their tables.
+KVCAT_HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf 'kvcat launch: %s\n' "$*"; }
 
@@ -21,20 +23,109 @@ die() {
 # Slurm's name, the Kubernetes node's, or the host's own.
 node_name() { printf '%s' "${SLURMD_NODENAME:-${KVCAT_NODE_NAME:-$(uname -n)}}"; }
 
-# require_number NAME VALUE LEAST: a setting must be a whole number, LEAST or more.
-require_number() {
-  if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1=$2: give a whole number of at least $3"; fi
+# require NAME VALUE [OPTION]: VALUE is of the form that values.tsv gives OPTION; NAME is what a message calls it (--OPTION).
+# Bash evaluates what stands between (( )), subscripts included: nothing that has not been here gets there.
+require() {
+  local LC_ALL=C shown value=$2 option=${3:-${1#--}} name _ pattern least most example what
+  shown=$value
+  [[ $value != *[[:cntrl:]]* ]] || printf -v shown '%q' "$value" # one line
+  while IFS=$'\t' read -r name _ pattern least most example what; do
+    [[ $name == "$option" ]] || continue
+    if [[ $pattern == - ]]; then
+      [[ ${value//[$'\n\t']/} != *[[:cntrl:]]* ]] \
+        || die "$1=$shown: a control character would change the script; give $what, such as $example"
+      return 0
+    fi
+    [[ $value != *[[:cntrl:]]* ]] \
+      || die "$1=$shown: a line break or another control character would change the script; give $what, such as $example"
+    [[ $value =~ ^($pattern)$ ]] || die "$1=$shown: give $what, such as $example"
+    [[ $least == - ]] || ((10#$value >= least)) || die "$1=$shown: give $what, such as $example"
+    [[ $most == - ]] || ((10#$value <= most)) || die "$1=$shown: give $what, such as $example"
+    return 0
+  done < "$KVCAT_HERE/values.tsv"
+  die "$1: launch/values.tsv has no option $option"
 }
 
-# looks_like_a_secret NAME VALUE: would a variable with this value tell a credential? As kvcat_nemo/tracking/redact.py has it.
-looks_like_a_secret() (
-  shopt -s nocasematch
-  name='password|passwd|passphrase|secret|credential|authorization|(api|access|private|account|storage)_?key|token(_|$)|_pwd$'
-  words='(passw(or)?d|passphrase|pwd|secrets?|credentials?|authorization|(api|access|private|secret|account|storage)_?key(_id)?|token)'
-  userinfo='://[^/[:space:]<>'"'"'"]+@' start='(^|[^[:alnum:]_])'
-  [[ -n $2 ]] && [[ $1 =~ $name || $2 =~ $userinfo || $2 =~ ${start}${words}=[^\&\;[:space:]\'\"] ||
-    $2 =~ ${start}(bearer|basic)[[:space:]]+[[:alnum:]_.~+/-]{6} ]]
+# require_variables NAME…: variables of the environment by which options are handed on; those that are not set pass.
+require_variables() {
+  local option variable _ name
+  while IFS=$'\t' read -r option variable _; do
+    for name in "$@"; do
+      [[ $variable != "$name" || -z ${!name:-} ]] || require "$name" "${!name}" "$option"
+    done
+  done < "$KVCAT_HERE/values.tsv"
+}
+
+# is_own_variable NAME: one by which an option is handed on, which --env may not set behind its back.
+is_own_variable() { [[ $1 == KVCAT_* ]] && cut -f 2 "$KVCAT_HERE/values.tsv" | grep -qxF -- "$1"; }
+
+# secrets_table: the file that says what a credential looks like; it lies in the package, beside what reads it in Python.
+secrets_table() {
+  local file
+  for file in "$KVCAT_HERE"/../{kvcat_nemo/,}tracking/secrets.tsv; do
+    [[ ! -f $file ]] || { printf '%s' "$file"; return; }
+  done
+  die "tracking/secrets.tsv is not beside $KVCAT_HERE: run submit.sh from the checkout or the installed package"
+}
+
+# what_secret NAME VALUE: what kind of credential a variable with this value would tell, on standard output; fails when none.
+# As kvcat_nemo/tracking/redact.py has it, from the same table, secrets.tsv.
+what_secret() (
+  LC_ALL=C name=$1 value=$2
+  table=$(secrets_table) || exit 0 # without the table, nothing passes
+  [[ -n $value ]] || exit 1
+  # cut_plain TEXT: without what only looks like a credential.
+  cut_plain() {
+    text=$1
+    while IFS=$'\t' read -r kind case keep pattern what; do
+      [[ $kind == plain ]] || continue
+      compare "$case" "$keep" "$pattern"
+      while [[ $text =~ $expression ]]; do text=${text/"${BASH_REMATCH[0]}"/"${BASH_REMATCH[1]}!"}; done
+    done < "$table"
+  }
+  # compare CASE KEEP PATTERN: how the next =~ compares, and with what.
+  compare() {
+    if [[ $1 == i ]]; then shopt -s nocasematch; else shopt -u nocasematch; fi
+    expression="(${2#-})($3)"
+  }
+  secret_name() {
+    cut_plain "$1"
+    while IFS=$'\t' read -r kind case keep pattern what; do
+      [[ $kind == variable ]] || continue
+      compare "$case" "$keep" "$pattern"
+      [[ ! $text =~ $expression ]] || return 0
+    done < "$table"
+    return 1
+  }
+  ! secret_name "$name" || { printf '%s' "$what"; exit 0; }
+  cut_plain "$value"
+  while IFS=$'\t' read -r kind case keep pattern what; do
+    [[ $kind == text ]] || continue
+    compare "$case" "$keep" "$pattern"
+    [[ ! $text =~ $expression ]] || { printf '%s' "$what"; exit 0; }
+  done < "$table"
+  shopt -u nocasematch
+  while IFS= read -r name; do
+    held=${!name:-}
+    # The path of a file of secrets is none, and a short value is no secret worth the name.
+    [[ ${#held} -ge 6 && ! -e $held && $value == *"$held"* ]] || continue
+    secret_name "$name" || continue
+    printf 'value of a credential in the environment'
+    exit 0
+  done < <(compgen -e)
+  exit 1
 )
+
+looks_like_a_secret() { what_secret "$1" "$2" > /dev/null; }
+
+# refuse_secret SHOWN VALUE [NAME]: what is written to a job's files holds no credential. The message does not show it.
+refuse_secret() {
+  local what
+  if what=$(what_secret "${3:-}" "$2"); then
+    die "$1=…: that looks like a secret ($what); it would be written to a file, or shown to other users. Export a variable in the" \
+      "shell that submits and give its name alone (--env NAME), or read it from a file that only you can read"
+  fi
+}
 
 # Names of the complete checkpoints, one a line. NeMo marks one being written by a file NAME-unfinished beside it.
 complete_checkpoints() {
@@ -125,7 +216,7 @@ verdict() {
 # The rank that failed first by the nodes' clocks, its node, and the end of its log.
 explain_failure() {
   local first code node log rank
-  first=$(for f in "$KVCAT_ATTEMPT_DIR"/exit/rank-????; do
+  first=$(for f in "$KVCAT_ATTEMPT_DIR"/exit/rank-[0-9][0-9][0-9][0-9]; do
     [[ -f $f ]] && printf '%s\t%s\n' "${f##*/rank-}" "$(< "$f")"
   done | awk -F '\t' -v again="$KVCAT_EXIT_AGAIN" -v peer="$KVCAT_EXIT_PEER_DIED" \
     '$2 != 0 && $2 != again { print ($2 == peer) "\t" $0 }' | sort -t $'\t' -k 1,1n -k 5,5n | cut -f 2- | head -n 1)

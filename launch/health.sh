@@ -8,6 +8,7 @@ set -uo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+require_variables KVCAT_{RUN_DIR,GPUS_PER_NODE,MIN_DISK_GB,MASTER_ADDR,MASTER_PORT,INTERFACE,NODE_NAME}
 node=$(node_name)
 bad=0 alone=0
 wrong() {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.launch.settings import Settings
+from kvcat_nemo.launch.values import forms, has_control_characters
+from kvcat_nemo.tracking.redact import refuse_secrets, what_secret
 
 EXIT_AGAIN = 75
 """Exit code of ranks that were asked to stop and saved; launch/common.sh has the same."""
@@ -30,7 +33,7 @@ def jobset(settings: Settings, *, scripts: str = SCRIPTS, max_restarts: int = 10
         ValueError: when the settings do not make a valid JobSet.
     """
     name = settings.name
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
+    if not forms()["k8s-name"].pattern.fullmatch(name):
         raise ValueError(
             f"name={name!r}: Kubernetes wants lower-case letters, digits and dashes, at most 52, a letter first"
         )
@@ -41,7 +44,7 @@ def jobset(settings: Settings, *, scripts: str = SCRIPTS, max_restarts: int = 10
     container = {
         "name": "ranks",
         "image": settings.image,
-        "command": [f"{scripts}/torchrun.sh", "--", *settings.command],
+        "command": [f"{scripts}/torchrun.sh", "--", *map(_literal, settings.command)],
         "env": _environment(settings),
         "ports": [{"containerPort": settings.master_port or DEFAULT_PORT, "name": "rendezvous"}],
         "volumeMounts": mounts,
@@ -110,7 +113,7 @@ def _environment(settings: Settings) -> list[dict[str, Any]]:
         "KVCAT_SETUP": settings.setup,
         "KVCAT_INTERFACE": settings.interface,
     }
-    out = [{"name": key, "value": value} for key, value in values.items() if value]
+    out = [{"name": key, "value": _literal(value)} for key, value in values.items() if value]
     out += [
         # The same on all pods of a restart, and new with each.
         _field("KVCAT_ATTEMPT", "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"),
@@ -119,8 +122,39 @@ def _environment(settings: Settings) -> list[dict[str, Any]]:
     for pair in settings.env:
         key, equals, value = pair.partition("=")
         secret = {"secretKeyRef": {"name": f"{name}-env", "key": key}}
-        out.append({"name": key, "value": value} if equals else {"name": key, "valueFrom": secret})
+        out.append({"name": key, "value": _literal(value)} if equals else {"name": key, "valueFrom": secret})
     return out
+
+
+def _literal(text: str) -> str:
+    """Kubernetes fills in $(NAME) in commands and in values of variables; of two dollars it makes one."""
+    return text.replace("$", "$$")
+
+
+def default_name(folder: Path) -> str:
+    """A job's name from that of the run's folder, in letters that Kubernetes takes."""
+    return re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")
+
+
+def refuse_secrets_in(manifest: Any, path: str = "") -> None:
+    """Refuse credentials in a manifest, a site's additions included.
+
+    Raises:
+        ValueError: naming the field, without what it holds.
+    """
+    if isinstance(manifest, dict):
+        name, value = manifest.get("name"), manifest.get("value")
+        if isinstance(name, str) and isinstance(value, str) and what_secret(name, value):
+            raise ValueError(
+                f"{path}, {name}=…: that looks like a secret; put it into a Kubernetes Secret and refer to it (--env {name})"
+            )
+        for key, entry in manifest.items():
+            refuse_secrets_in(entry, f"{path}.{key}" if path else str(key))
+    elif isinstance(manifest, list):
+        for n, entry in enumerate(manifest):
+            refuse_secrets_in(entry, f"{path}[{n}]")
+    elif isinstance(manifest, str):
+        refuse_secrets([(path, manifest)])
 
 
 def _field(name: str, path: str) -> dict[str, Any]:
@@ -133,7 +167,8 @@ def _volumes(settings: Settings) -> tuple[list[dict], list[dict]]:
     targets = []
     for n, mount in enumerate(settings.mounts):
         source, _, target = mount.partition(":")
-        if not source or not target.startswith("/"):
+        refuse_secrets([("mount", mount)])
+        if not forms()["k8s-mount"].pattern.fullmatch(mount) or has_control_characters(mount):
             raise ValueError(f"mount={mount!r}: give CLAIM:/TARGET, or /HOST/PATH:/TARGET")
         kind = (
             {"hostPath": {"path": source}}

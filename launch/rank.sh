@@ -6,6 +6,7 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # shellcheck disable=SC2153 # torchrun sets RANK
+require RANK "$RANK" rank
 name=$(printf 'rank-%04d' "$RANK")
 log=$KVCAT_ATTEMPT_DIR/$name.$(node_name).log
 if ((RANK == 0)); then

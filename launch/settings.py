@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcat_nemo.tracking.redact import looks_like_a_secret
+from kvcat_nemo.launch.values import check_value, own_variables
+from kvcat_nemo.tracking.redact import ADVICE, refuse_secrets, what_secret
 
 
 def check_variables(pairs: Iterable[str]) -> None:
-    """Refuse variables, NAME or NAME=VALUE, that no environment takes or no file should hold.
+    """Refuse variables, NAME or NAME=VALUE, that no environment takes, no file should hold, or an option sets.
 
     Raises:
         ValueError: naming the variable, without what it holds.
     """
     for pair in pairs:
-        name, _, value = pair.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"env={name}: not a variable's name")
-        if looks_like_a_secret(name, value):
+        name, equals, value = pair.partition("=")
+        check_value("env-name", name, shown="env")
+        if name in own_variables():
+            raise ValueError(f"env={name}: the launcher sets that itself; give the option it stands for")
+        what = what_secret(name, value) if equals else None
+        if what:
             raise ValueError(
-                f"env={name}=…: that looks like a secret, which would be written to a file; give {name} alone"
+                f"env={name}=…: that looks like a secret ({what}); {ADVICE}. Here: give {name} alone"
             )
 
 
@@ -72,15 +74,14 @@ class Settings:
         """
         if not self.command:
             raise ValueError("command=[]: there is nothing to run")
-        for name, least in (
-            ("nodes", 1),
-            ("gpus_per_node", 0),
-            ("procs_per_node", 1),
-            ("signal_seconds", 10),
-            ("max_stalled", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+        for name in (
+            "run_dir", "nodes", "gpus_per_node", "procs_per_node", "signal_seconds", "max_stalled",
+            "image", "setup", "interface", "master_port",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value != "":
+                check_value(name.replace("_", "-"), value, shown=name)
+        refuse_secrets((f"command, word {n + 1}", word) for n, word in enumerate(self.command))
         if self.gpus_per_node and self.procs_per_node > self.gpus_per_node:
             raise ValueError(
                 f"procs_per_node={self.procs_per_node}: more ranks than gpus_per_node={self.gpus_per_node}"

@@ -6,7 +6,7 @@
 #   --gpus-per-node N        GPUs, and ranks, on each node (8); 0 for CPU nodes
 #   --procs-per-node N       ranks on each node, where it differs from the GPUs
 #   --cpus-per-node N        CPUs for them; --exclusive takes whole nodes
-#   --job-name NAME          (the run folder's name)
+#   --job-name NAME          (the run folder's name, with _ for what a job's name cannot hold)
 #   --time LIMIT             Slurm's time limit of one attempt (04:00:00); the run goes on after it
 #   --partition P, --account A, --qos Q, --constraint C, --exclude NODES: as sbatch's
 #   --image IMAGE            run in this container (pyxis and enroot): a .sqsh file or a registry's image; bare without
@@ -37,6 +37,16 @@ signal_seconds=300 stop_seconds='' max_stalled=3 restart_on_failure=0 health_com
 min_disk_gb=20 exit_wait=60 dry_run='' exclusive=''
 mounts=() environment=() kept=() sbatch=()
 
+# default_name FOLDER: its name, with what a job's name cannot hold replaced.
+default_name() {
+  local LC_ALL=C word
+  word=$(basename -- "$1")
+  word=${word//[^[:alnum:]._-]/_}
+  [[ $word == [[:alnum:]_]* ]] || word=_$word
+  printf '%s' "$word"
+}
+
+secrets_table > /dev/null
 while (($#)); do
   option=$1
   case $option in
@@ -48,6 +58,7 @@ while (($#)); do
     --*=*) set -- "${option%%=*}" "${option#*=}" "${@:2}"; option=$1 ;;
   esac
   (($# > 1)) || die "$option needs a value (submit.sh --help)"
+  [[ $option == --env ]] || refuse_secret "$option" "$2"
   case $option in
     --run-dir) run_dir=$2 ;;
     --nodes) nodes=$2 ;;
@@ -56,7 +67,7 @@ while (($#)); do
     --cpus-per-node) cpus=$2 ;;
     --job-name) name=$2 ;;
     --time) limit=$2 ;;
-    --partition | --account | --qos | --constraint | --exclude) sbatch+=("$option=$2") ;;
+    --partition | --account | --qos | --constraint | --exclude) sbatch+=("$option" "$2") ;;
     --image) image=$2 ;;
     --mount) mounts+=("$2") ;;
     --setup) setup=$2 ;;
@@ -80,49 +91,87 @@ done
 
 (($#)) || die "no command: put it after --"
 [[ -n $run_dir ]] || die "--run-dir is missing: name the run's folder, on a file system that all nodes share"
+require --run-dir "$run_dir"
 run_dir=$(realpath -m -- "$run_dir")
-: "${name:=$(basename "$run_dir")}" "${procs:=$((gpus > 0 ? gpus : 1))}"
-: "${stop_seconds:=$((signal_seconds > 120 ? signal_seconds - 60 : signal_seconds / 2))}"
-require_number --nodes "$nodes" 1
-require_number --gpus-per-node "$gpus" 0
-require_number --procs-per-node "$procs" 1
-[[ -z $cpus ]] || require_number --cpus-per-node "$cpus" 1
-[[ -z $port ]] || require_number --master-port "$port" 1024
-require_number --signal-seconds "$signal_seconds" 10
-require_number --stop-seconds "$stop_seconds" 1
-require_number --max-stalled "$max_stalled" 0
-require_number --health-seconds "$health_seconds" 1
-require_number --min-disk-gb "$min_disk_gb" 0
-require_number --exit-wait "$exit_wait" 1
-[[ $limit =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || die "--time=$limit: give minutes, HH:MM:SS or D-HH:MM:SS"
-[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || die "--job-name=$name: letters, digits, dot, dash and underscore only"
+require --run-dir "$run_dir"
+require --nodes "$nodes"
+require --gpus-per-node "$gpus"
+require --signal-seconds "$signal_seconds"
+[[ -n $name ]] || name=$(default_name "$run_dir")
+: "${procs:=$((10#$gpus > 0 ? 10#$gpus : 1))}"
+: "${stop_seconds:=$((10#$signal_seconds > 120 ? 10#$signal_seconds - 60 : 10#$signal_seconds / 2))}"
+require --procs-per-node "$procs"
+[[ -z $cpus ]] || require --cpus-per-node "$cpus"
+[[ -z $port ]] || require --master-port "$port"
+require --stop-seconds "$stop_seconds"
+require --max-stalled "$max_stalled"
+require --health-seconds "$health_seconds"
+require --min-disk-gb "$min_disk_gb"
+require --exit-wait "$exit_wait"
+require --time "$limit"
+require --job-name "$name"
+require --setup "$setup"
+require --health-command "$health_command"
+[[ -z $image ]] || require --image "$image"
+[[ -z $interface ]] || require --interface "$interface"
+[[ -z $ib_hca ]] || require --ib-hca "$ib_hca"
+for ((n = 0; n < ${#sbatch[@]}; n += 2)); do require "${sbatch[n]}" "${sbatch[n + 1]}"; done
+# 08 is 8, and not an octal number.
+for number in nodes gpus procs cpus port signal_seconds stop_seconds max_stalled health_seconds min_disk_gb exit_wait; do
+  [[ -z ${!number} ]] || printf -v "$number" '%d' "$((10#${!number}))"
+done
 ((stop_seconds <= signal_seconds)) || die "--stop-seconds=$stop_seconds is more than --signal-seconds=$signal_seconds"
 ((gpus == 0 || procs <= gpus)) || die "--procs-per-node=$procs: more ranks than --gpus-per-node=$gpus"
-for mount in "${mounts[@]}"; do
-  [[ $mount =~ ^/[^:,]*:/[^:,]*(:[a-z+]+)?$ ]] || die "--mount=$mount: give /SOURCE:/TARGET, or /SOURCE:/TARGET:ro"
-done
+for mount in "${mounts[@]}"; do require --mount "$mount"; done
+[[ -z $image || $run_dir != *[:,]* ]] || die "--run-dir=$run_dir: is mounted into the container, and pyxis parts mounts at : and ,; leave them out"
 ((${#mounts[@]} == 0)) || [[ -n $image ]] || die "--mount=${mounts[0]}: there is no container to mount into; give --image"
 for pair in "${environment[@]}"; do
   variable=${pair%%=*}
-  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "--env=$variable: not a variable's name"
+  refuse_secret "--env" "$variable"
+  require --env "$variable" env-name
+  ! is_own_variable "$variable" || die "--env=$variable: the launcher sets that itself; give the option it stands for (submit.sh --help)"
   if [[ $pair == *=* ]]; then
     # This script is kept on disk and printed: a secret has no place in it.
-    ! looks_like_a_secret "$variable" "${pair#*=}" \
-      || die "--env=$variable=…: that looks like a secret, which would be written to a file; export it and give --env $variable"
+    refuse_secret "--env=$variable" "${pair#*=}" "$variable"
   else
     [[ -n ${!variable+set} ]] || die "--env=$variable: is not set in this shell; export it first, or give --env $variable=VALUE"
     kept+=("$variable")
   fi
 done
 
+# The command is kept in the script, too: each word, and with the word before it (--token WORD).
+previous=
+for word in "$@"; do
+  refuse_secret "the command's word ${word%%=*}" "$word" "$([[ $word != *=* ]] || printf '%s' "${word%%=*}")"
+  [[ $previous != -* ]] || refuse_secret "the command's option ${previous%%=*}" "$previous $word"
+  previous=$word
+done
+
 # --- the script ---
 
 quoted() { printf '%q' "$1"; }
 
+# directive OPTION VALUE: a line that sbatch reads. It knows double quotes, and a backslash before what they would end.
+directive() {
+  local LC_ALL=C value=$2 escape=$'\\' quote='"'
+  if [[ $value == *[^[:alnum:]_.,:@%/+=-]* ]]; then
+    value=${value//"$escape"/"$escape$escape"}
+    value=$quote${value//"$quote"/"$escape$quote"}$quote
+  fi
+  printf '#SBATCH %s=%s\n' "$1" "$value"
+}
+
 script() {
+  local n
   echo '#!/usr/bin/env bash'
-  printf '#SBATCH %s\n' "--job-name=$name" "--nodes=$nodes" --ntasks-per-node=1 "--time=$limit" --requeue --open-mode=append \
-    "--signal=B:USR1@$signal_seconds" "--output=$run_dir/launch/slurm-%j.out" "${sbatch[@]}"
+  directive --job-name "$name"
+  directive --nodes "$nodes"
+  directive --ntasks-per-node 1
+  directive --time "$limit"
+  printf '#SBATCH %s\n' --requeue --open-mode=append
+  directive --signal "B:USR1@$signal_seconds"
+  directive --output "${run_dir//%/%%}/launch/slurm-%j.out" # a % begins one of sbatch's own patterns
+  for ((n = 0; n < ${#sbatch[@]}; n += 2)); do directive "${sbatch[n]}" "${sbatch[n + 1]}"; done
   ((gpus == 0)) || echo "#SBATCH --gpus-per-node=$gpus"
   [[ -z $cpus ]] || echo "#SBATCH --cpus-per-task=$cpus"
   [[ -z $exclusive ]] || echo '#SBATCH --exclusive'
@@ -159,19 +208,19 @@ SETTINGS
 }
 
 if [[ -n $dry_run ]]; then
-  say "would write $run_dir/launch/job.sbatch and run: sbatch --parsable $run_dir/launch/job.sbatch" >&2
+  say "would write $run_dir/launch/job.sbatch and run: sbatch --parsable $(quoted "$run_dir/launch/job.sbatch")" >&2
   script "$@"
   exit 0
 fi
 
 command -v sbatch > /dev/null || die "sbatch is not on PATH: submit from a node of the cluster, or look at it with --dry-run"
 mkdir -p "$run_dir/launch/bin"
-cp "$here"/{common,health,rank,torchrun}.sh "$run_dir/launch/bin/"
+cp "$here"/{common.sh,health.sh,rank.sh,torchrun.sh,values.tsv} "$run_dir/launch/bin/"
 script "$@" > "$run_dir/launch/.job.sbatch.$$"
 mv -f "$run_dir/launch/.job.sbatch.$$" "$run_dir/launch/job.sbatch"
 printf 'submitted\t%s\n' "$(date +%FT%T)" >> "$run_dir/launch/attempts.tsv" # restarts are counted from here
 touch "$run_dir/launch/submitted"
-say "sbatch --parsable $run_dir/launch/job.sbatch" >&2
+say "sbatch --parsable $(quoted "$run_dir/launch/job.sbatch")" >&2
 job=$(sbatch --parsable "$run_dir/launch/job.sbatch") || die "sbatch refused the job (above); the script is $run_dir/launch/job.sbatch"
 say "job $job; its output: $run_dir/launch/slurm-${job%%;*}.out" >&2
 echo "$job"

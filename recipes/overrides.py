@@ -14,9 +14,9 @@ import fiddle as fdl
 import nemo_run as run
 from nemo.collections import llm
 
+from kvcat_nemo.launch.overrides import key_of
+from kvcat_nemo.launch.values import check_value, forms
 from kvcat_nemo.tracking.redact import refuse_credentials
-
-_OVERRIDE = re.compile(r"^([A-Za-z_][\w.]*?)\s*([+*/|&-]?=)(?!=)")
 
 
 def recipe(name: str) -> Callable:
@@ -29,6 +29,7 @@ def recipe(name: str) -> Callable:
             asked = _asked_for(name)
             if asked:
                 refuse_credentials(sys.argv[1:])
+                check_executor(sys.argv[1:])
             out = function(*args, **kwargs)
             if asked:
                 check_overrides(out, sys.argv[1:])
@@ -60,9 +61,24 @@ def check_overrides(recipe: run.Partial, arguments: Iterable[str]) -> None:
         ValueError: naming the unknown part and the nearest known name.
     """
     for argument in arguments:
-        match = _OVERRIDE.match(argument)
-        if match and match[1].split(".")[0] not in ("run", "executor", "plugins"):
-            _check(recipe, match[1])
+        key = key_of(argument)
+        if key and key.split(".")[0] not in ("run", "executor", "plugins"):
+            _check(recipe, key)
+
+
+def check_executor(arguments: Iterable[str]) -> None:
+    """Refuse settings of a NeMo-Run executor that could not stand in a batch script: NeMo-Run writes them there as they are.
+
+    Raises:
+        ValueError: as kvcat_nemo.launch.values.check_value.
+    """
+    for argument in arguments:
+        key = key_of(argument) or ""
+        option = key.removeprefix("run.executor.").replace("_", "-")
+        option = {"container-image": "image", "job-name-prefix": "job-name"}.get(option, option)
+        value = argument.partition("=")[2].strip().strip("'\"")
+        if key.startswith("run.executor.") and option in forms() and value != "None":
+            check_value(option, value, shown=key)
 
 
 def _check(config: fdl.Buildable, dotted: str) -> None:
@@ -72,6 +88,7 @@ def _check(config: fdl.Buildable, dotted: str) -> None:
             return  # inside a plain value, which nemo-run knows how to handle
         target = fdl.get_callable(config)
         known = _names(target)
+        part, *places = re.findall(r"\d+(?=\])|[^\[\]]+(?=\[|$)", part) or [part]
         if known is not None and part not in known:
             near = difflib.get_close_matches(part, known, n=3, cutoff=0.5)
             full = [".".join([*done, name]) for name in near]
@@ -79,6 +96,8 @@ def _check(config: fdl.Buildable, dotted: str) -> None:
             raise ValueError(f"{dotted}: {target.__name__} has no field {part!r}; {hint}")
         done.append(part)
         config = getattr(config, part, None)
+        for place in map(int, places):
+            config = config[place] if isinstance(config, list | tuple) and place < len(config) else None
 
 
 def _names(target: Callable) -> list[str] | None:

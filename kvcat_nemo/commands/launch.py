@@ -11,6 +11,8 @@ from pathlib import Path
 
 import click
 
+from kvcat_nemo.commands.options import friendly_errors
+
 _SHARED = [
     click.argument("recipe"),
     click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
@@ -67,40 +69,57 @@ def training_command(
     """`nemo llm pretrain …` for a recipe in a run folder, on `nodes` × `procs` ranks.
 
     Raises:
-        click.ClickException: when the recipe is not a name or a call with plain values, an argument or override
-            contradicts an option, or one holds credentials.
+        click.ClickException: when the recipe is not a name or a call with plain values, an override is not a plain value
+            (kvcat_nemo.launch.overrides), an argument or override contradicts an option, or one holds credentials.
     """
+    from kvcat_nemo.launch.overrides import factory_call, read_override, touches
     from kvcat_nemo.tracking.redact import refuse_credentials
 
     try:
-        call = ast.parse(recipe, mode="eval").body
+        refuse_credentials(
+            [recipe, *overrides]
+        )  # they are printed, and kept in files; so no message below shows one
+        call = ast.parse(recipe.strip(), mode="eval").body
         keywords = [] if isinstance(call, ast.Name) else call.keywords
         name = call.id if isinstance(call, ast.Name) else call.func.id
-        if isinstance(call, ast.Call) and call.args:
-            raise ValueError
-        arguments = {k.arg: ast.literal_eval(k.value) for k in keywords}
-    except (SyntaxError, AttributeError, ValueError) as error:
+        if (isinstance(call, ast.Call) and call.args) or any(k.arg is None for k in keywords):
+            raise AttributeError
+        arguments = {k.arg: _literal(k.value) for k in keywords}
+    except (SyntaxError, AttributeError) as error:
         raise click.ClickException(
             f"recipe {recipe!r}: give NAME or \"NAME(base='…', paths='…')\", values by name"
         ) from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     for key in ("dir", "name"):
         if key in arguments:
             raise click.ClickException(f"recipe {recipe!r}: {key} comes from --run-dir; leave it out")
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key in ("trainer.devices", "trainer.num_nodes", "log.log_dir", "log.name"):
-            raise click.ClickException(
-                f"{override}: comes from --nodes, --procs-per-node and --run-dir; leave it out"
-            )
     arguments |= {"dir": str(run_dir.parent), "name": run_dir.name}
-    factory = f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
-    layout = [f"trainer.num_nodes={nodes}", f"trainer.devices={procs}"]
-    words = ["nemo", "llm", "pretrain", "--factory", factory, "-y", *layout, *overrides]
     try:
-        refuse_credentials(words)  # they are printed, and kept in files
+        for override in overrides:
+            key = read_override(override).key
+            for field in ("trainer.devices", "trainer.num_nodes", "log.log_dir", "log.name"):
+                if touches(key, field):
+                    what = "" if key == field else f" (it sets {field})"
+                    raise ValueError(
+                        f"{override}: comes from --nodes, --procs-per-node and --run-dir; leave it out{what}"
+                    )
+            if key.startswith("run"):
+                raise ValueError(
+                    f"{override}: kvcat launch starts the ranks itself; run.… is for `nemo llm pretrain`"
+                )
+        factory = factory_call(name, arguments)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    return words
+    layout = [f"trainer.num_nodes={nodes}", f"trainer.devices={procs}"]
+    return ["nemo", "llm", "pretrain", "--factory", factory, "-y", *layout, *overrides]
+
+
+def _literal(node: ast.expr):
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise AttributeError from None  # a call, or a name
 
 
 def _recipe_name(recipe: str) -> str:
@@ -108,6 +127,7 @@ def _recipe_name(recipe: str) -> str:
 
 
 def _folder(run_dir: str | None, recipe: str) -> Path:
+    _check_values({"run-dir": run_dir})
     return Path(os.path.abspath(run_dir or Path("runs") / _recipe_name(recipe)))
 
 
@@ -127,6 +147,17 @@ def _check_plan(recipe: str, words: list[str]) -> None:
     click.echo(
         f"checked: {out['layout']['world_size']} ranks, {memory:.1f} GB each (estimate for bf16)", err=True
     )
+
+
+def _check_values(values: dict[str, object]) -> None:
+    """Hold options against the table of their forms (launch/values.tsv), before anything is built, written or run."""
+    from kvcat_nemo.launch.values import check_value, forms
+
+    with friendly_errors():
+        for option, value in values.items():
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if option in forms() and one is not None and one != "":
+                    check_value(option, one)
 
 
 def _run(words: list[str], environment: dict[str, str] | None = None) -> None:
@@ -161,6 +192,16 @@ def local(
 
     folder = _folder(run_dir, recipe)
     procs = procs_per_node or 1
+    _check_values(
+        {
+            "run-dir": folder,
+            "setup": setup,
+            "interface": interface,
+            "max-stalled": max_stalled,
+            "node-rank": node_rank,
+        }
+        | {"master-addr": master_addr, "attempt": attempt, "nodes": nodes, "procs-per-node": procs}
+    )
     words = training_command(recipe, overrides, folder, nodes, procs)
     environment = {
         "KVCAT_RUN_DIR": str(folder),
@@ -225,13 +266,6 @@ def slurm(
 
     folder = _folder(run_dir, recipe)
     procs = procs_per_node or gpus_per_node or 1
-    training = training_command(recipe, overrides, folder, nodes, procs)
-    try:
-        check_variables(env)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    if plan or (plan is None and not dry_run):
-        _check_plan(recipe, training)
     values = {
         "run-dir": folder,
         "nodes": nodes,
@@ -246,14 +280,22 @@ def slurm(
         "signal-seconds": signal_seconds,
         "max-stalled": max_stalled,
     } | {key.replace("_", "-"): value for key, value in others.items()}
+    _check_values(
+        {key: value for key, value in values.items() if not isinstance(value, bool)} | {"mount": mounts}
+    )
+    with friendly_errors():
+        check_variables(env)
+    training = training_command(recipe, overrides, folder, nodes, procs)
+    if plan or (plan is None and not dry_run):
+        _check_plan(recipe, training)
     words = ["bash", str(HERE / "submit.sh")]
     for key, value in values.items():
         if value is True:
             words.append(f"--{key}")
         elif value is not None and value is not False and value != "":  # 0 is a value
-            words += [f"--{key}", str(value)]
+            words.append(f"--{key}={value}")
     for key, entries in (("mount", mounts), ("env", env)):
-        words += [word for entry in entries for word in (f"--{key}", entry)]
+        words += [f"--{key}={entry}" for entry in entries]
     _run([*words, *(["--dry-run"] if dry_run else []), "--", *training])
 
 
@@ -278,14 +320,13 @@ def k8s(
     import yaml
 
     from kvcat_nemo.data.files import new_file
-    from kvcat_nemo.launch.jobset import jobset, merge, validate
+    from kvcat_nemo.launch.jobset import default_name, jobset, merge, refuse_secrets_in, validate
     from kvcat_nemo.launch.settings import Settings
 
     folder = _folder(run_dir, recipe)
     procs = procs_per_node or gpus_per_node or 1
     training = training_command(recipe, overrides, folder, nodes, procs)
-    if plan or (plan is None and not dry_run):
-        _check_plan(recipe, training)
+    _check_values({"max-restarts": max_restarts})
     try:
         settings = Settings(
             command=training,
@@ -293,7 +334,7 @@ def k8s(
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             procs_per_node=procs,
-            name=name or folder.name.replace("_", "-"),
+            name=name or default_name(folder),
             image=image,
             mounts=list(mounts),
             env=list(env),
@@ -306,6 +347,9 @@ def k8s(
         manifest = jobset(settings, max_restarts=max_restarts)
         if patch:
             manifest = merge(manifest, yaml.safe_load(Path(patch).read_text(encoding="utf-8")))
+        refuse_secrets_in(manifest)
+        if plan or (plan is None and not dry_run):
+            _check_plan(recipe, training)
         validate(manifest)
     except ValueError as error:
         raise click.ClickException(str(error)) from error

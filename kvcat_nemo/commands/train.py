@@ -13,6 +13,12 @@ def command():
 def _recipe(name: str, overrides: tuple[str, ...]):
     import difflib
 
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.launch.overrides import read_override
+
+    with friendly_errors():
+        for override in overrides:
+            read_override(override)  # before nemo-run, which runs what some of them hold
     from kvcat_nemo.recipes import RECIPES  # an import error of a recipe is the user's to see
 
     if name not in RECIPES:
@@ -47,7 +53,9 @@ def list_recipes():
 def plan(name, overrides, as_json):
     """Validate recipe NAME and print what it would need, without starting anything.
 
-    Takes the same overrides as `nemo llm pretrain`. Memory is for bf16 on GPUs, an estimate.
+    Takes the overrides of `nemo llm pretrain` whose values are literals, words or texts. nemo-run's parser runs code that a value
+    names (os.abort, f(…), Config[…], @file.yaml): here such a value is refused, and `nemo llm pretrain` itself runs it. A word
+    that is the name of a factory registered with nemo-run calls that factory. Memory is for bf16 on GPUs, an estimate.
 
     \b
     Examples:

@@ -11,6 +11,8 @@ import os
 
 import nemo_run as run
 
+from kvcat_nemo.launch.values import check_environment
+
 
 def torchrun() -> run.Config[run.LocalExecutor]:
     """Ranks on this machine. NeMo-Run's own executor of this name works only with CUDA."""
@@ -19,6 +21,8 @@ def torchrun() -> run.Config[run.LocalExecutor]:
 
 def slurm() -> run.Config[run.SlurmExecutor]:
     """A Slurm cluster, submitted to from one of its nodes; on CPU nodes set gpus_per_node to None."""
+    # NeMo-Run writes them into its batch script as they are.
+    check_environment(os.environ, "SBATCH_ACCOUNT", "SBATCH_PARTITION")
     home = os.environ.get("NEMORUN_HOME", os.path.expanduser("~/.nemo_run"))
     return run.Config(
         run.SlurmExecutor,

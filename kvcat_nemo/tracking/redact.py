@@ -1,34 +1,61 @@
-"""Credentials stay out of logs, parameters, manifests and warnings."""
+"""Credentials stay out of job files, logs, parameters, manifests and warnings. The one answer to "is that a credential?"."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "***"
+TABLE = Path(__file__).with_name("secrets.tsv")
+"""What a credential looks like; launch/common.sh reads the same file."""
 
-# user:password@ of a URI; a raw @ in the password belongs to it, a slash cannot.
-_USERINFO = re.compile(r"(?<=://)[^/\s'\"<>]+@")
-_WORDS = (
-    r"(?:passw(?:or)?d|passphrase|pwd|secrets?|credentials?|authorization|"
-    r"(?:api|access|private|secret|account|storage)_?key(?:_id)?|"
-    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)token)"
+ADVICE = (
+    "it would be written to a file, or shown to other users. Export a variable in the shell that submits and give its name "
+    "alone (--env NAME), read it from a file that only you can read, or put it into the Kubernetes Secret JOB-env"
 )
-# As the last part of a dotted or underscored name: model.hf_token, but not tokenizer, tokens or eos_token.
-_SECRET_NAME = re.compile(rf"(?:^|[._\-\[\]]){_WORDS}\]?$", re.IGNORECASE)
-_SECRET_QUERY = re.compile(rf"((?:[?&;]|\b){_WORDS}=)[^&;\s'\"]+", re.IGNORECASE)
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w\-.~+/]{6,}=*")
-# Anywhere in a variable's name, and written together too (PGPASSWORD, AUTHTOKEN, AWS_SECRET_ACCESS_KEY), but not
-# TOKENIZERS_PARALLELISM, MAX_TOKENS or PWD.
-_SECRET_VARIABLE = re.compile(
-    r"PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIAL|AUTHORIZATION|(?:API|ACCESS|PRIVATE|ACCOUNT|STORAGE)_?KEY|TOKEN(?:_|$)|_PWD$",
-    re.IGNORECASE,
-)
+
 # A shorter value is no secret worth the name, and hiding it would eat words out of every message.
 _SHORTEST = 6
+
+
+class _Row(NamedTuple):
+    pattern: re.Pattern[str]
+    what: str
+
+
+@cache
+def _rows(kind: str) -> tuple[_Row, ...]:
+    """The table's rows of a kind. `keep` is a named group; POSIX' classes are written as Python has them."""
+    out = []
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        of, case, keep, pattern, what = line.split("\t")
+        if of == kind:
+            text = f"(?P<keep>{'' if keep == '-' else keep})(?:{pattern})"
+            text = text.replace("[:space:]", r"\s").replace("[:alnum:]", "A-Za-z0-9")
+            out.append(_Row(re.compile(text, re.IGNORECASE if case == "i" else 0), what))
+    return tuple(out)
+
+
+def _without_plain(text: str) -> str:
+    """`text` with what only looks like a credential blotted out, each letter by one other, so that places stay."""
+    for row in _rows("plain"):
+        text = row.pattern.sub(lambda m: m["keep"] + "!" * (len(m[0]) - len(m["keep"])), text)
+    return text
+
+
+def _found(text: str) -> Iterator[tuple[int, int, str]]:
+    """Where credentials stand in a text, and what each is."""
+    searched = _without_plain(text)
+    for row in _rows("text"):
+        for match in row.pattern.finditer(searched):
+            yield match.end("keep"), match.end(), row.what
 
 
 def environment_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
@@ -53,12 +80,58 @@ def _password(uri: str) -> str | None:
 
 
 def redact(text: str, secrets: Iterable[str] | None = None) -> str:
-    """`text` with credentials in URIs, secret query parameters, bearer tokens and secrets of the environment hidden."""
+    """`text` with credentials of every known form (secrets.tsv) and secrets of the environment hidden."""
     for secret in environment_secrets() if secrets is None else secrets:
         text = text.replace(secret, HIDDEN)
-    text = _USERINFO.sub(f"{HIDDEN}@", text)
-    text = _SECRET_QUERY.sub(rf"\g<1>{HIDDEN}", text)
-    return _BEARER.sub(rf"\1 {HIDDEN}", text)
+    out, at = [], 0
+    for start, end, what in sorted(_found(text)):
+        if end <= at:
+            continue
+        if start >= at:
+            out += [text[at:start], HIDDEN]
+        at = end
+        if what.endswith("in an address"):
+            out.append("@")  # so that the host stays readable
+    return "".join([*out, text[at:]])
+
+
+def what_secret(name: str, value: str, secrets: Iterable[str] | None = None) -> str | None:
+    """What kind of credential a variable with this value would tell to whoever reads it; None: none.
+
+    Args:
+        name: the variable's or option's name; a name such as HF_TOKEN makes any value a credential.
+        secrets: values held in confidence; None: those of the environment.
+    """
+    if not value:
+        return None
+    if is_secret_variable(name):
+        return _rows("variable")[0].what
+    for _, _, what in _found(value):
+        return what
+    if any(secret in value for secret in (environment_secrets() if secrets is None else secrets)):
+        return "value of a credential in the environment"
+    return None
+
+
+def looks_like_a_secret(name: str, value: str) -> bool:
+    """Whether a variable with this value would tell a credential to whoever reads it; launch/common.sh has the same."""
+    return what_secret(name, value) is not None
+
+
+def refuse_secrets(values: Iterable[tuple[str, str]]) -> None:
+    """Refuse credentials in what is written to job files.
+
+    Args:
+        values: pairs of the name that a message may show, and the value that it may not.
+
+    Raises:
+        ValueError: naming the option and the kind of credential, without what it holds.
+    """
+    secrets = environment_secrets()
+    for name, value in values:
+        what = what_secret("", value, secrets)
+        if what:
+            raise ValueError(f"{name}=…: that looks like a secret ({what}); {ADVICE}")
 
 
 def redact_tree(value: Any, secrets: Iterable[str] | None = None) -> Any:
@@ -75,21 +148,13 @@ def redact_tree(value: Any, secrets: Iterable[str] | None = None) -> Any:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name holds a credential."""
-    return bool(_SECRET_NAME.search(name))
+    """Whether a setting of this name holds a credential: model.hf_token, but not tokenizer, tokens or eos_token."""
+    return any(row.pattern.search(_without_plain(name)) for row in _rows("setting"))
 
 
 def is_secret_variable(name: str) -> bool:
-    """Whether an environment variable of this name holds a credential."""
-    return bool(_SECRET_VARIABLE.search(name))
-
-
-def looks_like_a_secret(name: str, value: str) -> bool:
-    """Whether a variable with this value would tell a credential to whoever reads it.
-
-    launch/common.sh has the same for the shell, but for values that equal a secret of the environment.
-    """
-    return bool(value) and (is_secret_variable(name) or redact(value) != value)
+    """Whether an environment variable of this name holds a credential: PGPASSWORD, but not MAX_TOKENS or PWD."""
+    return any(row.pattern.search(_without_plain(name)) for row in _rows("variable"))
 
 
 def refuse_credentials(arguments: Iterable[str]) -> None:
@@ -99,10 +164,18 @@ def refuse_credentials(arguments: Iterable[str]) -> None:
         ValueError: naming the argument, without what it holds.
     """
     secrets = environment_secrets()
-    for argument in arguments:
+    arguments = list(arguments)
+    for before, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, value = argument.partition("=")
-        named = bool(equals) and is_secret_name(name) and value.strip("'\"") not in ("", "None")
-        if named or redact(argument, secrets) != argument:
+        named = (
+            bool(equals)
+            and is_secret_name(name.rstrip("+-*/|& "))
+            and value.strip("'\" ") not in ("", "None")
+        )
+        follows = (
+            before.startswith("-") and "=" not in before and what_secret("", f"{before} {argument}", secrets)
+        )
+        if named or follows or redact(argument, secrets) != argument:
             shown = redact(name, secrets) if equals else "an argument"
             raise ValueError(
                 f"{shown}: credentials do not belong on a command line, which other users and log files see. For MLflow, set "

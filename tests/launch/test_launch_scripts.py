@@ -60,7 +60,7 @@ def test_dry_run_is_the_whole_script(script, tmp_path):
     for option in (
         "--job-name=first", "--nodes=4", "--ntasks-per-node=1", "--time=1-00:00:00", "--requeue", "--partition=gpu",
         "--account=lab", "--signal=B:USR1@240", "--gpus-per-node=8", "--cpus-per-task=64", "--exclusive",
-        f"--output={run}/launch/slurm-%j.out",
+        f'--output="{run}/launch/slurm-%j.out"',
     ):  # fmt: skip
         assert f"#SBATCH {option}\n" in script
     assert script.endswith((LAUNCH / "slurm.sbatch").read_text().partition("\n")[2])
