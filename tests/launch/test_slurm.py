@@ -268,6 +268,16 @@ def test_a_rank_that_fails_on_one_node_is_named(cluster, tmp_path):
     assert "| something broke here" in text and done["Restarts"] == "0"
 
 
+def test_a_folder_of_any_name_is_one_folder(cluster, tmp_path):
+    """sbatch reads its directives by rules of its own: quotes, comments, and patterns that begin with %."""
+    run = tmp_path / "a 'b' \"c\" ünï 100% %j $(touch pwned) #x;`y`"
+    number = submit(cluster, run, "--exclude", f"{cluster.nodes[2]}", command=(sys.executable, STANDIN, 3))
+    wait(cluster, number, state("COMPLETED"), run)
+    assert "kvcat launch: finished" in output(run) and (run / "kvcat" / "finished.json").is_file()
+    assert len(list(run.glob("launch/attempt-001/rank-*.log"))) == 2
+    assert [p.name for p in tmp_path.iterdir()] == [run.name]
+
+
 def test_a_sick_node_is_named_before_the_start(cluster, tmp_path):
     run = tmp_path / "run"
     check = f"test $(uname -n) != {cluster.nodes[1]} || {{ echo the fan is loose; false; }}"
