@@ -22,6 +22,7 @@ from kvcat_nemo.data.manifest import (
 from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import HELD_OUT, SKIP, TRAIN, Plan, plan_split
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, threads
+from kvcat_nemo.data.windows import INDEX_FOLDER
 
 __all__ = ["DatasetManifest", "build_dataset", "dataset_fingerprint", "read_manifest"]
 
@@ -207,8 +208,9 @@ def _refuse_foreign(out: Path) -> None:
     """Raise if `out` holds anything that isn't a dataset's: --force must never delete anything else."""
     ends = (".bin", ".idx", ".documents.jsonl")
     own = {MANIFEST} | {name + end for name in _SPLITS.values() for end in ends}
-    # Megatron keeps its shuffled indices beside the data. They go with it: for other data they would be wrong.
-    caches = tuple(f"{name}/cache/GPTDataset_indices/" for name in _SPLITS.values())
+    # The orders of windows, ours and Megatron's, are kept beside the data. They go with it: for other data they would be wrong.
+    folders = (INDEX_FOLDER, "cache/GPTDataset_indices")
+    caches = tuple(f"{name}/{folder}/" for name in _SPLITS.values() for folder in folders)
     files = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
     if foreign := sorted(name for name in files if name not in own and not name.startswith(caches)):
         raise ValueError(f"{out} holds files of other kinds ({', '.join(foreign[:3])}); give another folder")

@@ -15,6 +15,8 @@ MAX_EPOCHS = 100_000
 """No run reads the same tokens more often on purpose; a split of a few tokens asks for it by mistake."""
 MAX_INDEX = 1 << 33
 """Entries of an index: a document of an epoch each, 4 bytes. 32 GiB, some twenty epochs of the largest public corpora."""
+INDEX_FOLDER = "cache/EpochDataset_indices"
+"""Where the order of a dataset's windows is kept, below the dataset's prefix (engine.epochs); Megatron's own lies beside it."""
 _BLOCKS, _BLOCK = 256, 4096
 
 

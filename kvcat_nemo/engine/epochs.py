@@ -26,7 +26,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from kvcat_nemo.data.files import new_folder
-from kvcat_nemo.data.windows import check_epochs, contents, epochs_needed, windows_in
+from kvcat_nemo.data.windows import INDEX_FOLDER, check_epochs, contents, epochs_needed, windows_in
 
 PARTS = ("document_index", "sample_index", "shuffle_index")
 
@@ -103,7 +103,7 @@ class EpochDataset(GPTDataset):
         }
         self.unique_identifiers |= facts  # a blend's cached index is named after these
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        root = Path(self.config.path_to_cache or Path(self.dataset.path_prefix) / "cache")
+        root = Path(self.config.path_to_cache or Path(self.dataset.path_prefix) / INDEX_FOLDER)
         folder = root / f"{type(self).__name__}-{split}-{name}"
         if not folder.is_dir():
             index = build_index(lengths, self.indices, S, epochs, self.config.random_seed)

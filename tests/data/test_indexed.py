@@ -147,14 +147,21 @@ def test_force_never_deletes_a_folder_with_other_files(corpus, tokenizer_dir, tm
     assert corpus.exists()
 
 
-def test_megatrons_index_caches_are_kept_on_reuse_and_go_when_the_data_changes(
-    corpus, tokenizer_dir, tmp_path
+@pytest.mark.parametrize("kind", ["GPTDataset", "EpochDataset"])
+def test_kept_orders_of_windows_stay_on_reuse_and_go_when_the_data_changes(
+    corpus, tokenizer_dir, tmp_path, kind
 ):
+    from megatron.core.datasets import gpt_dataset
+
+    from kvcat_nemo.engine import epochs
+
     out = tmp_path / "out"
     build(corpus, tokenizer_dir, out)
-    cache = out / "train" / "cache" / "GPTDataset_indices"
-    cache.mkdir(parents=True)
-    (cache / "x-shuffle_index.npy").write_bytes(b"1")
+    build_windows(
+        {"GPTDataset": gpt_dataset.GPTDataset, "EpochDataset": epochs.EpochDataset}[kind], out / "train"
+    )
+    cache = out / "train" / "cache"
+    assert list(cache.rglob("*.npy"))
     again, _ = build(corpus, tokenizer_dir, out, force=True)
     assert again.reused and cache.exists()
     (out / "notes.txt").write_text("mine")
@@ -164,6 +171,22 @@ def test_megatrons_index_caches_are_kept_on_reuse_and_go_when_the_data_changes(
     (out / "notes.txt").unlink()
     build(corpus, tokenizer_dir, out, seed=5, force=True)
     assert not cache.exists()
+
+
+def build_windows(kind, prefix):
+    """As training makes them, with the order kept beside the data."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    class Tokenizer:
+        unique_identifiers = {"name": "x"}
+        eod = 0
+
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=8, tokenizer=Tokenizer(), blend_per_split=[([str(prefix)], None), None, None],
+        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+    )  # fmt: skip
+    return BlendedMegatronDatasetBuilder(kind, [3, 0, 0], lambda: True, config).build()[0]
 
 
 def test_an_interrupted_build_leaves_nothing(corpus, tokenizer_dir, tmp_path, monkeypatch):
