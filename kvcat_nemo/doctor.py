@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvcat_nemo.runs import standing
 from kvcat_nemo.runs.checkpoints import survey
+from kvcat_nemo.runs.pickles import check_index
 from kvcat_nemo.runs.standing import Standing, is_sealed
 
 GOOD, NOTE, BROKEN = "ok", "note", "BROKEN"
@@ -193,6 +194,8 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
                 f"{where}: a base model that an older kvcat imported: nothing tells whether it is whole",
             )
             return
+        if one.whole and (where / "weights" / ".metadata").is_file():
+            check_index(where / "weights")
         yield Verdict("checkpoint", GOOD if one.whole else BROKEN, one.why_not or _sealed(one, hashes))
         return
     folder = where / "checkpoints" if (where / "checkpoints").is_dir() else where

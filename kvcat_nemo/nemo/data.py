@@ -14,6 +14,7 @@ from nemo.lightning.io import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
 
+from kvcat_nemo.data.arrays import check_arrays
 from kvcat_nemo.data.indexed_check import check_indexed
 from kvcat_nemo.nemo.base import tokenizer_dir
 
@@ -58,6 +59,14 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
                 "kvcat data build SOURCE --tokenizer HF_DIR --out DIR, and give DIR"
             ) from None
     return out
+
+
+def index_folders(paths, index_mapping_dir) -> list[str]:
+    """Where Megatron keeps the sample indices of a dataset, and takes those that it finds."""
+    if index_mapping_dir:
+        return [str(index_mapping_dir)]
+    parts = paths.values() if isinstance(paths, dict) else [paths]
+    return [f"{prefix}/cache" for part in parts for prefix in part if not _is_number(prefix)]
 
 
 def _is_number(text: str) -> bool:
@@ -134,8 +143,10 @@ class KVCatDataModule(PreTrainingDataModule):
             tokenizer = tokenizer_dir(base)
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = AutoTokenizer(pretrained_model_name=str(tokenizer))
+        resolved = dataset_paths(paths)
+        self._index_folders = index_folders(resolved, index_mapping_dir)
         super().__init__(
-            paths=dataset_paths(paths),
+            paths=resolved,
             tokenizer=tokenizer,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
@@ -165,6 +176,7 @@ class KVCatDataModule(PreTrainingDataModule):
         trainer_limit_test_batches,
     ):
         """As NeMo's, but the validation set is exactly one validation's windows, so that every validation sees the same."""
+        check_arrays(self._index_folders)
         once = (
             trainer_max_steps + 1
         )  # "validate every so many steps": the set is then sized for a single validation

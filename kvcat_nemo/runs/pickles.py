@@ -60,8 +60,16 @@ _KNOWN = frozenset(
             "_MEM_FORMAT_ENCODING",
         )
     ]
-    + [("torch.distributed.checkpoint.filesystem", "_StorageInfo")]
-    + [("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")]
+    + [("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")]
+    # Megatron keeps the plans of the save, too.
+    + [
+        ("torch.distributed.checkpoint.planner", name)
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ]
+    + [
+        ("megatron.core.dist_checkpointing.strategies.torch", name)
+        for name in ("MCoreMetadata", "MCoreSavePlan")
+    ]
     # The folder that a checkpoint was saved to.
     + [("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")]
 )
