@@ -138,10 +138,10 @@ def check_out(out: str | Path, *, force: bool, sources: Iterable[str | Path]) ->
     out = Path(os.path.abspath(out))
     if out.is_dir() and not out.is_symlink() and not force and not empty(out):
         raise ValueError(f"{out} exists; choose another folder or pass --force to replace it")
-    check_replaceable(out, our_names, sources=sources)
     for folder in out.parents:
         if is_sealed(folder):
             raise ValueError(f"{out} lies within {folder}, which is sealed: nothing may be added to it")
+    check_replaceable(out, our_names, sources=sources)
 
 
 @contextlib.contextmanager

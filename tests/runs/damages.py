@@ -27,7 +27,11 @@ def files(folder):
 
 def each(act):
     """The same done to every file of the folder, one at a time: a list of damages."""
-    return lambda folder: [(lambda f, name=p.relative_to(folder): act(f / name)) for p in files(folder)]
+
+    def one(name):
+        return lambda folder: act(folder / name)
+
+    return lambda folder: [one(path.relative_to(folder)) for path in files(folder)]
 
 
 def add(name):
