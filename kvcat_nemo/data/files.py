@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def sha256_of(path: str | os.PathLike) -> str:
     """The sha256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_jsonl_target(path: Path, ours: Callable[[Any], bool]) -> None:
+    """Refuse to write over a file that is not what we would write: its first line tells.
+
+    Args:
+        ours: whether a JSON value may be of ours.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is no plain file")
+        with path.open("rb") as file:
+            known = ours(json.loads(file.readline(1 << 26)))
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{path} exists and is not what would be written there; it is not replaced: give another file"
+        )
 
 
 def flush_file(path: Path) -> None:

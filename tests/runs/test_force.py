@@ -168,3 +168,40 @@ def test_a_seal_written_twice_is_the_same(tmp_path):
     os.unlink(tmp_path / SEAL)
     seal(tmp_path, 3, x=1)
     assert (tmp_path / SEAL).read_bytes() == first
+
+
+def test_fetching_a_corpus_spares_a_file_of_somebody(tmp_path, monkeypatch):
+    from kvcat_nemo.data import benchmarks, corpora
+
+    def never(*_):
+        raise AssertionError("fetched")
+
+    for module, names in ((corpora, ("fetch_package", "fetch_archive")), (benchmarks, ("fetch_package",))):
+        for name in names:
+            monkeypatch.setattr(module, name, never)
+    out = tmp_path / "thesis.jsonl"
+    for text in ("my thesis", '{"title": "mine"}\n', "[]\n", '{"text": "x"}\n'):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="thesis.jsonl exists and is not what would be written"):
+            corpora.fetch_corpus("qasper", out, force=True)
+        with pytest.raises(ValueError, match="thesis.jsonl exists and is not what would be written"):
+            benchmarks.fetch_benchmark("piqa", out, force=True)
+        assert out.read_text() == text
+    out.write_text('{"id": "a", "text": "b"}\n')
+    with pytest.raises(AssertionError, match="fetched"):
+        corpora.fetch_corpus("qasper", out, force=True)
+
+
+def test_an_exported_model_that_changed_is_not_imported(place):
+    import sys
+
+    sys.path.insert(0, os.path.dirname(__file__))
+    from damages import flip
+
+    flip(place / "exported" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="model.safetensors: its contents changed.*If you changed it yourself, remove"
+    ):
+        import_hf(place / "exported", place / "again")
+    (place / "exported" / SEAL).unlink()
+    import_hf(place / "exported", place / "again")
