@@ -18,6 +18,7 @@ from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
 from kvcat_nemo.conversion.verify_rank import RankJob, greedy
 from kvcat_nemo.conversion.weight_map import instances
 from kvcat_nemo.runs.checkpoints import find_checkpoint
+from kvcat_nemo.runs.pickles import check_common, check_format, check_index
 from kvcat_nemo.runs.vocabulary import recorded
 
 TEXT = (
@@ -97,6 +98,9 @@ def verify(
     found = find_checkpoint(checkpoint, unverified=unverified)
     found.require_whole()
     weights = found.weights
+    check_format(weights)
+    check_index(weights)
+    check_common(weights)
     compared, different, dtype = compare_weights(hf_dir, weights, arch, vocabulary=recorded(found))
     ids, source = _token_ids(Path(hf_dir), arch, text)
     logits, decoded = hf_answer(hf_dir, ids, new_tokens, precision)

@@ -24,7 +24,7 @@ from kvcat_nemo.nemo.plan import checked_layout
 from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
 from kvcat_nemo.nemo.verify import first_whole, whole_base
 from kvcat_nemo.processes import children_die_with_us
-from kvcat_nemo.runs.pickles import check_index
+from kvcat_nemo.runs.pickles import check_common, check_index
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
 
@@ -108,6 +108,7 @@ class KVCatStrategy(nl.MegatronStrategy):
             )
         weights = ckpt_to_weights_subdir(Path(checkpoint_path), is_saving=False)
         check_index(weights)
+        check_common(weights)
         loaded = super().load_checkpoint(weights, selective_restore)
         if not selective_restore:
             load_random_state(self.trainer, weights)
@@ -141,6 +142,7 @@ class KVCatStrategy(nl.MegatronStrategy):
         whole_base(path, hashes=self._verify_hashes)
         weights = ckpt_to_weights_subdir(path, is_saving=False)
         check_index(weights)
+        check_common(weights)
         stored = set(dist_checkpointing.load_tensors_metadata(str(weights)))
         wanted = self.megatron_parallel.sharded_state_dict(metadata={})
         has_routers = any(".router." in key for key in stored)

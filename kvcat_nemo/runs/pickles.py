@@ -1,8 +1,8 @@
 """What may be in the index of a distributed checkpoint: `.metadata` is a pickle, and a pickle can run any code.
 
-torch and Megatron read it with `pickle.load`. Here it is read with the few classes that an index is made of; whoever hands
-a checkpoint to Megatron asks `check_index` first. (Megatron reads the other pickles, common.pt and the objects inside the
-.distcp files, by `torch.load`, which since torch 2.6 takes tensors and plain values alone.)
+torch and Megatron read it with `pickle.load`. Here it is read with the few classes that an index is made of. Whoever hands
+a checkpoint to Megatron asks `check_index` and `check_common` first. (Megatron reads the other pickles, common.pt and the
+objects inside the .distcp files, by `torch.load`, which since torch 2.6 takes tensors and plain values alone.)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -185,6 +186,24 @@ def check_index(weights: str | Path) -> None:
     except TypeError as error:
         raise ValueError(f"{weights / '.metadata'} is no index of a checkpoint ({error})") from None
     _check_files(weights, where)
+
+
+def check_common(weights: str | Path) -> None:
+    """Read common.pt as Megatron will: tensors, plain values and Megatron's own few classes, whatever the environment allows.
+
+    Raises:
+        ValueError: when it is damaged or asks for anything else.
+    """
+    import megatron.core  # noqa: F401 - tells torch which of its classes are safe
+    import torch
+
+    path = Path(weights) / "common.pt"
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (*_UNREADABLE, OSError, RuntimeError) as error:
+        asked = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
+        why = f"it asks for {asked[1]}, which could run code" if asked else str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not read: {why}") from None
 
 
 def check_format(weights: Path) -> None:

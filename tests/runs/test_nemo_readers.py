@@ -67,15 +67,16 @@ def test_an_unsealed_one_is_taken_by_name_alone(copy):
         assert first_whole([folder], hashes=True, unverified=True) == folder
 
 
-def test_the_index_is_looked_at_before_megatron_unpickles_it(copy, tmp_path, monkeypatch):
+def test_the_index_is_looked_at_before_megatron_unpickles_it(copy, made, tmp_path, monkeypatch):
     """A malicious index with a seal of its own: resume and start from a base end before torch reads it."""
     from types import SimpleNamespace
 
+    import torch
     from nemo import lightning as nl
 
     from kvcat_nemo.nemo import strategy as module
 
-    told = tmp_path / "it-ran"
+    told, clean = tmp_path / "it-ran", made / "imported" / "weights" / ".metadata"
     monkeypatch.setattr(nl.MegatronStrategy, "load_checkpoint", lambda *a, **k: pytest.fail("loaded"))
     monkeypatch.setattr(module, "check_base", lambda *a: None)
     for kind in FOLDERS.values():
@@ -90,6 +91,12 @@ def test_the_index_is_looked_at_before_megatron_unpickles_it(copy, tmp_path, mon
         strategy._lightning_module = SimpleNamespace(config=None)
         with pytest.raises(ValueError, match="it asks for posix.system"):
             strategy.selective_restore()
+        shutil.copyfile(clean, folder / "weights" / ".metadata")
+        torch.save({"args": damages.Payload(told)}, folder / "weights" / "common.pt")
+        damages.resealed(folder)
+        for load in (lambda s=strategy, f=folder: s.load_checkpoint(f), strategy.selective_restore):
+            with pytest.raises(ValueError, match="common.pt is not read: it asks for posix.system"):
+                load()
     assert not told.exists()
 
 
@@ -102,9 +109,10 @@ def test_megatrons_own_indexes_pass(tmp_path):
         [sys.executable, "-W", "ignore", program, str(tmp_path / "weights")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    from kvcat_nemo.runs.pickles import check_index, read_index
+    from kvcat_nemo.runs.pickles import check_common, check_index, read_index
 
     check_index(tmp_path / "weights")
+    check_common(tmp_path / "weights")
     assert read_index(tmp_path / "weights").all_local_plans
 
 

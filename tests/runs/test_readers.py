@@ -376,3 +376,40 @@ def test_what_counts_as_padding(vocab, rows, tp, zero, known, verdict, tmp_path)
             ask()
     else:
         assert ask()[:4] == verdict
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_is_not_sharded_runs_nothing(sealed, copy, made, out, tmp_path, monkeypatch):
+    """common.pt, which Megatron reads: even where the environment allows everything."""
+    import torch
+
+    from kvcat_nemo.runs.pickles import check_common
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder, told = copy("imported"), tmp_path / "it-ran"
+    path = folder / "weights" / "common.pt"
+    check_common(folder / "weights")
+    torch.save({"args": damages.Payload(told)}, path)
+    damages.resealed(folder)
+    if not sealed:
+        (folder / SEAL).unlink()
+    with pytest.raises(ValueError, match="common.pt is not read: it asks for posix.system"):
+        verify(made / "model", folder, timeout=0.0, unverified=not sealed)
+    export_hf(folder, out, unverified=not sealed)  # does not read it
+    for data in (b"", b"PK\x03\x04", pickle.dumps(damages.Payload(told))):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="common.pt is not read"):
+            check_common(folder / "weights")
+    path.unlink()
+    with pytest.raises(ValueError, match="common.pt"):
+        check_common(folder / "weights")
+    assert not told.exists()
+    torch.load(_saved(told, tmp_path))  # or this test could not fail
+    assert told.exists()
+
+
+def _saved(told, tmp_path):
+    import torch
+
+    torch.save({"args": damages.Payload(told)}, tmp_path / "free.pt")
+    return tmp_path / "free.pt"
