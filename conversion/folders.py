@@ -107,7 +107,7 @@ def check_base(base: Path, *, unverified: bool = False) -> None:
     """
     folder = base.parent if (base.parent / CARD).is_file() else base
     if is_sealed(folder):
-        require_whole(folder, only=lambda name: not name.startswith("weights/"))
+        require_whole(folder, only=lambda name: not name.startswith(("weights/", "model")))
     elif (folder / CARD).is_file() and not unverified:
         raise ValueError(
             f"{folder} has no {SEAL}: an older kvcat imported it. Import it again (--force), or, if you trust it, pass {ACCEPT}"

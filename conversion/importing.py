@@ -29,8 +29,7 @@ from kvcat_nemo.conversion.weight_map import (
     to_groups,
     weight_map,
 )
-from kvcat_nemo.runs.manifest import SEAL
-from kvcat_nemo.runs.standing import is_sealed, require_whole
+from kvcat_nemo.runs.standing import require_unchanged
 
 FORMAT_VERSION = 1
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,11 +53,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_out(out, force=force, sources=[hf_dir])
-    if is_sealed(hf_dir):  # exported by kvcat
-        try:
-            require_whole(hf_dir)
-        except ValueError as error:
-            raise ValueError(f"{error}. If you changed it yourself, remove {hf_dir / SEAL}") from None
+    require_unchanged(hf_dir)
     if not (hf_dir / "config.json").is_file():
         raise ValueError(f"{hf_dir} holds no config.json; give a Hugging Face model folder")
     arch = from_hf_config(read_json(hf_dir / "config.json"))

@@ -19,6 +19,7 @@ from kvcat_nemo.conversion.verify_rank import RankJob, greedy
 from kvcat_nemo.conversion.weight_map import instances
 from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.pickles import check_common, check_format, check_index
+from kvcat_nemo.runs.standing import require_unchanged
 from kvcat_nemo.runs.vocabulary import recorded
 
 TEXT = (
@@ -97,6 +98,7 @@ def verify(
         check_layout(arch, tp, pp)
     found = find_checkpoint(checkpoint, unverified=unverified)
     found.require_whole()
+    require_unchanged(hf_dir)
     weights = found.weights
     check_format(weights)
     check_index(weights)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvcat_nemo.data.files import sha256_of
+from kvcat_nemo.runs.standing import require_unchanged
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -176,13 +177,18 @@ def tokenizer_fingerprint(model: ModelFolder) -> str:
     return load_tokenizer(model.path).fingerprint
 
 
+# Once a process: evaluations load a model for every protocol.
+_unchanged = functools.cache(require_unchanged)
+
+
 @functools.cache
 def model_facts(model: ModelFolder) -> ModelFacts:
     """What identifies a model; reads its files once.
 
     Raises:
-        ValueError: when the tokenizer cannot be loaded.
+        ValueError: when the tokenizer cannot be loaded, or an exported model's files changed since.
     """
+    _unchanged(model.path)
     return ModelFacts(model.name, str(model.path), weights_fingerprint(model), tokenizer_fingerprint(model))
 
 
@@ -198,7 +204,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
         (model in eval mode without gradients, tokenizer, ModelFacts).
 
     Raises:
-        ValueError: as `find_model`; a weight that is missing, unexpected or of another shape; an unknown dtype.
+        ValueError: as `find_model`; an exported model whose files changed since; a weight that is missing, unexpected or of another shape; an unknown dtype.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,6 +212,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
     folder = path if isinstance(path, ModelFolder) else find_model(path)
+    _unchanged(folder.path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True

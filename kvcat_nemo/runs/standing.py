@@ -138,6 +138,20 @@ def is_sealed(folder: str | Path) -> bool:
     return (Path(folder) / SEAL).is_file()
 
 
+def require_unchanged(model: str | Path) -> None:
+    """Of a Hugging Face folder that kvcat exported, and so sealed, every file must be what was written. Others pass.
+
+    Raises:
+        ValueError: naming the file, and what to do for a change of one's own.
+    """
+    if is_sealed(model):
+        standing = examine(model)
+        if not standing.whole:
+            raise ValueError(
+                f"{standing.why_not}. Export it again, or, if you changed it yourself, remove {Path(model) / SEAL}"
+            )
+
+
 class Bar:
     """A progress bar of hashed bytes on a terminal's stderr; nothing where there is no terminal or little to read."""
 

@@ -200,8 +200,30 @@ def test_an_exported_model_that_changed_is_not_imported(place):
 
     flip(place / "exported" / "model.safetensors")
     with pytest.raises(
-        ValueError, match="model.safetensors: its contents changed.*If you changed it yourself, remove"
+        ValueError, match="model.safetensors: its contents changed.*if you changed it yourself, remove"
     ):
         import_hf(place / "exported", place / "again")
     (place / "exported" / SEAL).unlink()
     import_hf(place / "exported", place / "again")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_an_exported_model_that_changed_is_not_evaluated(name, place):
+    import sys
+
+    sys.path.insert(0, os.path.dirname(__file__))
+    from damages import flip
+
+    from kvcat_nemo.evaluate.models import ModelFolder, load_model, model_facts
+
+    folder = place / "exported"
+    if (folder / name).exists():
+        flip(folder / name)
+    else:
+        (folder / name).write_text("{}")
+    model = ModelFolder("m", folder, {}, ())
+    for act in (load_model, model_facts):
+        with pytest.raises(
+            ValueError, match=f"{name}: .*Export it again, or, if you changed it yourself, remove"
+        ):
+            act(model)
