@@ -18,7 +18,7 @@ def main(out):
     from kvcat_nemo.conversion.arch import from_hf_config, gpt_model, transformer_config
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from conftest import CONFIG
+    from run_models import CONFIG
 
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/r", rank=0, world_size=1)

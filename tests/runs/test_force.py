@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_model
+from run_models import write_model
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.conversion.exporting import export_hf
@@ -193,9 +193,6 @@ def test_fetching_a_corpus_spares_a_file_of_somebody(tmp_path, monkeypatch):
 
 
 def test_an_exported_model_that_changed_is_not_imported(place):
-    import sys
-
-    sys.path.insert(0, os.path.dirname(__file__))
     from damages import flip
 
     flip(place / "exported" / "model.safetensors")
@@ -209,9 +206,6 @@ def test_an_exported_model_that_changed_is_not_imported(place):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
 def test_an_exported_model_that_changed_is_not_evaluated(name, place):
-    import sys
-
-    sys.path.insert(0, os.path.dirname(__file__))
     from damages import flip
 
     from kvcat_nemo.evaluate.models import ModelFolder, load_model, model_facts

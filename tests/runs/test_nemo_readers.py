@@ -4,12 +4,10 @@ import os
 import shutil
 import sys
 
+import damages
 import pytest
 
 from kvcat_nemo.runs.manifest import SEAL
-
-sys.path.insert(0, os.path.dirname(__file__))
-import damages  # noqa: E402
 
 pytestmark = pytest.mark.nemo
 
