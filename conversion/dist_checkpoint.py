@@ -22,10 +22,13 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from kvcat_nemo.runs.pickles import check_format, read_index
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -125,48 +128,35 @@ class CheckpointReader:
         dtypes: key → dtype.
 
     Raises:
-        ValueError: when the folder is not a torch_dist checkpoint.
+        ValueError: when the folder is not a torch_dist checkpoint, or its index is damaged, would run code or names files
+            outside of the folder (kvcat_nemo.runs.pickles).
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        try:
-            form = json.loads((self.folder / "metadata.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} is no Megatron distributed checkpoint: {error}") from None
-        if form.get("sharded_backend") != "torch_dist":
-            raise ValueError(
-                f"{self.folder} is in the format {form.get('sharded_backend')!r}; only torch_dist is supported"
-            )
+        check_format(self.folder)
         from kvcat_nemo.engine import host
 
-        host.enable()  # the index that Megatron writes is one of its own classes, so unpickling imports it
+        host.enable()  # the index that Megatron writes is one of its own classes, so reading it imports Megatron
+        self._metadata = read_index(self.folder)
+        if self._metadata.storage_meta is None:
+            self._metadata.storage_meta = StorageMeta()
         self._reader = FileSystemReader(self.folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.folder}/.metadata cannot be read: {error}") from None
         self._reader.set_up_storage_reader(self._metadata, True)
         entries = self._metadata.state_dict_metadata
         self._tensors = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
         self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
         self.dtypes = {key: entry.properties.dtype for key, entry in self._tensors.items()}
-        self._check_files()
-
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for where in self._metadata.storage_data.values():
-            ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
-        for name, end in ends.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size < end:
-                raise ValueError(f"{path} is missing or truncated; the index counts {end} bytes of it")
 
     def location(self, key: str) -> tuple[tuple[str, int], ...]:
         """File and first byte of every chunk; equal for two names of the same bytes."""
         chunks = self._tensors[key].chunks
         where = [self._metadata.storage_data[MetadataIndex(key, chunk.offsets)] for chunk in chunks]
         return tuple(sorted((info.relative_path, info.offset) for info in where))
+
+    def row_parts(self, key: str) -> int:
+        """Into how many parts along its rows a tensor was saved: the tensor parallel size, of a split one."""
+        return len({chunk.offsets[0] for chunk in self._tensors[key].chunks})
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """The slice of `key` that starts at `offsets` and has `sizes`, in the stored dtype.

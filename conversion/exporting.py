@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from tqdm import tqdm
 from kvcat_nemo.conversion.arch import Architecture, from_hf_config
 from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
 from kvcat_nemo.conversion.folders import (
+    check_base,
+    check_out,
     copy_sidecars,
     find_base,
-    find_weights,
     hf_side,
     published,
     read_json,
@@ -25,6 +27,8 @@ from kvcat_nemo.conversion.folders import (
 from kvcat_nemo.conversion.importing import DTYPES
 from kvcat_nemo.conversion.safetensors_io import SafetensorsWriter, find_not_finite
 from kvcat_nemo.conversion.weight_map import Weight, from_groups, hf_shapes, instances, weight_map
+from kvcat_nemo.runs.checkpoints import find_checkpoint
+from kvcat_nemo.runs.vocabulary import check_cut, recorded
 
 _ANCHOR = "embedding.word_embeddings.weight"
 # A bare optimizer key, or one of several chained optimizers.
@@ -68,8 +72,11 @@ class MegatronModel:
     prefix: str
 
     @classmethod
-    def open(cls, weights: Path, arch: Architecture) -> MegatronModel:
+    def open(cls, weights: Path, arch: Architecture, *, vocabulary: int | None = None) -> MegatronModel:
         """
+        Args:
+            vocabulary: tokens that the checkpoint was saved with (kvcat_nemo.runs.vocabulary), None when nothing tells.
+
         Raises:
             ValueError: for missing, misshapen or unknown model tensors; routers and optimizer state are passed over.
         """
@@ -80,6 +87,7 @@ class MegatronModel:
             key, _ = model._locate(weight, layer)
             known.add(key)
             model._check_shape(weight, key)
+            model._check_padding(weight, key, vocabulary)
         for key in reader.shapes:
             if key in known or _OPTIMIZER.match(key) or not key.startswith(model.prefix):
                 continue
@@ -120,6 +128,22 @@ class MegatronModel:
                 f"{self.reader.folder}: {key} has shape {list(stored)}, the base's config.json asks for {list(shape)}"
             )
 
+    def _check_padding(self, weight: Weight, key: str, vocabulary: int | None) -> None:
+        rows, wanted = self.reader.shapes[key][0], self.arch.vocab_size
+        if not weight.padded or (vocabulary is None and rows == wanted):
+            return
+        width = self.reader.shapes[key][1]
+        note = check_cut(
+            vocab_size=wanted,
+            rows=rows,
+            known=vocabulary,
+            tensor_parallel=self.reader.row_parts(key),
+            zero=vocabulary is None and not self.reader.read(key, (wanted, 0), (rows - wanted, width)).any(),
+            where=self.reader.folder,
+        )
+        if note:
+            print(note, file=sys.stderr)
+
     def dtype(self, weight: Weight) -> torch.dtype:
         return self.reader.dtypes[self._locate(weight, 0)[0]]
 
@@ -149,6 +173,7 @@ def export_hf(
     max_shard_size: int = 5 * 10**9,
     dtype: str = "keep",
     force: bool = False,
+    unverified: bool = False,
 ) -> Path:
     """Write the plain Hugging Face model of a Megatron distributed checkpoint.
 
@@ -159,15 +184,21 @@ def export_hf(
             the checkpoint holds hf/ or a kvcat_base.json.
         max_shard_size: bytes.
         dtype: "keep", "float32" or "bfloat16".
+        unverified: take a checkpoint or base without a seal, of which nothing tells whether its files are whole.
 
     Raises:
-        ValueError: when the checkpoint is not exactly one model of the base's architecture, or holds NaN.
+        ValueError: when the checkpoint is not whole (kvcat_nemo.runs), not exactly one model of the base's architecture, or
+            holds NaN.
     """
-    weights = find_weights(checkpoint)
+    found = find_checkpoint(checkpoint, unverified=unverified)
+    weights = found.weights
     base = hf_side(base) if base else find_base(weights)
+    check_out(out, force=force, sources=[checkpoint, found.folder, base])
+    found.require_whole()
+    check_base(base, unverified=unverified)
     config = read_json(base / "config.json")
     arch = from_hf_config(config)
-    model = MegatronModel.open(weights, arch)
+    model = MegatronModel.open(weights, arch, vocabulary=recorded(found))
     target = DTYPES[dtype]
     dtypes = {
         name: target or model.dtype(weight)
@@ -175,7 +206,7 @@ def export_hf(
         for name in weight.hf_names(layer)
     }
     tensors = {name: (shape, dtypes[name]) for name, shape in hf_shapes(arch).items()}
-    with published(out, force=force) as partial:
+    with published(out, force=force, sources=[checkpoint, found.folder, base], kind="export") as partial:
         require_space(partial, sum(_nbytes(shape, kind) for shape, kind in tensors.values()))
         copy_sidecars(base, partial)
         kept = max({dtypes[n] for w in weight_map(arch) for n in w.hf_names(0)}, key=lambda d: d.itemsize)

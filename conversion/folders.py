@@ -7,18 +7,15 @@ import json
 import os
 import re
 import shutil
-import sys
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.data.seal import BROKEN, UNFINISHED
-
-CARD = "kvcat_checkpoint.json"
-"""Marks an imported folder: OUT/weights (Megatron), OUT/hf (config and tokenizer) and this file."""
-BASE = "kvcat_base.json"
-"""{"base": folder} in a training run: where its config and tokenizer come from."""
+from kvcat_nemo.data.publish import check_replaceable, empty, new_folder
+from kvcat_nemo.runs.checkpoints import ACCEPT, find_checkpoint
+from kvcat_nemo.runs.manifest import BASE, SEAL, contents, seal, sealed_names
+from kvcat_nemo.runs.standing import is_sealed, require_whole
+from kvcat_nemo.runs.vocabulary import CARD
 
 _SIDECARS = (
     "config.json",
@@ -64,48 +61,13 @@ def copy_sidecars(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _is_weights(folder: Path) -> bool:
-    return (folder / "metadata.json").is_file() and (folder / ".metadata").is_file()
-
-
-def _is_unfinished(checkpoint: Path) -> bool:
-    # NeMo sets the marker beside the checkpoint folder while it saves, and removes it at the end.
-    # A checkpoint that was found damaged is renamed to …-broken.
-    return checkpoint.with_name(checkpoint.name + UNFINISHED).exists() or checkpoint.name.endswith(BROKEN)
-
-
-def _recency(checkpoint: Path) -> tuple[int, int, float]:
-    """NeMo writes step and consumed samples into the name; "…-last" has the same ones, so time breaks the tie."""
-    found = [re.search(rf"{word}=(\d+)", checkpoint.name) for word in ("step", "consumed_samples")]
-    step, samples = (int(match.group(1)) if match else -1 for match in found)
-    return step, samples, (checkpoint / "weights" / ".metadata").stat().st_mtime
-
-
-def find_weights(path: str | Path) -> Path:
-    """The distributed checkpoint at `path`: itself, its weights/, or a run folder's newest finished checkpoint.
+def find_weights(path: str | Path, *, unverified: bool = False) -> Path:
+    """The distributed checkpoint at `path`: itself, its weights/, or a run folder's newest complete checkpoint.
 
     Raises:
-        ValueError: when there is none, or only unfinished ones.
+        ValueError: as kvcat_nemo.runs.checkpoints.find_checkpoint.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    for checkpoint, weights in ((path, path), (path, path / "weights"), (path.parent, path)):
-        if _is_weights(weights) and (checkpoint is not path.parent or path.name == "weights"):
-            if _is_unfinished(checkpoint):
-                raise ValueError(f"{checkpoint} is unfinished: its -unfinished marker is still beside it")
-            return weights
-    found = [
-        m.parent.parent
-        for m in path.rglob("weights/metadata.json")
-        # Hidden folders are conversions that have not been published.
-        if _is_weights(m.parent) and not any(p.startswith(".") for p in m.relative_to(path).parts)
-    ]
-    finished = [checkpoint for checkpoint in found if not _is_unfinished(checkpoint)]
-    if not finished:
-        hint = f"; {len(found)} unfinished one(s) were skipped" if found else ""
-        raise ValueError(f"{path} holds no Megatron distributed checkpoint (weights/metadata.json){hint}")
-    return max(finished, key=_recency) / "weights"
+    return find_checkpoint(path, unverified=unverified).weights
 
 
 def find_base(weights: Path) -> Path:
@@ -137,52 +99,69 @@ def find_base(weights: Path) -> Path:
     )
 
 
-def _replaceable(folder: Path) -> bool:
-    # --force must not delete a folder that this project did not write.
-    known = ((folder / CARD).is_file() and (folder / "weights").is_dir()) or (
-        folder / "config.json"
-    ).is_file()
-    return known or not any(folder.iterdir())
+def check_base(base: Path, *, unverified: bool = False) -> None:
+    """Compare config and tokenizer of a base (as `hf_side` or `find_base` gives it) with their seal, where it has one.
+
+    Raises:
+        ValueError: when they changed, or the base is an imported folder without a seal and that is not accepted.
+    """
+    folder = base.parent if (base.parent / CARD).is_file() else base
+    if is_sealed(folder):
+        require_whole(folder, only=lambda name: not name.startswith(("weights/", "model")))
+    elif (folder / CARD).is_file() and not unverified:
+        raise ValueError(
+            f"{folder} has no {SEAL}: an older kvcat imported it. Import it again (--force), or, if you trust it, pass {ACCEPT}"
+        )
+
+
+def our_names(folder: Path) -> set[str] | None:
+    """What of a folder `convert` or `export` wrote; None when it carries no complete mark."""
+    if (names := sealed_names(folder)) is not None:
+        return names
+    if (folder / CARD).is_file() and (folder / "weights" / "metadata.json").is_file():
+        # Imported before folders were sealed: the card was written last.
+        return {name for name in contents(folder) if _IMPORTED.fullmatch(name)}
+    return None
+
+
+_IMPORTED = re.compile(
+    rf"{re.escape(CARD)}|{re.escape(SEAL)}|hf/({'|'.join(map(re.escape, _SIDECARS))})|weights/(\.metadata|metadata\.json|common\.pt|__\d+_0\.distcp)"
+)
+
+
+def check_out(out: str | Path, *, force: bool, sources: Iterable[str | Path]) -> None:
+    """Refuse a folder that must not be written, before any work.
+
+    Raises:
+        ValueError: when it exists and force is False, or is not ours, or lies within a sealed folder.
+    """
+    out = Path(os.path.abspath(out))
+    if out.is_dir() and not out.is_symlink() and not force and not empty(out):
+        raise ValueError(f"{out} exists; choose another folder or pass --force to replace it")
+    for folder in out.parents:
+        if is_sealed(folder):
+            raise ValueError(f"{out} lies within {folder}, which is sealed: nothing may be added to it")
+    check_replaceable(out, our_names, sources=sources)
 
 
 @contextlib.contextmanager
-def published(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its name when the block ends without an error.
+def published(
+    out: str | Path, *, force: bool = False, sources: Iterable[str | Path] = (), kind: str, **facts
+) -> Iterator[Path]:
+    """A temporary sibling of `out` that is sealed and takes its name when the block ends without an error.
+
+    Args:
+        sources: what is read; `out` must not be one of them, nor a folder around one.
+        kind, facts: of the seal.
 
     Raises:
-        ValueError: when `out` exists and force is False, or is not a checkpoint folder.
+        ValueError: as `check_out`.
     """
-    out = Path(out).absolute()
-    if out.exists() and not (force and out.is_dir()):
-        raise ValueError(f"{out} exists; choose another folder or pass --force to replace it")
-    if out.exists() and not _replaceable(out):
-        raise ValueError(f"{out} is not a checkpoint folder; --force will not delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
-        print(f"note: {stale} is of an unfinished conversion; delete it if none is running", file=sys.stderr)
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    try:
+    sources = list(sources)
+    check_out(out, force=force, sources=sources)
+    with new_folder(out, our_names, sources=sources) as partial:
         yield partial
-        _sync(partial)
-        if out.exists():
-            replaced = out.with_name(f".{out.name}.replaced-{uuid.uuid4().hex[:8]}")
-            out.rename(replaced)
-            partial.rename(out)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    # The rename must not reach the disk before the data does.
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        seal(partial, kind=kind, **facts)
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kvcat_nemo.conversion.arch import Architecture, from_hf_config
 from kvcat_nemo.conversion.dist_checkpoint import CheckpointWriter
-from kvcat_nemo.conversion.folders import CARD, copy_sidecars, published, read_json, require_space
+from kvcat_nemo.conversion.folders import CARD, check_out, copy_sidecars, published, read_json, require_space
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder, find_not_finite
 from kvcat_nemo.conversion.weight_map import (
     EXTRA_STATE_LAYERED,
@@ -29,6 +29,7 @@ from kvcat_nemo.conversion.weight_map import (
     to_groups,
     weight_map,
 )
+from kvcat_nemo.runs.standing import require_unchanged
 
 FORMAT_VERSION = 1
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,7 +43,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
 
     Args:
         dtype: "keep", "float32" or "bfloat16".
-        force: replace `out` if it is a checkpoint folder.
+        force: replace `out` if it is a folder that kvcat wrote, and holds nothing else.
 
     Returns:
         `out`, which exists only when the conversion was complete.
@@ -51,6 +52,8 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
         ValueError: for anything that could not be carried over faithfully; names the tensor or field.
     """
     hf_dir, out = Path(hf_dir), Path(out)
+    check_out(out, force=force, sources=[hf_dir])
+    require_unchanged(hf_dir)
     if not (hf_dir / "config.json").is_file():
         raise ValueError(f"{hf_dir} holds no config.json; give a Hugging Face model folder")
     arch = from_hf_config(read_json(hf_dir / "config.json"))
@@ -58,7 +61,8 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
     check_source(source, arch)
     target = DTYPES[dtype]
     _check_dtypes(source, arch, target)
-    with published(out, force=force) as partial:
+    facts = {"vocab_size": arch.vocab_size, "padded_vocab_size": arch.vocab_size}
+    with published(out, force=force, sources=[hf_dir], kind="import", **facts) as partial:
         size = sum(
             (target or s.dtype).itemsize * s.nbytes // s.dtype.itemsize for s in source.tensors.values()
         )

@@ -11,13 +11,16 @@ from tqdm import tqdm
 
 from kvcat_nemo.conversion.arch import Architecture, load_architecture
 from kvcat_nemo.conversion.exporting import MegatronModel
-from kvcat_nemo.conversion.folders import find_weights
 from kvcat_nemo.conversion.importing import check_source
 from kvcat_nemo.conversion.layout import check_layout
 from kvcat_nemo.conversion.ranks import run_ranks
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
 from kvcat_nemo.conversion.verify_rank import RankJob, greedy
 from kvcat_nemo.conversion.weight_map import instances
+from kvcat_nemo.runs.checkpoints import find_checkpoint
+from kvcat_nemo.runs.pickles import check_common, check_format, check_index
+from kvcat_nemo.runs.standing import require_unchanged
+from kvcat_nemo.runs.vocabulary import recorded
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want "
@@ -73,6 +76,7 @@ def verify(
     text: str | None = None,
     precision: str = "float32",
     timeout: float = 1800.0,
+    unverified: bool = False,
 ) -> list[Report]:
     """Compare a Megatron checkpoint with a Hugging Face folder, once per layout.
 
@@ -83,16 +87,23 @@ def verify(
         text: compared text; TEXT when None.
         precision: "float32", or "float64" to tell rounding from error: tensor parallel ranks sum in another order.
         timeout: seconds for the Megatron processes of one layout.
+        unverified: take a checkpoint without a seal, of which nothing tells whether its files are whole.
 
     Raises:
-        ValueError: when one side cannot be read, a layout is impossible, or a rank fails. A difference between
+        ValueError: when the checkpoint is not whole, one side cannot be read, a layout is impossible, or a rank fails. A difference between
             the models is no error: it is in the report.
     """
     arch = load_architecture(hf_dir)
     for tp, pp in layouts:
         check_layout(arch, tp, pp)
-    weights = find_weights(checkpoint)
-    compared, different, dtype = compare_weights(hf_dir, weights, arch)
+    found = find_checkpoint(checkpoint, unverified=unverified)
+    found.require_whole()
+    require_unchanged(hf_dir)
+    weights = found.weights
+    check_format(weights)
+    check_index(weights)
+    check_common(weights)
+    compared, different, dtype = compare_weights(hf_dir, weights, arch, vocabulary=recorded(found))
     ids, source = _token_ids(Path(hf_dir), arch, text)
     logits, decoded = hf_answer(hf_dir, ids, new_tokens, precision)
     reports = []
@@ -118,11 +129,13 @@ def verify(
     return reports
 
 
-def compare_weights(hf_dir: str | Path, weights: Path, arch: Architecture) -> tuple[int, list[str], str]:
+def compare_weights(
+    hf_dir: str | Path, weights: Path, arch: Architecture, *, vocabulary: int | None = None
+) -> tuple[int, list[str], str]:
     """(tensors compared, names of those that differ in any bit, stored dtype), one tensor at a time."""
     source = SafetensorsFolder(hf_dir)
     check_source(source, arch)
-    model = MegatronModel.open(weights, arch)
+    model = MegatronModel.open(weights, arch, vocabulary=vocabulary)
     compared, different, dtypes = 0, [], set()
     for weight, layer in tqdm(list(instances(arch)), desc="weights", unit="tensor", disable=None):
         for name, ours in model.read(weight, layer):
@@ -143,7 +156,11 @@ def hf_answer(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        str(hf_dir), dtype=getattr(torch, precision), attn_implementation="eager", local_files_only=True
+        str(hf_dir),
+        dtype=getattr(torch, precision),
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
     ).eval()
 
     @torch.no_grad()

@@ -137,6 +137,10 @@ def main(jobs_file: str, rank: int, world_size: int, timeout: float) -> None:
         torch.cuda.set_device(rank)
     folder = Path(jobs_file).parent
     jobs = torch.load(jobs_file, weights_only=False)  # written by the parent of this process
+    # Megatron reads a checkpoint's common.pt and objects with torch.load: tensors and plain values, whatever the user's
+    # environment allows elsewhere. (Its index was looked at by CheckpointReader.)
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # A file in a private folder instead of a port: nothing can collide or be in use.
     torch.distributed.init_process_group(
         host.process_group_backend(),

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.data.seal import SEAL, damage, read_seal, survey
+from kvcat_nemo.runs import standing
+from kvcat_nemo.runs.checkpoints import survey
+from kvcat_nemo.runs.pickles import check_index
+from kvcat_nemo.runs.standing import Standing, is_sealed
 
 GOOD, NOTE, BROKEN = "ok", "note", "BROKEN"
 
@@ -179,29 +182,34 @@ def _data(where: str, hashes: bool) -> Iterator[Verdict]:
 def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
     if not where.is_dir():
         raise ValueError(f"{where} is not a folder")
-    if (where / SEAL).is_file():
-        wrong = damage(where, read_seal(where), hashes=hashes)
-        yield Verdict("checkpoint", BROKEN if wrong else GOOD, "; ".join(wrong) or _sealed(where, hashes))
+    if where.is_symlink():
+        where = where.resolve()
+    if is_sealed(where) or (where / "weights").is_dir():
+        one = standing.examine(where, hashes=hashes)
+        imported = (where / "kvcat_checkpoint.json").is_file()
+        if imported and not is_sealed(where):
+            yield Verdict(
+                "checkpoint",
+                NOTE,
+                f"{where}: a base model that an older kvcat imported: nothing tells whether it is whole",
+            )
+            return
+        if one.whole and (where / "weights" / ".metadata").is_file():
+            check_index(where / "weights")
+        yield Verdict("checkpoint", GOOD if one.whole else BROKEN, one.why_not or _sealed(one, hashes))
         return
-    if (where / "kvcat_checkpoint.json").is_file():
-        yield Verdict("checkpoint", GOOD, f"{where}: a converted base model")
-        return
-    if (where / "weights").is_dir():
-        read_seal(where)  # says why it is not complete
     folder = where / "checkpoints" if (where / "checkpoints").is_dir() else where
     found = survey(folder)
     if not found:
         raise ValueError(f"{folder} holds no checkpoint")
     whole = 0
     for one in found:
-        wrong = one.why_not or "; ".join(damage(one.path, read_seal(one.path), hashes=hashes))
+        # Names and sizes are known to agree; what was never complete has no hashes.
+        one = standing.examine(one.path) if hashes and one.whole else one
         # One that is incomplete is what a kill during a save leaves; the run passes over it.
-        yield Verdict(
-            f"checkpoint {one.path.name}",
-            NOTE if one.step < 0 and not one.damaged else BROKEN if wrong else GOOD,
-            wrong or _sealed(one.path, hashes),
-        )
-        whole += not wrong
+        status = {"whole": GOOD, "incomplete": NOTE, "damaged": BROKEN}[one.state]
+        yield Verdict(f"checkpoint {one.path.name}", status, one.why_not or _sealed(one, hashes))
+        whole += one.whole
     if not whole:
         yield Verdict(
             "checkpoint",
@@ -210,9 +218,11 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
         )
 
 
-def _sealed(folder: Path, hashes: bool) -> str:
-    seal = read_seal(folder)
-    return f"step {seal.step}, {len(seal.files)} files, {seal.bytes / 1e6:,.1f} MB, {'hashes' if hashes else 'sizes'} agree"
+def _sealed(one: Standing, hashes: bool) -> str:
+    assert one.seal is not None
+    kind = {"import": "a converted base model", "export": "an exported model"}.get(one.seal.facts.get("kind"))
+    files = f"{len(one.seal.files)} files, {one.seal.bytes / 1e6:,.1f} MB, {'hashes' if hashes else 'sizes'} agree"
+    return f"{kind or f'step {one.step}'}, {files}"
 
 
 def _ports() -> Iterator[Verdict]:

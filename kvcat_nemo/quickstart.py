@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.report import attach_to_mlflow, table, write
+from kvcat_nemo.runs.standing import examine, is_sealed
 from kvcat_nemo.tracking.mlflow_run import store_uri
 
 MODEL = Path("models/smollm2-135m")
@@ -181,8 +182,8 @@ def _stages(stages: Stages, logs: Path) -> None:
     )
 
     def convert() -> None:
-        if not (BASE / "kvcat_checkpoint.json").is_file():
-            run(command("kvcat", "convert", "import", MODEL, BASE), logs / "import.log")
+        if not examine(BASE).whole:  # not there, of an older version, or damaged
+            run(command("kvcat", "convert", "import", MODEL, BASE, "--force"), logs / "import.log")
         verify = command("kvcat", "convert", "verify", MODEL, BASE, "--json", RESULTS / "verify.json")
         run(verify, logs / "verify.log")
 
@@ -212,6 +213,10 @@ def _stages(stages: Stages, logs: Path) -> None:
     )
 
     def export() -> None:
+        if EXPORTED.is_dir() and not is_sealed(
+            EXPORTED
+        ):  # of an older version: --force replaces sealed folders alone
+            EXPORTED.rename(EXPORTED.with_name(f"{EXPORTED.name}-{int(EXPORTED.stat().st_mtime)}"))
         run(command("kvcat", "export", RUN, EXPORTED, "--base", BASE, "--force"), logs / "export.log")
         say = command("kvcat", "model", "generate", EXPORTED, "--json", RESULTS / "sample.json")
         run(say, logs / "generate.log")

@@ -127,12 +127,18 @@ refuse_secret() {
   fi
 }
 
-# Names of the complete checkpoints, one a line. NeMo marks one being written by a file NAME-unfinished beside it.
+# Names of the complete checkpoints, one a line: what kvcat_nemo.runs calls complete. Where no python with it is at hand (a
+# batch host beside a container), those that are sealed, not being written and not set aside; sizes are then not compared.
 complete_checkpoints() {
-  local folder
+  local folder here root
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  for root in "$here/.." "$here/../.."; do
+    [[ -f $root/kvcat_nemo/runs/__main__.py ]] || continue
+    PYTHONPATH=$root python3 -m kvcat_nemo.runs "$KVCAT_RUN_DIR/checkpoints" 2> /dev/null && return
+  done
   for folder in "$KVCAT_RUN_DIR"/checkpoints/*/; do
     folder=${folder%/}
-    [[ -d $folder && ! -L $folder && ! -e $folder-unfinished ]] && printf '%s\n' "${folder##*/}"
+    [[ -f $folder/kvcat_seal.json && ! -L $folder && ! -e $folder-unfinished && $folder != *-broken ]] && printf '%s\n' "${folder##*/}"
   done
   return 0
 }

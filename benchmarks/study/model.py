@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,8 @@ def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from kvcat_nemo.data.files import new_folder
+    from kvcat_nemo.data.publish import new_folder
+    from kvcat_nemo.runs.manifest import seal, sealed_names
 
     words = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(seed)
@@ -36,9 +36,10 @@ def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path
             eos_token_id=words.eos_token_id,
         )
     )
-    with new_folder(out) as folder:
+    with new_folder(out, sealed_names) as folder:
         model.save_pretrained(folder)
         words.save_pretrained(folder)
+        seal(folder, kind="untrained")
     return out
 
 
@@ -120,9 +121,7 @@ def export(model, template: Path, out: Path) -> None:
         weights = Path(folder) / "weights"
         weights.mkdir()
         _write(model, weights)
-        if out.exists():
-            shutil.rmtree(out)
-        export_hf(weights, out, base=template)
+        export_hf(weights, out, base=template, force=True, unverified=True)
 
 
 def _write(model, folder: Path) -> None:

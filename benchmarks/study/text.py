@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvcat_nemo.data.corpora import fetch_corpus
-from kvcat_nemo.data.files import new_file, new_folder
+from kvcat_nemo.data.files import new_file
 from kvcat_nemo.data.indexed import build_dataset
+from kvcat_nemo.data.publish import new_folder
 from kvcat_nemo.data.reading import ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
+from kvcat_nemo.runs.manifest import seal, sealed_names
 
 EOS = "<|endoftext|>"
 SPLIT_SEED = 1234
@@ -57,7 +59,7 @@ def make_tokenizer(paths: list[Path], out: Path, vocabulary: int, held_out: floa
         show_progress=False,
     )
     tokenizer.train_from_iterator(training_texts(paths, held_out), trainer)
-    with new_folder(out) as folder:
+    with new_folder(out, sealed_names) as folder:
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=EOS,
@@ -65,6 +67,7 @@ def make_tokenizer(paths: list[Path], out: Path, vocabulary: int, held_out: floa
             clean_up_tokenization_spaces=False,
         )
         fast.save_pretrained(folder)
+        seal(folder, kind="tokenizer")
     return out
 
 

@@ -70,14 +70,14 @@ def _compress(model, text_file, compressor, keep, keep_tokens, out, dtype):
     from pathlib import Path
 
     from kvcat_nemo.compress import Budget, compress, make
+    from kvcat_nemo.compress.storage import check_target
     from kvcat_nemo.evaluate.models import load_model
 
     if (keep is None) == (keep_tokens is None):
         raise ValueError("give either --keep FRACTION or --keep-tokens N")
     budget = Budget(keep_fraction=keep, tokens=keep_tokens)
     maker = make(compressor)
-    if not Path(out).resolve().parent.is_dir():
-        raise ValueError(f"--out {out}: its folder does not exist; make it first")
+    check_target(out)
     text = Path(text_file).read_text(encoding="utf-8")
     if not text.strip():
         raise ValueError(f"--text {text_file}: the document is empty")

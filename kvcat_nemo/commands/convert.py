@@ -45,7 +45,17 @@ def dtype_option(function):
 
 
 def force_option(function):
-    return click.option("--force", is_flag=True, help="Replace OUT if it is a checkpoint folder.")(function)
+    return click.option(
+        "--force", is_flag=True, help="Replace OUT if kvcat wrote it and nothing else lies in it."
+    )(function)
+
+
+def unverified_option(function):
+    return click.option(
+        "--unverified",
+        is_flag=True,
+        help="Take a checkpoint without kvcat_seal.json: a plain NeMo or Megatron one, or a folder that an older kvcat imported.",
+    )(function)
 
 
 @click.group()
@@ -90,10 +100,11 @@ def import_(hf_dir, out, dtype, force):
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")
 @dtype_option
 @force_option
-def export(ckpt, out, hf_config, max_shard_size, dtype, force):
+@unverified_option
+def export(ckpt, out, hf_config, max_shard_size, dtype, force, unverified):
     """Write the plain Hugging Face model of the Megatron checkpoint CKPT to the folder OUT.
 
-    Optimizer state and routers are left out; vocabulary padding is cut off.
+    Optimizer state and routers are left out; vocabulary padding is cut off. CKPT's files are compared with its seal.
 
     \b
     Examples:
@@ -103,7 +114,8 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force):
     from kvcat_nemo.conversion.exporting import export_hf
 
     with clear_errors():
-        options = dict(base=hf_config, max_shard_size=max_shard_size, dtype=dtype, force=force)
+        options = dict(base=hf_config, max_shard_size=max_shard_size, dtype=dtype)
+        options |= dict(force=force, unverified=unverified)
         click.echo(f"wrote {export_hf(ckpt, out, **options)}")
 
 
@@ -138,7 +150,8 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force):
     show_default=True,
     help="Seconds for the Megatron processes.",
 )
-def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, timeout):
+@unverified_option
+def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, timeout, unverified):
     """Prove that the Megatron checkpoint CKPT is the same model as the Hugging Face folder HF_DIR.
 
     Compares every tensor bit by bit, float32 logits over a text, and greedily decoded tokens. Starts
@@ -155,6 +168,7 @@ def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, 
         options = dict(
             tolerance=tolerance, new_tokens=tokens, text=text, precision=precision, timeout=timeout
         )
+        options["unverified"] = unverified
         (report,) = run(hf_dir, ckpt, layouts=[(tp, pp)], **options)
         if json_file:
             Path(json_file).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_option
+from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_option, unverified_option
 
 
 @click.command()
@@ -21,16 +21,17 @@ from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")
 @dtype_option
 @force_option
+@unverified_option
 @click.option(
     "--register",
     metavar="NAME",
     help="Also log the model to the training's MLflow run and register it as NAME.",
 )
-def command(ckpt, out, base, max_shard_size, dtype, force, register):
+def command(ckpt, out, base, max_shard_size, dtype, force, unverified, register):
     """Write the plain Hugging Face model of a training checkpoint CKPT to the folder OUT.
 
-    CKPT is a NeMo checkpoint or a run folder, of which the newest finished checkpoint is taken. The result
-    has no router in it and loads with transformers.
+    CKPT is a NeMo checkpoint or a run folder, of which the newest finished checkpoint is taken. Its files are
+    compared with its seal first. The result has no router in it and loads with transformers.
 
     \b
     Examples:
@@ -42,8 +43,9 @@ def command(ckpt, out, base, max_shard_size, dtype, force, register):
     from kvcat_nemo.conversion.folders import find_weights
 
     with clear_errors():
-        click.echo(f"checkpoint {find_weights(ckpt)}")
-        options = dict(base=base, max_shard_size=max_shard_size, dtype=dtype, force=force)
+        click.echo(f"checkpoint {find_weights(ckpt, unverified=unverified)}")
+        options = dict(base=base, max_shard_size=max_shard_size, dtype=dtype)
+        options |= dict(force=force, unverified=unverified)
         click.echo(f"wrote {export_hf(ckpt, out, **options)}")
         if register:
             from kvcat_nemo.tracking.afterwards import register_model

@@ -10,6 +10,7 @@ Shapes: B rows, G KV heads, S slots (padded), P slots there are, over all rows a
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ def save(cache: KVCache, path: str | Path) -> None:
     """Write a cache; a crash leaves either the old file or the new one.
 
     Raises:
-        ValueError: when the facts are not plain JSON, or the folder is not there.
+        ValueError: when the facts are not plain JSON, the folder is not there, or the file is somebody else's.
     """
     path = Path(path)
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist; make it first")
+    check_target(path)
     kinds, tensors = [], {"lengths_B": cache.lengths_B}
     for number, layer in enumerate(cache.layers):
         kind = _kind(layer)
@@ -47,6 +47,28 @@ def save(cache: KVCache, path: str | Path) -> None:
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with new_file(path) as temporary:
         save_file(tensors, temporary, {"format": FORMAT, "cache": description})
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse a file that a cache must not be written to: only a cache of ours is replaced.
+
+    Raises:
+        ValueError: when its folder is not there, or it holds anything else.
+    """
+    path = Path(path)
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist; make it first")
+    if not os.path.lexists(path):
+        return
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is no plain file")
+        with safe_open(path, framework="pt") as file:
+            ours = (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} exists and is no KV cache of kvcat; it is not replaced: give another file")
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> KVCache:

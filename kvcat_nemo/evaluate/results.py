@@ -119,9 +119,15 @@ class Store:
         if not path.exists():
             if any((self.out / "items").glob("*.jsonl")):
                 raise ValueError(f"{self.out}: has items but no run.json; give another folder")
+            if (self.out / "results.json").exists():
+                raise ValueError(
+                    f"{self.out}: has a results.json but no run.json, so it is not ours; give another folder"
+                )
             self.run = {"facts": facts, "manifest": now}
         else:
             self.run = _read_json(path)
+            if not isinstance(self.run, dict) or not {"facts", "manifest"} <= self.run.keys():
+                raise ValueError(f"{path}: not of an evaluation of kvcat; give another folder")
             there = self.run["facts"]
             models = {**there.get("models", {}), **facts.get("models", {})}
             compared = {**facts, "models": {k: models[k] for k in there.get("models", {})}}

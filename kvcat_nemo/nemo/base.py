@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from kvcat_nemo.nemo.config import architecture
-
-CARD = "kvcat_checkpoint.json"
+from kvcat_nemo.runs.manifest import SEAL
+from kvcat_nemo.runs.standing import examine, is_sealed
+from kvcat_nemo.runs.vocabulary import CARD
 
 # Megatron's name of a field → its name in the card.
 _CARD_NAMES = {
@@ -30,6 +31,26 @@ def tokenizer_dir(base: str | Path) -> Path:
             f"{base}: not a converted base model (it lacks {CARD}). Make one: kvcat convert import HF_DIR {base}"
         )
     return folder
+
+
+def require_base(base: str | Path, *, unverified: bool) -> None:
+    """Refuse a base that nothing tells to be whole, or whose files have other names or sizes than its seal says.
+
+    Hashes are compared by all ranks together, before the base is loaded (nemo.verify).
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if not is_sealed(base):
+        if not unverified:
+            raise ValueError(
+                f"resume.base={str(base)!r} has no {SEAL}: an older kvcat imported it, or another program wrote it. Import it again "
+                f"(kvcat convert import HF_DIR {base} --force), or, if you trust it, set resume.unverified=True"
+            )
+        return
+    standing = examine(base, hashes=False)
+    if not standing.whole:
+        raise ValueError(f"resume.base={str(base)!r}: {standing.why_not}")
 
 
 def check_base(base: str | Path, config) -> None:

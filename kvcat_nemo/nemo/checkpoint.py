@@ -7,19 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from megatron.core import parallel_state
 from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import logging
 
-from kvcat_nemo.data.keep import remove, tidy
-from kvcat_nemo.data.seal import UNFINISHED, complete, read_seal, write_seal
 from kvcat_nemo.engine import agreement
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
+from kvcat_nemo.runs.checkpoints import complete
+from kvcat_nemo.runs.keep import remove, tidy
+from kvcat_nemo.runs.manifest import UNFINISHED, write_seal
+from kvcat_nemo.runs.vocabulary import PADDED, VOCABULARY, padded
 
 
 class KVCatCheckpoint(nl.ModelCheckpoint):
-    """Saves to checkpoints/step=N, which is complete once it is sealed (kvcat_nemo.data.seal) and counts only then.
+    """Saves to checkpoints/step=N, which is complete once it is sealed (kvcat_nemo.runs) and counts only then.
 
     Args:
         every_n_train_steps: steps between saves; the last step and a requested stop are saved too.
@@ -155,13 +158,14 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + UNFINISHED).touch()
         if path.exists():  # of a life that got further and was set back to an older checkpoint
-            shutil.rmtree(path)
+            remove(path)
+            path.with_name(path.name + UNFINISHED).touch()
 
     def _check_room(self, path: Path) -> None:
         newest = complete(path.parent)[:1]
         if not newest:
             return
-        needed, free = read_seal(newest[0].path).bytes, shutil.disk_usage(path.parent).free
+        needed, free = newest[0].seal.bytes, shutil.disk_usage(path.parent).free
         if free < needed * 1.02:
             raise OSError(
                 f"no room for a checkpoint: {newest[0].path.name} took {needed / 1e6:,.1f} MB, {path.parent} has "
@@ -172,6 +176,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         def finish() -> None:
             files = collect_hashes(path)
             facts = {"world_size": agreement.world_size(), "seconds": round(time.monotonic() - started, 3)}
+            facts |= _vocabulary(trainer)
 
             def seal() -> None:
                 write_seal(path, step, files, **facts)
@@ -229,6 +234,21 @@ def _validation(trainer) -> dict[str, float]:
     from kvcat_nemo.nemo.callbacks import KVCatMetrics
 
     return next((c.validation for c in trainer.callbacks if isinstance(c, KVCatMetrics)), {})
+
+
+def _vocabulary(trainer) -> dict[str, int]:
+    """Tokens of the vocabulary, and rows of the embedding with Megatron's padding: what an export may cut off."""
+    config = trainer.lightning_module.config
+    data = trainer.datamodule
+    size = (
+        config.true_vocab_size
+        or config.vocab_size
+        or getattr(getattr(data, "tokenizer", None), "vocab_size", None)
+    )
+    if not size:
+        return {}
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    return {VOCABULARY: int(size), PADDED: padded(config.vocab_size or int(size), tp, 1)}
 
 
 def _reason(error: BaseException) -> str:

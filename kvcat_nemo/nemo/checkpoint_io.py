@@ -21,9 +21,9 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kvcat_nemo.data.files import new_file
-from kvcat_nemo.data.seal import contents, hash_files, owner
 from kvcat_nemo.engine import agreement
 from kvcat_nemo.processes import die_with_parent
+from kvcat_nemo.runs.manifest import contents, hash_files, owner
 
 SAVE_FAILED = (CheckpointException, agreement.Together)
 """What a save that failed raises on every rank. (torch's CheckpointException is no Exception.)"""

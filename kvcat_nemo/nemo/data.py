@@ -10,6 +10,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.data import WrappedDataLoader
 
+from kvcat_nemo.data.arrays import check_arrays
 from kvcat_nemo.data.indexed_check import check_indexed
 from kvcat_nemo.data.run_order import EPOCHS, FORMAT, check_parts, splits_of
 from kvcat_nemo.data.windows import split_shares
@@ -73,6 +74,14 @@ def dataset_paths(paths) -> dict[str, list[str]] | list[str]:
     return out
 
 
+def index_folders(paths, index_mapping_dir) -> list[str]:
+    """Where Megatron keeps the sample indices of a dataset, and takes those that it finds."""
+    if index_mapping_dir:
+        return [str(index_mapping_dir)]
+    parts = paths.values() if isinstance(paths, dict) else [paths]
+    return [f"{prefix}/cache" for part in parts for prefix in part if not _is_number(prefix)]
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -134,8 +143,10 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = AutoTokenizer(pretrained_model_name=str(tokenizer))
         split_shares(split)
+        resolved = dataset_paths(paths)
+        self._index_folders = index_folders(resolved, index_mapping_dir)
         super().__init__(
-            paths=dataset_paths(paths),
+            paths=resolved,
             tokenizer=tokenizer,
             seq_length=self.seq_length,
             micro_batch_size=self.micro_batch_size,
@@ -167,6 +178,7 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
         trainer_limit_test_batches,
     ):
         """As NeMo's, but epoch by epoch, and of the validation set so many windows as a single validation reads."""
+        check_arrays(self._index_folders)
         steps = max(trainer_max_steps, (self.num_train_samples or 0) // self.global_batch_size)
         once = steps + 1  # "validate every so many steps": the set is then sized for a single validation
         self._limits = (trainer_limit_val_batches, trainer_limit_test_batches)

@@ -8,7 +8,10 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
-from kvcat_nemo.data.seal import survey
+from kvcat_nemo.nemo.base import require_base
+from kvcat_nemo.runs.checkpoints import survey
+from kvcat_nemo.runs.manifest import SEAL
+from kvcat_nemo.runs.standing import is_sealed
 
 
 @dataclass(kw_only=True)
@@ -20,7 +23,9 @@ class KVCatResume(nl.AutoResume):
     mode: Literal["auto", "must", "never"] = "auto"
     """auto: go on from the run's newest complete checkpoint if there is one; must: fail without one; never: fail with one."""
     verify: Literal["hashes", "sizes"] = "hashes"
-    """What of a checkpoint's files is compared with its seal before it is loaded; hashes read every file once more."""
+    """What of a checkpoint's or base's files is compared with its seal before it is loaded; hashes read every file once more."""
+    unverified: bool = False
+    """True takes a base, or a checkpoint named by resume_from_path, that has no seal (a plain NeMo or Megatron checkpoint)."""
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     resume_past_end: bool = True
@@ -30,7 +35,7 @@ class KVCatResume(nl.AutoResume):
 
         Raises:
             ValueError: when the mode and what is on disk do not fit, when every checkpoint that was complete once is
-                damaged, or when the base does not exist.
+                damaged, or when the base does not exist, is damaged or has no seal.
         """
         if self.mode not in ("auto", "must", "never"):
             raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
@@ -41,6 +46,7 @@ class KVCatResume(nl.AutoResume):
                 raise ValueError(
                     f"resume.base={self.base!r}: no checkpoint there (no weights/). Make one: kvcat convert import HF_DIR {self.base}"
                 )
+            require_base(self.base, unverified=self.unverified)
             self.restore_config = RestoreConfig(path=str(self.base), load_artifacts=False)
         self._candidates = self._find()
         found = self._candidates[0] if self._candidates else None
@@ -54,7 +60,9 @@ class KVCatResume(nl.AutoResume):
             )
         super().setup(trainer, model)
         # Contents are compared when the process group is up, by all ranks together (KVCatStrategy.load_checkpoint).
-        trainer.strategy.resume_from(self._candidates, verify_hashes=self.verify == "hashes")
+        trainer.strategy.resume_from(
+            self._candidates, verify_hashes=self.verify == "hashes", unverified=self.unverified
+        )
         start = found or self.base
         logging.info(
             f"kvcat: {'resuming from' if found else 'starting from'} {start or 'random initialisation'} (resume.mode={self.mode})"
@@ -66,6 +74,11 @@ class KVCatResume(nl.AutoResume):
     def _find(self) -> list[Path]:
         """Complete checkpoints, newest first; what is passed over is named."""
         if self.resume_from_path:
+            if not is_sealed(self.resume_from_path) and not self.unverified:
+                raise ValueError(
+                    f"resume.resume_from_path={str(self.resume_from_path)!r} has no {SEAL}: its save did not end, or another program "
+                    "wrote it. Take another checkpoint, or, if you trust it, set resume.unverified=True"
+                )
             return [Path(self.resume_from_path)]
         checkpoints = survey(self._folder())
         for one in checkpoints:

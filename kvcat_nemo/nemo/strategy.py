@@ -22,8 +22,9 @@ from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
-from kvcat_nemo.nemo.verify import first_whole
+from kvcat_nemo.nemo.verify import first_whole, whole_base
 from kvcat_nemo.processes import children_die_with_us
+from kvcat_nemo.runs.pickles import check_common, check_index
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
 
@@ -36,6 +37,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     # No __init__ of its own: NeMo stores the arguments of this class by its signature.
     _candidates: tuple[Path, ...] = ()
     _verify_hashes = True
+    _unverified = False
 
     def connect(self, model) -> None:
         if not host.is_cuda():
@@ -86,9 +88,10 @@ class KVCatStrategy(nl.MegatronStrategy):
     def checkpoint_io(self, io) -> None:
         self._checkpoint_io = io
 
-    def resume_from(self, candidates: list[Path], *, verify_hashes: bool) -> None:
+    def resume_from(self, candidates: list[Path], *, verify_hashes: bool, unverified: bool = False) -> None:
         """Checkpoints to resume from, the first choice first (KVCatResume)."""
         self._candidates, self._verify_hashes = tuple(candidates), verify_hashes
+        self._unverified = unverified
 
     def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
         """As NeMo's, with every rank's random state."""
@@ -103,8 +106,12 @@ class KVCatStrategy(nl.MegatronStrategy):
             ValueError: when there is none; names every damaged file.
         """
         if not selective_restore and self._candidates:
-            checkpoint_path = first_whole(self._candidates, hashes=self._verify_hashes)
+            checkpoint_path = first_whole(
+                self._candidates, hashes=self._verify_hashes, unverified=self._unverified
+            )
         weights = ckpt_to_weights_subdir(Path(checkpoint_path), is_saving=False)
+        check_index(weights)
+        check_common(weights)
         loaded = super().load_checkpoint(weights, selective_restore)
         if not selective_restore:
             load_random_state(self.trainer, weights)
@@ -124,7 +131,8 @@ class KVCatStrategy(nl.MegatronStrategy):
         """Load the weights of `restore_config.path`: a converted base model, or a training checkpoint.
 
         Raises:
-            ValueError: when the checkpoint is of another architecture, or lacks a parameter other than a router's.
+            ValueError: when the checkpoint's files are not what its seal says, when it is of another architecture, or lacks a
+                parameter other than a router's.
         """
         if not self.restore_config:
             return
@@ -134,7 +142,10 @@ class KVCatStrategy(nl.MegatronStrategy):
             )
         path = Path(self.restore_config.path)
         check_base(path, self.lightning_module.config)
+        whole_base(path, hashes=self._verify_hashes)
         weights = ckpt_to_weights_subdir(path, is_saving=False)
+        check_index(weights)
+        check_common(weights)
         stored = set(dist_checkpointing.load_tensors_metadata(str(weights)))
         wanted = self.megatron_parallel.sharded_state_dict(metadata={})
         has_routers = any(".router." in key for key in stored)

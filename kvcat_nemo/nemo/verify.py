@@ -4,36 +4,29 @@ from pathlib import Path
 
 from nemo.utils import logging
 
-from kvcat_nemo.data.seal import BROKEN, damage, read_seal
 from kvcat_nemo.engine import agreement
+from kvcat_nemo.runs.keep import set_aside
+from kvcat_nemo.runs.manifest import BROKEN
+from kvcat_nemo.runs.standing import examine, is_sealed
 
 
-def first_whole(candidates: list[Path], *, hashes: bool) -> Path:
+def first_whole(candidates: list[Path], *, hashes: bool, unverified: bool = False) -> Path:
     """The first candidate whose files are what its seal says. A collective call.
 
-    Those before it are set aside (renamed to …-broken), with the reason in the log. One without a seal, named by hand,
-    is taken as it is.
+    Those before it are set aside (renamed to …-broken), with the reason in the log.
+
+    Args:
+        unverified: take one that has no seal, when it is the only one.
 
     Raises:
         ValueError: on every rank, when there is none.
     """
     reasons = []
     for path in candidates:
-        try:
-            seal = read_seal(path)
-        except ValueError as error:
-            if len(candidates) == 1:
-                logging.warning(f"kvcat: not compared with anything: {error}")
-                return path
-            reasons.append(str(error))
-            continue
-        me, world = agreement.rank(), agreement.world_size()
-        wrong = [
-            line
-            for found in agreement.gather(damage(path, seal, part=me, parts=world, hashes=hashes))
-            for line in found
-        ]
-        wrong = sorted(set(wrong))
+        if unverified and len(candidates) == 1 and not is_sealed(path):
+            logging.warning(f"kvcat: {path} has no seal: not compared with anything (resume.unverified)")
+            return path
+        wrong, damaged, seal = _examine(path, hashes)
         if not wrong:
             if reasons:
                 logging.warning(f"kvcat: resuming from {path} (step {seal.step}) instead")
@@ -43,17 +36,38 @@ def first_whole(candidates: list[Path], *, hashes: bool) -> Path:
                 )
             return path
         reasons += wrong
-        logging.error(f"kvcat: damaged checkpoint, set aside as {path.name}{BROKEN}: {'; '.join(wrong)}")
-        agreement.on_first_rank(lambda path=path: _set_aside(path))
+        if damaged:
+            logging.error(f"kvcat: damaged checkpoint, set aside as {path.name}{BROKEN}: {'; '.join(wrong)}")
+            agreement.on_first_rank(lambda path=path: set_aside(path))
     raise ValueError(
         f"no checkpoint is whole: {'; '.join(reasons)}. Put one back from a copy, or move {candidates[0].parent} away to start a new run"
     )
 
 
-def _set_aside(path: Path) -> None:
-    target = path.with_name(path.name + BROKEN)
-    number = 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}-{number}{BROKEN}")
-    path.rename(target)
+def whole_base(base: Path, *, hashes: bool) -> None:
+    """Compare a base's files with its seal; one without a seal was accepted before. A collective call.
+
+    Raises:
+        ValueError: on every rank, when a file differs.
+    """
+    if not is_sealed(base):
+        logging.warning(f"kvcat: {base} has no seal: not compared with anything (resume.unverified)")
+        return
+    wrong, _, seal = _examine(base, hashes)
+    if wrong:
+        raise ValueError(
+            f"resume.base: {'; '.join(wrong)}. Import it again: kvcat convert import HF_DIR {base} --force"
+        )
+    if hashes:
+        logging.info(
+            f"kvcat: {len(seal.files)} files of {base} are what was written ({seal.bytes / 1e6:,.1f} MB)"
+        )
+
+
+def _examine(path: Path, hashes: bool):
+    """What is wrong, whether it is damaged, and the seal: the same on every rank."""
+    found = agreement.gather(
+        examine(path, hashes=hashes, part=agreement.rank(), parts=agreement.world_size())
+    )
+    wrong = sorted({line for one in found for line in one.lines})
+    return wrong, any(one.damaged for one in found), found[0].seal

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.runs.checkpoints import complete
+from kvcat_nemo.runs.manifest import SEAL
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE
 from kvcat_nemo.watch.tail import Tail
 
@@ -184,21 +186,15 @@ class RunWatcher:
         return max(times)
 
     def _checkpoint(self, now: float) -> tuple[str | None, float | None]:
-        folder = self.folder / "checkpoints"
+        """The newest complete checkpoint and its age, as a resume would see it (hashes left out)."""
+        newest = next(iter(complete(self.folder / "checkpoints")), None)
+        if newest is None:
+            return None, None
         try:
-            entries = list(folder.iterdir())
-        except OSError:
+            saved = (newest.path / SEAL).stat().st_mtime
+        except OSError:  # removed a moment ago
             return None, None
-        unfinished = {e.name.removesuffix("-unfinished") for e in entries if e.name.endswith("-unfinished")}
-        found = []
-        for entry in entries:
-            whole = entry.name not in unfinished and (entry / "weights" / "metadata.json").is_file()
-            if whole and not entry.is_symlink():
-                found.append(((entry / "weights" / "metadata.json").stat().st_mtime, entry.name))
-        if not found:
-            return None, None
-        saved, name = max(found)
-        return name, max(now - saved, 0.0)
+        return newest.path.name, max(now - saved, 0.0)
 
 
 def duration(seconds: float) -> str:

@@ -81,6 +81,9 @@ def test_broken_and_foreign_files_are_named(tmp_path):
     save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"not a KV cache in the format {FORMAT} \(its format: pt\)"):
         KVCache.load(path)
+    with pytest.raises(ValueError, match="is no KV cache of kvcat; it is not replaced"):
+        ragged().save(path)
+    path.unlink()
     ragged().save(path)
     with safe_open(path, "pt") as file:
         header = file.metadata()

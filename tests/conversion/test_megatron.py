@@ -112,7 +112,7 @@ def test_export_of_what_megatron_saved(which, trained, hf_models, imported, tmp_
     embedding = next(s for k, s in shapes.items() if k.endswith("word_embeddings.weight"))
     assert embedding[0] == (131 if which[1] == "pp2" else 132)
     name = which[0]
-    out = export_hf(weights.parent, tmp_path / "out", base=imported[name])
+    out = export_hf(weights.parent, tmp_path / "out", base=imported[name], unverified=True)
     exported, original = tensors_of(out), tensors_of(hf_models[name])
     assert exported.keys() == original.keys()
     assert [n for n in exported if not same_bits(exported[n], original[n] * 2)] == []
@@ -129,14 +129,14 @@ def test_export_takes_the_newest_finished_checkpoint_of_a_run(trained, hf_models
     original = tensors_of(hf_models[name])
 
     def exported(out):
-        return tensors_of(export_hf(run, tmp_path / out))["model.norm.weight"]
+        return tensors_of(export_hf(run, tmp_path / out, unverified=True))["model.norm.weight"]
 
     assert same_bits(exported("newest"), original["model.norm.weight"])
     (run / "checkpoints" / "m-step=10-unfinished").touch()
     assert same_bits(exported("finished"), original["model.norm.weight"] * 2)
     (run / "checkpoints" / "m-step=9-unfinished").touch()
     with pytest.raises(ValueError, match="2 unfinished"):
-        export_hf(run, tmp_path / "none")
+        export_hf(run, tmp_path / "none", unverified=True)
     with pytest.raises(ValueError, match="is unfinished"):
         export_hf(run / "checkpoints" / "m-step=9", tmp_path / "none", base=imported[name])
 
@@ -145,7 +145,7 @@ def test_a_run_that_names_no_base_is_refused(imported, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights").symlink_to(imported["qwen3"] / "weights")
     with pytest.raises(ValueError, match="--base"):
-        export_hf(tmp_path / "run", tmp_path / "out")
+        export_hf(tmp_path / "run", tmp_path / "out", unverified=True)
 
 
 def test_the_base_may_be_relative_and_must_exist(imported, tmp_path, monkeypatch):
@@ -157,10 +157,10 @@ def test_the_base_may_be_relative_and_must_exist(imported, tmp_path, monkeypatch
     for base, folder in (("../base", "/"), ("base", tmp_path)):
         (run / "kvcat_base.json").write_text(json.dumps({"base": base}))
         monkeypatch.chdir(folder)
-        assert export_hf(checkpoint, tmp_path / "out", force=True).is_dir()
+        assert export_hf(checkpoint, tmp_path / "out", force=True, unverified=True).is_dir()
     (run / "kvcat_base.json").write_text(json.dumps({"base": "gone"}))
     with pytest.raises(ValueError, match="names gone, which is not there"):
-        export_hf(checkpoint, tmp_path / "none")
+        export_hf(checkpoint, tmp_path / "none", unverified=True)
 
 
 def test_layers_that_are_not_stacked_are_exported_too(imported, hf_models, tmp_path):
@@ -179,6 +179,6 @@ def test_layers_that_are_not_stacked_are_exported_too(imported, hf_models, tmp_p
             name = key.replace("layers.", f"layers.{layer}.")
             writer.add_tensor(name, tensor.clone(), shape[1:], [0] * tensor.ndim)
     writer.close()
-    out = export_hf(tmp_path, tmp_path / "out", base=hf_models["qwen3"])
+    out = export_hf(tmp_path, tmp_path / "out", base=hf_models["qwen3"], unverified=True)
     exported, original = tensors_of(out), tensors_of(hf_models["qwen3"])
     assert [n for n in original if not same_bits(exported[n], original[n])] == []

@@ -17,6 +17,7 @@ from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
 from kvcat_nemo.conversion.exporting import export_hf, model_prefix
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.conversion.layout import check_layout
+from kvcat_nemo.runs.manifest import SEAL
 
 
 def _edit(folder, change):
@@ -129,7 +130,7 @@ def test_overwriting_needs_force_and_force_spares_other_folders(hf_models, tmp_p
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="will not delete"):
+    with pytest.raises(ValueError, match="no complete mark of kvcat"):
         import_hf(source, precious, force=True)
     assert (precious / "thesis.tex").exists()
     with pytest.raises(ValueError, match="--force"):
@@ -152,7 +153,7 @@ def test_export_refuses_another_architecture(imported, hf_models, tmp_path):
     )
     refuse("llama2", "qwen2-tied", "lacks .*output_layer|has shape|output_layer|lacks .*linear_qkv.bias")
     refuse("qwen2-tied", "qwen2-untied", "lacks .*output_layer.weight.*tie_word_embeddings|has shape")
-    refuse("qwen3", "qwen2-tied", "has shape")
+    refuse("qwen3", "qwen2-tied", "vocab_size = 128 .* saved with a vocabulary of 131")
 
 
 def test_export_refuses_extra_and_tied_output(imported, copy_of, tmp_path):
@@ -172,14 +173,18 @@ def test_export_refuses_truncated_and_damaged_checkpoints(imported, hf_models, t
     data = checkpoint / "weights" / "__0_0.distcp"
     whole = data.read_bytes()
     os.truncate(data, len(whole) - 1)
-    _refuses_export(checkpoint, tmp_path, "missing or truncated")
+    _refuses_export(checkpoint, tmp_path, "truncated")
+    # What an unsealed one is looked through for.
+    (checkpoint / SEAL).unlink()
+    accept = {"unverified": True}
+    _refuses_export(checkpoint, tmp_path, "missing or truncated", **accept)
     # The last bytes of the first norm's payload become NaN.
     norm = tensors_of(hf_models["llama2"])["model.norm.weight"].numpy().tobytes()
     assert whole.count(norm) == 1
     data.write_bytes(whole.replace(norm, norm[:-4] + b"\x00\x00\xc0\x7f"))
-    _refuses_export(checkpoint, tmp_path, "model.norm.weight holds NaN")
+    _refuses_export(checkpoint, tmp_path, "model.norm.weight holds NaN", **accept)
     (checkpoint / "weights" / "metadata.json").unlink()
-    _refuses_export(checkpoint, tmp_path, "no Megatron distributed checkpoint")
+    _refuses_export(checkpoint, tmp_path, "no Megatron distributed checkpoint", **accept)
 
 
 def test_model_prefix_is_found_and_several_models_are_refused(imported):

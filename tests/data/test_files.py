@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from kvcat_nemo.data.files import new_file, new_folder
+from kvcat_nemo.data.files import new_file
+from kvcat_nemo.data.publish import new_folder
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -13,7 +14,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
         (folder / "a").write_text("1")
         assert not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with new_folder(tmp_path / "out") as folder:
+    with new_folder(tmp_path / "out", lambda _: {"a"}) as folder:
         (folder / "b").write_text("2")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -23,7 +24,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 def test_a_failure_leaves_the_old_folder_alone_and_nothing_new(tmp_path, error):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("1")
-    with pytest.raises(error), new_folder(tmp_path / "out") as folder:
+    with pytest.raises(error), new_folder(tmp_path / "out", lambda _: {"old"}) as folder:
         (folder / "new").write_text("2")
         raise error
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
@@ -36,7 +37,7 @@ def test_a_failure_leaves_the_old_folder_alone_and_nothing_new(tmp_path, error):
 def test_a_killed_process_leaves_nothing_that_looks_complete_and_is_swept_up(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from kvcat_nemo.data.files import new_folder\n"
+        "from kvcat_nemo.data.publish import new_folder\n"
         "with new_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'a').write_text('1')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

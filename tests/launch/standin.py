@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from kvcat_nemo.runs.manifest import seal
+
 parser = argparse.ArgumentParser()
 parser.add_argument("steps", type=int)
 parser.add_argument("--fail")
@@ -35,6 +37,8 @@ def save(step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
         time.sleep(0.2)
+        (folder / "weights").write_text("of step " + str(step))
+        seal(folder, step)
         unfinished.unlink()
 
 

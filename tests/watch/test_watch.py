@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvcat_nemo.cli import main
+from kvcat_nemo.runs.manifest import SEAL, seal
 from kvcat_nemo.watch.state import HISTORY, History, RunWatcher, duration
 from kvcat_nemo.watch.tail import Tail
 from kvcat_nemo.watch.view import sparkline
@@ -71,7 +72,8 @@ def run(tmp_path):
         weights.mkdir(parents=True)
         if whole:
             (weights / "metadata.json").write_text("{}")
-            os.utime(weights / "metadata.json", (NOW - 30, NOW - 30 + int(name[-2:])))
+            seal(weights.parent, int(name[-2:]))
+            os.utime(weights.parent / SEAL, (NOW - 30, NOW - 30 + int(name[-2:])))
     (folder / "checkpoints" / "step=15-unfinished").touch()
     still(folder)
     return folder
@@ -79,7 +81,7 @@ def run(tmp_path):
 
 def still(folder, at=NOW - 500):
     for path in [folder, *folder.rglob("*")]:
-        if path.name != "metadata.json":
+        if path.name != SEAL:
             os.utime(path, (at, at))
 
 

@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-from kvcat_nemo.data import seal
+from kvcat_nemo.runs import checkpoints, keep
+from kvcat_nemo.runs import manifest as seal
+from kvcat_nemo.runs.standing import examine
 
 
 def make(folder, name="step=4", step=4):
@@ -33,8 +35,8 @@ def test_seal_lists_every_file(tmp_path):
 
 def test_whole(tmp_path):
     path = make(tmp_path)
-    assert seal.damage(path, seal.read_seal(path)) == []
-    assert [f.path for f in seal.complete(tmp_path)] == [path]
+    assert examine(path).whole
+    assert [f.path for f in checkpoints.complete(tmp_path)] == [path]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -44,19 +46,18 @@ def test_one_flipped_bit_is_found_by_exactly_one_part(tmp_path, parts):
     raw = bytearray(victim.read_bytes())
     raw[1234] ^= 1
     victim.write_bytes(raw)
-    stored = seal.read_seal(path)
-    found = [seal.damage(path, stored, part=i, parts=parts) for i in range(parts)]
+    found = [examine(path, part=i, parts=parts).lines for i in range(parts)]
     assert sum(map(len, found)) == 1
-    assert str(victim) in next(f[0] for f in found if f) and seal.damage(path, stored, hashes=False) == []
+    assert str(victim) in next(f[0] for f in found if f) and examine(path, hashes=False).whole
 
 
 def test_truncated_and_missing(tmp_path):
     path = make(tmp_path)
     os.truncate(path / "weights" / "__0_0.distcp", 4999)
     (path / "context" / "io.json").unlink()
-    found = "\n".join(seal.damage(path, seal.read_seal(path), hashes=False))
+    found = "\n".join(examine(path, hashes=False).lines)
     assert "__0_0.distcp: 4,999 bytes, saved with 5,000 (truncated?)" in found and "io.json: missing" in found
-    assert seal.survey(tmp_path)[0].damaged
+    assert checkpoints.survey(tmp_path)[0].damaged
 
 
 def test_unsealed_marked_and_unreadable(tmp_path):
@@ -73,8 +74,8 @@ def test_unsealed_marked_and_unreadable(tmp_path):
             seal.read_seal(path)
     with pytest.raises(seal.Damaged, match="step=3"):
         seal.read_seal(bad)
-    assert seal.complete(tmp_path) == []
-    assert [f.damaged for f in sorted(seal.survey(tmp_path), key=lambda f: f.path.name)] == [
+    assert checkpoints.complete(tmp_path) == []
+    assert [f.damaged for f in sorted(checkpoints.survey(tmp_path), key=lambda f: f.path.name)] == [
         False,
         False,
         True,
@@ -86,7 +87,7 @@ def test_newest_first_and_links_and_set_aside_ones_left_out(tmp_path):
         make(tmp_path, f"step={step}", step)
     make(tmp_path, f"step=20{seal.BROKEN}", 20)
     (tmp_path / "last").symlink_to("step=16")
-    assert [f.step for f in seal.complete(tmp_path)] == [16, 12, 8]
+    assert [f.step for f in checkpoints.complete(tmp_path)] == [16, 12, 8]
 
 
 def test_a_file_that_nobody_hashed_prevents_the_seal(tmp_path):
@@ -104,8 +105,8 @@ def test_owner_is_the_rank_that_wrote():
 
 def test_score(tmp_path):
     path = make(tmp_path)
-    assert seal.read_score(path, "masked_ppl") is None
-    seal.write_score(path, "masked_ppl", 12.5)
-    assert seal.read_score(path, "masked_ppl") == 12.5 and seal.read_score(path, "dense_ppl") is None
-    assert seal.damage(path, seal.read_seal(path)) == []  # it is no part of the seal
+    assert keep.read_score(path, "masked_ppl") is None
+    keep.write_score(path, "masked_ppl", 12.5)
+    assert keep.read_score(path, "masked_ppl") == 12.5 and keep.read_score(path, "dense_ppl") is None
+    assert examine(path).whole  # it is no part of the seal
     assert json.loads((path / seal.SEAL).read_text())["step"] == 4

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from kvcat_nemo.data import keep, seal
+from kvcat_nemo.runs import checkpoints, keep
+from kvcat_nemo.runs import manifest as seal
 
 
 def make(folder, step):
@@ -17,7 +18,7 @@ def make(folder, step):
 
 
 def steps(folder):
-    return sorted(f.step for f in seal.complete(folder))
+    return sorted(f.step for f in checkpoints.complete(folder))
 
 
 def tidy(folder, scores, last=2, best=True):
@@ -62,8 +63,8 @@ def test_nothing_there_and_nothing_scored(tmp_path):
 def test_the_later_one_of_equals(tmp_path):
     found = [make(tmp_path, s) for s in (4, 8)]
     for path in found:
-        seal.write_score(path, "masked_ppl", 3.0)
-    assert keep.best_of(seal.complete(tmp_path), ["masked_ppl"]) == found[1]
+        keep.write_score(path, "masked_ppl", 3.0)
+    assert keep.best_of(checkpoints.complete(tmp_path), ["masked_ppl"]) == found[1]
 
 
 def test_a_removal_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcat_nemo.data.seal import SEAL, UNFINISHED, Found, complete, read_score, write_score
+from kvcat_nemo.data.files import new_file
+from kvcat_nemo.runs.checkpoints import complete
+from kvcat_nemo.runs.manifest import BASE, BROKEN, SCORE, SEAL, UNFINISHED, contents
+from kvcat_nemo.runs.standing import Standing
 
 LAST = "last"
 """Symbolic link to the newest complete checkpoint."""
@@ -45,7 +49,7 @@ def tidy(
             remove(one.path)
 
 
-def best_of(found: Sequence[Found], metrics: Sequence[str]) -> Path | None:
+def best_of(found: Sequence[Standing], metrics: Sequence[str]) -> Path | None:
     """The checkpoint with the lowest figure, the later one of equals; None when none has a figure."""
     scored = []
     for one in found:
@@ -56,11 +60,50 @@ def best_of(found: Sequence[Found], metrics: Sequence[str]) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, complete or not. It stops counting before its first file goes, whatever ends the removal."""
+    """Remove a checkpoint, complete or not. It stops counting before its first file goes, whatever ends the removal.
+
+    One that holds files which no save writes is set aside (…-broken) instead: they are somebody's.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     (path / SEAL).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and any(not _saved(name) for name in contents(path)):
+        set_aside(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
     if not path.exists():
         path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
+
+
+def _saved(name: str) -> bool:
+    # What NeMo and this project write into a checkpoint.
+    return name.startswith(("weights/", "context/", ".hashes-")) or name == BASE
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint to …-broken, where no reader takes it for one."""
+    target, number = path.with_name(path.name + BROKEN), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}-{number}{BROKEN}")
+    path.rename(target)
+    return target
+
+
+def write_score(folder: Path, metric: str, value: float) -> None:
+    """Keep a validation figure beside a checkpoint."""
+    with new_file(folder / SCORE) as temporary:
+        temporary.write_text(json.dumps({"metric": metric, "value": value}) + "\n", encoding="utf-8")
+
+
+def read_score(folder: Path, metric: str) -> float | None:
+    """A checkpoint's validation figure, None when it has none of this name."""
+    try:
+        stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stored["value"] if stored.get("metric") == metric else None
 
 
 def _point(link: Path, target: Path) -> None:

@@ -1,0 +1,35 @@
+"""Small models and runs, made without transformers and Megatron's own writer."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """model/ (Hugging Face), imported/ and other/ (imported), run/checkpoints/step=4 (sealed): never changed."""
+    from run_models import write_model
+
+    from kvcat_nemo.conversion.importing import import_hf
+    from kvcat_nemo.runs.manifest import seal
+
+    root = tmp_path_factory.mktemp("made")
+    write_model(root / "model")
+    import_hf(root / "model", root / "imported")
+    import_hf(write_model(root / "other-model", seed=1), root / "other")
+    checkpoint = root / "run" / "checkpoints" / "step=4"
+    shutil.copytree(root / "imported" / "weights", checkpoint / "weights")
+    (checkpoint / "context").mkdir()
+    (checkpoint / "context" / "io.json").write_text("{}")
+    seal(checkpoint, 4, world_size=1, vocab_size=40, padded_vocab_size=40)
+    return root
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A private copy of one of the folders."""
+    return lambda name: shutil.copytree(made / name, tmp_path / "copy" / name, symlinks=True)
