@@ -140,11 +140,9 @@ def hf_answer(
     hf_dir: str | Path, ids: list[int], new_tokens: int, precision: str = "float32"
 ) -> tuple[torch.Tensor, list[int]]:
     """Logits [T, V] of transformers' model, and what it decodes greedily."""
-    from transformers import AutoModelForCausalLM
+    from kvcat_nemo.models.load import load_causal_lm
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(hf_dir), dtype=getattr(torch, precision), attn_implementation="eager", local_files_only=True
-    ).eval()
+    model = load_causal_lm(hf_dir, getattr(torch, precision), attn_implementation="eager")
 
     @torch.no_grad()
     def logits_of(tokens):

@@ -65,18 +65,14 @@ def generate(folder, prompt, tokens, json_file):
     import os
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    wrong = {
-        kind: sorted(info[kind])
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
-    if wrong:
-        raise click.ClickException(f"{folder} does not load as it should: {wrong}")
+    from kvcat_nemo.models.load import load_causal_lm
+
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), load_causal_lm(folder)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
     ids = tokenizer(prompt, return_tensors="pt")
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0])
     if json_file:
