@@ -19,12 +19,13 @@ from kvcat_nemo.conversion.folders import (
     find_weights,
     hf_side,
     published,
-    read_json,
     require_space,
 )
 from kvcat_nemo.conversion.importing import DTYPES
 from kvcat_nemo.conversion.safetensors_io import SafetensorsWriter, find_not_finite
 from kvcat_nemo.conversion.weight_map import Weight, from_groups, hf_shapes, instances, weight_map
+from kvcat_nemo.models.config import read_config, read_model
+from kvcat_nemo.models.function import differences, function_of_model, stored_function
 
 _ANCHOR = "embedding.word_embeddings.weight"
 # A bare optimizer key, or one of several chained optimizers.
@@ -141,6 +142,32 @@ class MegatronModel:
             first += shape[0]
 
 
+def trained_differences(weights: Path, folder: Path) -> list[str]:
+    """In what the function of a checkpoint's weights, as recorded, differs from a Hugging Face folder's config.json."""
+    stored = stored_function(weights)
+    if stored is None:
+        return []
+    function, file = stored
+    wanted = function_of_model(read_model(folder))
+    return [
+        f"{name} is {trained!r} in {file} and {said!r} in {folder / 'config.json'}"
+        for name, (trained, said) in differences(function, wanted).items()
+    ]
+
+
+def check_trained(weights: Path, base: Path) -> None:
+    """Refuse a base whose config.json is not that of the trained model.
+
+    Raises:
+        ValueError: names the first value that differs, both readings and the fix.
+    """
+    for difference in trained_differences(weights, base):
+        raise ValueError(
+            f"{weights}: {difference}: exported with this base, it would be another model than the trained one; give the "
+            "model that the run started from with --base, or a copy of it whose config.json says what was trained"
+        )
+
+
 def export_hf(
     checkpoint: str | Path,
     out: str | Path,
@@ -161,12 +188,14 @@ def export_hf(
         dtype: "keep", "float32" or "bfloat16".
 
     Raises:
-        ValueError: when the checkpoint is not exactly one model of the base's architecture, or holds NaN.
+        ValueError: when the checkpoint is not exactly one model of the base's architecture, was trained as another
+            function than the base's config.json describes, or holds NaN.
     """
     weights = find_weights(checkpoint)
     base = hf_side(base) if base else find_base(weights)
-    config = read_json(base / "config.json")
+    config = read_config(base)
     arch = from_hf_config(config)
+    check_trained(weights, base)
     model = MegatronModel.open(weights, arch)
     target = DTYPES[dtype]
     dtypes = {

@@ -14,10 +14,11 @@ from typing import Any
 
 from kvcat_nemo.data.seal import BROKEN, UNFINISHED
 from kvcat_nemo.models import config as model_config
+from kvcat_nemo.models import function
 from kvcat_nemo.models.config import read_json
 
-CARD = "kvcat_checkpoint.json"
-"""Marks an imported folder: OUT/weights (Megatron), OUT/hf (config and tokenizer) and this file."""
+CARD = function.CARD
+"""kvcat_checkpoint.json marks an imported folder: OUT/weights (Megatron), OUT/hf (config and tokenizer) and this file."""
 BASE = "kvcat_base.json"
 """{"base": folder} in a training run: where its config and tokenizer come from."""
 

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from kvcat_nemo.conversion.arch import Architecture, load_architecture
-from kvcat_nemo.conversion.exporting import MegatronModel
-from kvcat_nemo.conversion.folders import find_weights
+from kvcat_nemo.conversion.exporting import MegatronModel, trained_differences
+from kvcat_nemo.conversion.folders import find_weights, hf_side
 from kvcat_nemo.conversion.importing import check_source
 from kvcat_nemo.conversion.layout import check_layout
 from kvcat_nemo.conversion.ranks import run_ranks
@@ -92,6 +92,7 @@ def verify(
     for tp, pp in layouts:
         check_layout(arch, tp, pp)
     weights = find_weights(checkpoint)
+    function = tuple(trained_differences(weights, hf_side(hf_dir)))
     compared, different, dtype = compare_weights(hf_dir, weights, arch)
     ids, source = _token_ids(Path(hf_dir), arch, text)
     logits, decoded = hf_answer(hf_dir, ids, new_tokens, precision)
@@ -110,6 +111,7 @@ def verify(
                 pipeline_model_parallel_size=pp,
                 tensors=compared,
                 different_tensors=tuple(different),
+                function=function,
                 stored_dtype=dtype,
                 text_tokens=len(ids),
                 text_source=source,
@@ -151,13 +153,19 @@ def hf_answer(
     return logits_of(ids), greedy(logits_of, ids[: _prompt(ids)], new_tokens)
 
 
-def judge(answer: dict, logits: torch.Tensor, decoded: list[int], *, tolerance: float, **known) -> Report:
-    """The report on Megatron's `answer`, measured against transformers' logits [T, V] and decoded tokens."""
+def judge(
+    answer: dict, logits: torch.Tensor, decoded: list[int], *, tolerance: float, function=(), **known
+) -> Report:
+    """The report on Megatron's `answer`, measured against transformers' logits [T, V] and decoded tokens.
+
+    Args:
+        function: differences between config.json and what the checkpoint says of itself.
+    """
     ours = answer["logits"]
     difference = float((ours - logits).abs().max())
     log_p, log_q = logits.double().log_softmax(-1), ours.double().log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    failures = []
+    failures = list(function)
     if known["different_tensors"]:
         names = known["different_tensors"]
         failures.append(f"{len(names)} of {known['tensors']} tensors differ, first {names[0]}")

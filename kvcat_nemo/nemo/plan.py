@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 
 from kvcat_nemo.engine.config import validate_model_config
 from kvcat_nemo.engine.plan import Layout, flops_per_step, memory_per_gpu, parameters
+from kvcat_nemo.nemo.base import check_base
 
 
 def plan(recipe) -> dict[str, Any]:
@@ -25,8 +27,12 @@ def plan(recipe) -> dict[str, Any]:
     layout = checked_layout(
         config, trainer.strategy, recipe.data, recipe.optim.config, trainer.devices * trainer.num_nodes
     )
+    base = getattr(recipe.resume, "base", None)
+    # A plan may be made where the base is not.
+    compared = bool(base) and Path(base).is_dir() and check_base(base, config)
     tokens = layout.global_batch_size * layout.seq_length
     return {
+        "base": {"path": str(base), "compared": compared} if base else None,
         "parameters": parameters(config),
         "layout": dataclasses.asdict(layout)
         | {"data": layout.data, "num_microbatches": layout.num_microbatches},

@@ -9,6 +9,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
 from kvcat_nemo.data.seal import survey
+from kvcat_nemo.nemo.base import check_base, check_resumed
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,8 @@ class KVCatResume(nl.AutoResume):
 
         Raises:
             ValueError: when the mode and what is on disk do not fit, when every checkpoint that was complete once is
-                damaged, or when the base does not exist.
+                damaged, when the base does not exist, or when the run would compute another function than its base or its
+                checkpoint.
         """
         if self.mode not in ("auto", "must", "never"):
             raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
@@ -41,6 +43,8 @@ class KVCatResume(nl.AutoResume):
                 raise ValueError(
                     f"resume.base={self.base!r}: no checkpoint there (no weights/). Make one: kvcat convert import HF_DIR {self.base}"
                 )
+            if model is not None:
+                check_base(self.base, model.config)
             self.restore_config = RestoreConfig(path=str(self.base), load_artifacts=False)
         self._candidates = self._find()
         found = self._candidates[0] if self._candidates else None
@@ -52,6 +56,8 @@ class KVCatResume(nl.AutoResume):
             raise ValueError(
                 f"resume.mode='never': {found} exists; give the run another log.name, or set resume.mode=auto"
             )
+        if found is not None and model is not None:
+            check_resumed(found, model.config)
         super().setup(trainer, model)
         # Contents are compared when the process group is up, by all ranks together (KVCatStrategy.load_checkpoint).
         trainer.strategy.resume_from(self._candidates, verify_hashes=self.verify == "hashes")
