@@ -70,10 +70,11 @@ def generate(folder, prompt, tokens, json_file):
     from kvcat_nemo.models.load import load_causal_lm
 
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), load_causal_lm(folder)
+        model, tokenizer = load_causal_lm(folder), AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     ids = tokenizer(prompt, return_tensors="pt")
+    ids = {name: ids[name] for name in ("input_ids", "attention_mask")}  # not what other architectures take
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0])
     if json_file:
         with open(json_file, "w", encoding="utf-8") as file:
