@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kvcat_nemo.models.config import ModelConfig, parse_config, read_config
 from kvcat_nemo.models.rope import CONFIG_FIELDS, float32_error, inverse_frequencies
@@ -138,11 +137,12 @@ def differences(model, expected: ModelConfig) -> list[str]:
 
 
 def _layer(layer, number: int, expected: ModelConfig) -> list[tuple[str, Any, Any]]:
+    from transformers.activations import ACT2FN
+
     attention, mlp = layer.self_attn, layer.mlp
     dim = expected.kv_channels
     widths = [m.out_features for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
     kv = expected.num_query_groups * dim
-    activations = {"silu": (nn.SiLU,)}.get(expected.activation)
     rows = [
         ("head_dim", attention.head_dim, dim),
         ("softmax scale", attention.scaling, dim**-0.5),
@@ -158,10 +158,7 @@ def _layer(layer, number: int, expected: ModelConfig) -> list[tuple[str, Any, An
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [attention.q_norm, attention.k_norm] if expected.qk_norm else []
     rows += [("rms_norm_eps", norm.variance_epsilon, expected.rms_norm_eps) for norm in norms]
-    if activations is not None:
-        # transformers has a class of its own for silu in some versions.
-        name = type(mlp.act_fn).__name__
-        rows.append(("hidden_act", isinstance(mlp.act_fn, activations) or name.startswith("SiLU"), True))
+    rows.append(("hidden_act", type(mlp.act_fn).__name__, type(ACT2FN[expected.activation]).__name__))
     return rows
 
 
