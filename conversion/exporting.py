@@ -195,8 +195,8 @@ def export_hf(
     base = hf_side(base) if base else find_base(weights)
     config = read_config(base)
     arch = from_hf_config(config)
-    check_trained(weights, base)
     model = MegatronModel.open(weights, arch)
+    check_trained(weights, base)
     target = DTYPES[dtype]
     dtypes = {
         name: target or model.dtype(weight)
