@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvcat_nemo.models.rope import Rope, YarnScaling, inverse_frequencies
+from kvcat_nemo.models.frequencies import inverse_frequencies
+from kvcat_nemo.models.rope import Rope, YarnScaling
 
 
 def set_frequencies(model, rotary_dim: int, rope: Rope) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kvcat_nemo.models.config import ModelConfig, parse_config, read_config
-from kvcat_nemo.models.rope import CONFIG_FIELDS, float32_error, inverse_frequencies
+from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
+from kvcat_nemo.models.rope import CONFIG_FIELDS
 from kvcat_nemo.models.weights import IGNORED, check_tied, find_weights
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import NULL, ROPES, THETA, TOKENS, edit, make, written
 
 from kvcat_nemo.models.config import read_model
+from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
 from kvcat_nemo.models.load import load_causal_lm
-from kvcat_nemo.models.rope import float32_error, inverse_frequencies
 from kvcat_nemo.models.weights import INDEX, SINGLE, check_tied, find_weights
 
 

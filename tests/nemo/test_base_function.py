@@ -268,8 +268,9 @@ def logits_before_training(config, imported, ids):
     ids=["plain", "linear", "interpolation", "llama3"],
 )
 def test_the_run_starts_as_exactly_the_base(bases, one_process, kind, fields):
+    from kvcat_nemo.models.frequencies import inverse_frequencies
     from kvcat_nemo.models.load import load_causal_lm
-    from kvcat_nemo.models.rope import inverse_frequencies, read_rope
+    from kvcat_nemo.models.rope import read_rope
     from kvcat_nemo.nemo.base import check_base
 
     hf, imported = bases[kind]
