@@ -26,6 +26,7 @@ from kvcat_nemo.conversion.safetensors_io import SafetensorsWriter, find_not_fin
 from kvcat_nemo.conversion.weight_map import Weight, from_groups, hf_shapes, instances, weight_map
 from kvcat_nemo.models.config import read_config, read_model
 from kvcat_nemo.models.function import differences, function_of_model, stored_function
+from kvcat_nemo.models.rope import with_both_forms
 
 _ANCHOR = "embedding.word_embeddings.weight"
 # A bare optimizer key, or one of several chained optimizers.
@@ -211,6 +212,7 @@ def export_hf(
         # transformers 4.56 renamed torch_dtype to dtype; whichever the base has is kept up to date.
         for field in [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]:
             config[field] = str(kept).removeprefix("torch.")
+        config = with_both_forms(config)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer = SafetensorsWriter(partial, tensors, max_shard_size)
         for weight, layer in tqdm(list(instances(arch)), desc="Megatron → HF", unit="tensor", disable=None):

@@ -217,3 +217,19 @@ def _scaling(form: Mapping, name: str, config: Mapping, where: str) -> RopeScali
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def with_both_forms(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with `rope_parameters` alone, as transformers 5 writes it, with the fields beside it that transformers 4 reads.
+
+    transformers 5 reads the other form by itself, transformers 4 would take theta 10,000 and no scaling.
+
+    Raises:
+        ValueError: as `read_rope`.
+    """
+    if not config.get("rope_parameters"):
+        return config
+    parameters = read_rope(config).parameters()
+    theta = parameters.pop("rope_theta")
+    scaling = None if parameters["rope_type"] == "default" else parameters
+    return config | {"rope_theta": theta, "rope_scaling": config.get("rope_scaling") or scaling}

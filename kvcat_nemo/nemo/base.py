@@ -41,8 +41,11 @@ def check_base(base: str | Path, config) -> bool:
 
 
 def check_resumed(checkpoint: str | Path, config) -> None:
-    """Compare a run's configuration with the checkpoint that the run goes on from, as `check_base`."""
-    stored = stored_function(checkpoint)
+    """Compare a run's configuration with a checkpoint that the run may go on from, as `check_base`."""
+    try:
+        stored = stored_function(checkpoint)
+    except ValueError:
+        return  # a damaged record: the seal will say so, and the checkpoint is set aside (nemo.verify)
     if stored is not None:
         _compare(
             config,

@@ -56,8 +56,9 @@ class KVCatResume(nl.AutoResume):
             raise ValueError(
                 f"resume.mode='never': {found} exists; give the run another log.name, or set resume.mode=auto"
             )
-        if found is not None and model is not None:
-            check_resumed(found, model.config)
+        if model is not None:
+            for candidate in self._candidates:
+                check_resumed(candidate, model.config)
         super().setup(trainer, model)
         # Contents are compared when the process group is up, by all ranks together (KVCatStrategy.load_checkpoint).
         trainer.strategy.resume_from(self._candidates, verify_hashes=self.verify == "hashes")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conversion_models import build, edit_config, same_bits, tensors_of
 
 from kvcat_nemo.conversion.exporting import export_hf
@@ -111,6 +112,25 @@ def test_a_function_that_config_json_cannot_say_is_refused(run, base, trained, t
     _record(run, **trained)
     with pytest.raises(ValueError, match=rf"{next(iter(trained))} is .*exported with this base"):
         export_hf(run, tmp_path / "out", base=base)
+
+
+@pytest.mark.parametrize("rope", [None, LINEAR], ids=["plain", "linear"])
+def test_the_export_of_a_base_of_transformers_5_is_read_right_by_4(tmp_path, rope):
+    """By transformers itself, whichever version: the export has both forms of the rope."""
+    from transformers import AutoModelForCausalLM
+
+    from kvcat_nemo.conversion.importing import import_hf
+
+    hf = build("llama2", tmp_path / "hf", rope_scaling=rope, rope_theta=500000.0)
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(hf)(ids).logits
+    new = (rope or {"rope_type": "default"}) | {"rope_theta": 500000.0}
+    edit_config(hf, rope_theta="remove", rope_scaling="remove", rope_parameters=new)
+    out = export_hf(import_hf(hf, tmp_path / "imported"), tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(ids).logits, wanted)
+    assert read_model(out) == read_model(hf)
 
 
 def test_a_damaged_record_is_refused(run, base, tmp_path):
