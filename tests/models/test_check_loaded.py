@@ -61,3 +61,15 @@ def test_a_wrong_value_is_named(root, tmp_path, name):
     change(model)
     with pytest.raises(ValueError, match=message):
         check_loaded(model, described, "here")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_compressors_refuse_a_rope_that_changes_with_the_length(root, tmp_path, kind):
+    """Of a model that was loaded by other means; from a folder it is refused earlier."""
+    from kvcat_nemo.compress.attention import check_model
+
+    model = load_causal_lm(make(root, tmp_path / "model")[0])
+    check_model(model)
+    model.model.rotary_emb.rope_type = kind
+    with pytest.raises(ValueError, match=f"rope_type='{kind}'"):
+        check_model(model)
