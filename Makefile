@@ -20,9 +20,9 @@ COMPRESS := .venv-compress
 COMPRESS_KEY := $(shell (cat pyproject.toml constraints-compress.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
 COMPRESS_STAMP := $(COMPRESS)/.setup-$(COMPRESS_KEY)
 COMPRESS_LOG := $(COMPRESS)/setup.log
-# What of ARGS the second environment is to run: its own two folders, or of the paths given those in them.
+# What of ARGS the second environment is to run: its own three folders, or of the paths given those in them.
 ARGS_PATHS := $(filter tests%,$(ARGS))
-COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(ARGS_PATHS)),tests/compress tests/evaluate)
+COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate% tests/models%,$(ARGS_PATHS)),tests/compress tests/evaluate tests/models)
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
@@ -71,7 +71,7 @@ $(COMPRESS_STAMP):
 	@touch $@
 
 # Both environments run, whatever the first one says; what ARGS selects need not exist in the second (pytest's exit 5).
-test: setup  ## run the tests, those of compress/ and evaluate/ in both environments
+test: setup  ## run the tests, those of compress/, evaluate/ and models/ in both environments
 	@mkdir -p .cache && rm -f .cache/tests-*.xml; failed=0; \
 	$(VENV)/bin/python -m pytest --durations=15 --junitxml=.cache/tests-main.xml $(ARGS) || failed=1; \
 	if [ -n "$(COMPRESS_TESTS)" ]; then \

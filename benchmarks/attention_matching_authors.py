@@ -101,10 +101,14 @@ class Authors:
         from models.llama import LlamaForCausalLM
         from transformers import AutoTokenizer
 
+        from kvcat_nemo.models.config import read_model
+        from kvcat_nemo.models.load import check_loaded, hf_config
+
         os.chdir(code)  # their configurations are files below the folder they are started in
         self.model = LlamaForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="sdpa"
+            model, config=hf_config(model), dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
+        check_loaded(self.model, read_model(model), str(model))
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.known: dict = {}
         generate = QueryGenerator.generate_queries

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 from smoke import add_option, shrink, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from kvcat_nemo.compress import Budget, make, prefill
 from kvcat_nemo.manifest import manifest
+from kvcat_nemo.models.load import load_causal_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATIONS = (
@@ -93,7 +94,7 @@ def main(argv=None) -> None:
     if not args.model.is_dir():
         sys.exit(f"--model {args.model}: no such folder; `kvcat model fetch` gets one")
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = load_causal_lm(args.model)
     text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[: 20 * args.tokens]
     ids = AutoTokenizer.from_pretrained(args.model)(text)["input_ids"][: args.tokens]
     prefill(model, [ids])  # warm

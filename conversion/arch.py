@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcat_nemo.conversion.layout import check_layout, padded_vocab_size
-from kvcat_nemo.conversion.rope import RopeScaling, inverse_frequencies, rope_from_config
-from kvcat_nemo.limits import check_config_sizes
+from kvcat_nemo.models.config import parse_config
+from kvcat_nemo.models.rope import RopeScaling
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -51,57 +51,50 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     """Read a Hugging Face config.json.
 
     Raises:
-        ValueError: for an architecture or an option that the conversion would not carry over faithfully; the
-            message names the field and its value.
+        ValueError: for an architecture or an option that the conversion would not carry over faithfully, and as
+            kvcat_nemo.models.config; the message names the field and its value.
     """
-    check_config_sizes(config)
-    family = config.get("model_type")
-    classes = config.get("architectures") or [_CLASSES.get(family)]
-    if family not in _CLASSES or classes != [_CLASSES[family]]:
+    _refuse_options(config)
+    model = parse_config(config)
+    if model.family not in _FAMILIES:
         raise ValueError(
-            f"config.json: unknown architecture: model_type {family!r}, architectures {classes!r}; "
-            f"supported are {', '.join(f'{m} ({c})' for m, c in _CLASSES.items())}"
+            f"config.json: unknown architecture: model_type {model.family!r}; supported are {', '.join(_FAMILIES)}"
         )
-    _refuse_options(config, family)
-
-    def need(name: str) -> Any:
-        if config.get(name) is None:
-            raise ValueError(f"config.json: {name} is missing; add it")
-        return config[name]
-
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
-    groups = config.get("num_key_value_heads") or heads
-    # Qwen3's class defaults head_dim to 128 whatever the hidden size is; the others derive it.
-    head_dim = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
-    if heads % groups:
+    scaling = model.rope.scaling
+    if scaling is not None and scaling.rope_type not in ("linear", "llama3"):
         raise ValueError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+            f"config.json: rope_type is {scaling.rope_type!r}; supported are default, linear and llama3. If the model is to "
+            "be used within its original context only, remove the scaling from a copy of the checkpoint"
         )
-    base, scaling = rope_from_config(config)
+    if any(model.windows):
+        raise ValueError(
+            f"config.json: sliding_window is {next(w for w in model.windows if w)}; only full attention is supported"
+        )
     return Architecture(
-        family=family,
-        num_layers=need("num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=need("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=head_dim,
-        vocab_size=need("vocab_size"),
-        seq_length=need("max_position_embeddings"),
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        rotary_base=base,
+        family=model.family,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        vocab_size=model.vocab_size,
+        seq_length=model.max_position_embeddings,
+        rms_norm_eps=model.rms_norm_eps,
+        rotary_base=model.rope.theta,
         rope_scaling=scaling,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        tied=model.tied,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
     )
 
 
-def _refuse_options(config: Mapping[str, Any], family: str) -> None:
+def _refuse_options(config: Mapping[str, Any]) -> None:
+    family = config.get("model_type")
     allowed = {
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
-        "hidden_act": (None, "silu"),
+        "hidden_act": (None, "silu", "swish"),
         "use_sliding_window": (None, False),
         "quantization_config": (None,),
     }
@@ -110,11 +103,14 @@ def _refuse_options(config: Mapping[str, Any], family: str) -> None:
     for field, values in allowed.items():
         if config.get(field) not in values:
             raise ValueError(
-                f"config.json: {field} is {config[field]!r}; only {values[-1]!r} is supported for {family}"
+                f"config.json: {field} is {config[field]!r}; only {values[1 % len(values)]!r} is supported for {family}"
             )
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise ValueError(f"config.json: layer_types holds {sorted(kinds)}; only full_attention is supported")
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}:
+        raise ValueError(
+            f"config.json: layer_types holds {sorted(set(map(str, kinds)) - {'full_attention'})}; only full_attention is "
+            "supported"
+        )
 
 
 def load_architecture(folder: str | Path) -> Architecture:
@@ -225,7 +221,7 @@ def gpt_model(
 
 def apply_rope(model: GPTModel, arch: Architecture) -> None:
     """Give a GPTModel exactly the rotary frequencies of `arch`; call it before the first forward pass."""
-    # Megatron's own llama3 scaling fixes three of the four factors, and it has none of the linear kind.
-    rotary = model.rotary_pos_emb
-    frequencies = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
-    rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
+    from kvcat_nemo.engine.rope import set_frequencies
+    from kvcat_nemo.models.rope import Rope
+
+    set_frequencies(model, arch.kv_channels, Rope(arch.rotary_base, arch.rope_scaling))

@@ -21,12 +21,14 @@ from kvcat_nemo.conversion.folders import (
     find_base,
     hf_side,
     published,
-    read_json,
     require_space,
 )
 from kvcat_nemo.conversion.importing import DTYPES
 from kvcat_nemo.conversion.safetensors_io import SafetensorsWriter, find_not_finite
 from kvcat_nemo.conversion.weight_map import Weight, from_groups, hf_shapes, instances, weight_map
+from kvcat_nemo.models.config import read_config, read_model
+from kvcat_nemo.models.function import differences, function_of_model, stored_function
+from kvcat_nemo.models.rope import with_both_forms
 from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.vocabulary import check_cut, recorded
 
@@ -165,6 +167,32 @@ class MegatronModel:
             first += shape[0]
 
 
+def trained_differences(weights: Path, folder: Path) -> list[str]:
+    """In what the function of a checkpoint's weights, as recorded, differs from a Hugging Face folder's config.json."""
+    stored = stored_function(weights)
+    if stored is None:
+        return []
+    function, file = stored
+    wanted = function_of_model(read_model(folder))
+    return [
+        f"{name} is {trained!r} in {file} and {said!r} in {folder / 'config.json'}"
+        for name, (trained, said) in differences(function, wanted).items()
+    ]
+
+
+def check_trained(weights: Path, base: Path) -> None:
+    """Refuse a base whose config.json is not that of the trained model.
+
+    Raises:
+        ValueError: names the first value that differs, both readings and the fix.
+    """
+    for difference in trained_differences(weights, base):
+        raise ValueError(
+            f"{weights}: {difference}: exported with this base, it would be another model than the trained one; give the "
+            "model that the run started from with --base, or a copy of it whose config.json says what was trained"
+        )
+
+
 def export_hf(
     checkpoint: str | Path,
     out: str | Path,
@@ -187,8 +215,8 @@ def export_hf(
         unverified: take a checkpoint or base without a seal, of which nothing tells whether its files are whole.
 
     Raises:
-        ValueError: when the checkpoint is not whole (kvcat_nemo.runs), not exactly one model of the base's architecture, or
-            holds NaN.
+        ValueError: when the checkpoint is not whole (kvcat_nemo.runs), not exactly one model of the base's architecture, was
+            trained as another function than the base's config.json describes, or holds NaN.
     """
     found = find_checkpoint(checkpoint, unverified=unverified)
     weights = found.weights
@@ -196,9 +224,10 @@ def export_hf(
     check_out(out, force=force, sources=[checkpoint, found.folder, base])
     found.require_whole()
     check_base(base, unverified=unverified)
-    config = read_json(base / "config.json")
+    config = read_config(base)
     arch = from_hf_config(config)
     model = MegatronModel.open(weights, arch, vocabulary=recorded(found))
+    check_trained(weights, base)
     target = DTYPES[dtype]
     dtypes = {
         name: target or model.dtype(weight)
@@ -213,6 +242,7 @@ def export_hf(
         # transformers 4.56 renamed torch_dtype to dtype; whichever the base has is kept up to date.
         for field in [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]:
             config[field] = str(kept).removeprefix("torch.")
+        config = with_both_forms(config)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer = SafetensorsWriter(partial, tensors, max_shard_size)
         for weight, layer in tqdm(list(instances(arch)), desc="Megatron → HF", unit="tensor", disable=None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -12,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.data.publish import check_replaceable, empty, new_folder
+from kvcat_nemo.models import config as model_config
+from kvcat_nemo.models.config import read_json
+from kvcat_nemo.models.function import CARD
 from kvcat_nemo.runs.checkpoints import ACCEPT, find_checkpoint
 from kvcat_nemo.runs.manifest import BASE, SEAL, contents, seal, sealed_names
 from kvcat_nemo.runs.standing import is_sealed, require_whole
-from kvcat_nemo.runs.vocabulary import CARD
 
 _SIDECARS = (
     "config.json",
@@ -32,13 +33,6 @@ _SIDECARS = (
 )
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
-
-
 def hf_side(folder: str | Path) -> Path:
     """The folder that holds config.json: `folder` itself, or hf/ in an imported folder."""
     folder = Path(folder)
@@ -50,7 +44,7 @@ def hf_side(folder: str | Path) -> Path:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a Hugging Face folder or of an imported one."""
-    return read_json(hf_side(folder) / "config.json")
+    return model_config.read_config(hf_side(folder))
 
 
 def copy_sidecars(source: Path, target: Path) -> None:

@@ -15,20 +15,19 @@ from tqdm import tqdm
 
 from kvcat_nemo.conversion.arch import Architecture, from_hf_config
 from kvcat_nemo.conversion.dist_checkpoint import CheckpointWriter
-from kvcat_nemo.conversion.folders import CARD, check_out, copy_sidecars, published, read_json, require_space
+from kvcat_nemo.conversion.folders import CARD, check_out, copy_sidecars, published, require_space
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder, find_not_finite
 from kvcat_nemo.conversion.weight_map import (
     EXTRA_STATE_LAYERED,
     EXTRA_STATE_SINGLE,
-    HF_EMBEDDING,
-    HF_IGNORED,
-    HF_OUTPUT,
     Weight,
     hf_shapes,
     instances,
     to_groups,
     weight_map,
 )
+from kvcat_nemo.models.config import read_config
+from kvcat_nemo.models.weights import EMBEDDING, IGNORED, OUTPUT, check_tied
 from kvcat_nemo.runs.standing import require_unchanged
 
 FORMAT_VERSION = 1
@@ -54,9 +53,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
     hf_dir, out = Path(hf_dir), Path(out)
     check_out(out, force=force, sources=[hf_dir])
     require_unchanged(hf_dir)
-    if not (hf_dir / "config.json").is_file():
-        raise ValueError(f"{hf_dir} holds no config.json; give a Hugging Face model folder")
-    arch = from_hf_config(read_json(hf_dir / "config.json"))
+    arch = from_hf_config(read_config(hf_dir))
     source = SafetensorsFolder(hf_dir)
     check_source(source, arch)
     target = DTYPES[dtype]
@@ -75,7 +72,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
             "format_version": FORMAT_VERSION,
             "architecture": asdict(arch),
             "source": {"name": hf_dir.resolve().name, "fingerprint": fingerprint},
-            "dtype": dtype if target else str(source.tensors[HF_EMBEDDING].dtype).removeprefix("torch."),
+            "dtype": dtype if target else str(source.tensors[EMBEDDING].dtype).removeprefix("torch."),
             "versions": {"python": sys.version.split()[0]}
             | {name: importlib.metadata.version(name) for name in ("kvcat-nemo", "torch", "megatron-core")},
         }
@@ -90,20 +87,11 @@ def check_source(source: SafetensorsFolder, arch: Architecture) -> None:
         ValueError: names the missing, extra or misshapen tensors, or an output layer that a tied config denies.
     """
     expected = hf_shapes(arch)
-    names = {name for name in source.tensors if not HF_IGNORED.fullmatch(name)}
+    names = {name for name in source.tensors if not IGNORED.fullmatch(name)}
     missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
-    if arch.tied and HF_OUTPUT in extra:
-        if not _same(source.read(HF_OUTPUT), source.read(HF_EMBEDDING)):
-            raise ValueError(
-                f"{source.folder}: tie_word_embeddings is true, but {HF_OUTPUT} differs from {HF_EMBEDDING}; "
-                f"set tie_word_embeddings to false in config.json if the output layer is meant to be separate"
-            )
-        extra.remove(HF_OUTPUT)
-    if HF_OUTPUT in missing:
-        raise ValueError(
-            f"{source.folder}: {HF_OUTPUT} is missing although tie_word_embeddings is false; set it to true in "
-            f"config.json if the model shares the embedding"
-        )
+    check_tied(source.folder, source.weights, arch.tied)
+    if arch.tied and OUTPUT in extra:
+        extra.remove(OUTPUT)
     for kind, found in (("lacks", missing), ("has unknown", extra)):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -114,10 +102,6 @@ def check_source(source: SafetensorsFolder, arch: Architecture) -> None:
                 f"{source.folder}: {name} has shape {list(source.tensors[name].shape)}, config.json asks for "
                 f"{list(shape)}"
             )
-
-
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
 
 
 def _check_dtypes(source: SafetensorsFolder, arch: Architecture, target: torch.dtype | None) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from kvcat_nemo.conversion.folders import read_json
+from kvcat_nemo.models.weights import INDEX, SINGLE, StoredTensor, find_weights
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -42,74 +41,24 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file, with every length checked against the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{file} is truncated: its header is not complete; fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from None
-    header.pop("__metadata__", None)
-    tensors, data_end = {}, 8 + length
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{file}: {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}")
-        start, end = entry["data_offsets"]
-        stored = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
-        if end - start != stored.nbytes:
-            raise ValueError(f"{file}: {name} takes {end - start} bytes, its shape needs {stored.nbytes}")
-        data_end = max(data_end, 8 + length + end)
-        tensors[name] = stored
-    if data_end > size:
-        raise ValueError(f"{file} is truncated: {size} bytes of {data_end}; fetch it again")
-    if data_end < size:
-        raise ValueError(f"{file} has {size - data_end} bytes after its last tensor; fetch it again")
-    return tensors
+def _stored(name: str, tensor: StoredTensor) -> Stored:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{tensor.file}: {name} has dtype {tensor.dtype}; supported are {', '.join(DTYPES)}")
+    return Stored(tensor.file, DTYPES[tensor.dtype], tensor.shape, tensor.start)
 
 
 class SafetensorsFolder:
-    """The weights of a Hugging Face folder, one file or sharded with an index.
+    """The weights of a Hugging Face folder, one file or sharded with an index (kvcat_nemo.models.weights).
 
     Raises:
-        ValueError: for pickled weights, truncated files, shards that are missing or disagree with the index.
+        ValueError: for pickled weights, truncated files, shards that are missing or disagree with the index, and files
+            that another reader would take instead.
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if (folder / _INDEX).is_file():
-            index = read_json(folder / _INDEX)["weight_map"]
-            files = sorted(set(index.values()))
-            missing = [name for name in files if not (folder / name).is_file()]
-            if missing:
-                raise ValueError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; fetch them")
-        elif (folder / _SINGLE).is_file():
-            index, files = None, [_SINGLE]
-        else:
-            pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
-            if pickled:
-                raise ValueError(
-                    f"{folder} holds pickled weights ({', '.join(pickled[:3])}), which can run code when loaded; "
-                    f"convert them to safetensors first"
-                )
-            raise ValueError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
-        self.folder = folder
-        self.tensors: dict[str, Stored] = {}
-        for name in files:
-            tensors = _read_header(folder / name)
-            twice = self.tensors.keys() & tensors.keys()
-            if twice:
-                raise ValueError(f"{folder}: {sorted(twice)[0]} is in two shards")
-            self.tensors.update(tensors)
-        if index is not None:
-            wrong = [n for n, f in index.items() if n not in self.tensors or self.tensors[n].file.name != f]
-            wrong += [n for n in self.tensors if n not in index]
-            if wrong:
-                raise ValueError(f"{folder}: {_INDEX} and the shards disagree on {wrong[0]}; fetch it again")
+        self.folder = Path(folder)
+        self.weights = find_weights(folder)
+        self.tensors = {name: _stored(name, tensor) for name, tensor in self.weights.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in its stored dtype, in memory of its own."""
@@ -153,7 +102,7 @@ class SafetensorsWriter:
         self._unwritten = set(tensors)
         index = {}
         for number, names in enumerate(shards, 1):
-            file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             # Wider types first: every tensor then starts at a multiple of its item size.
             names.sort(key=lambda name: -tensors[name][1].itemsize)
             header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -177,7 +126,7 @@ class SafetensorsWriter:
                 "metadata": {"total_size": sum(nbytes.values())},
                 "weight_map": dict(sorted(index.items())),
             }
-            (folder / _INDEX).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         stored = self._stored[name]

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from kvcat_nemo.conversion.arch import Architecture, load_architecture
-from kvcat_nemo.conversion.exporting import MegatronModel
+from kvcat_nemo.conversion.exporting import MegatronModel, trained_differences
+from kvcat_nemo.conversion.folders import hf_side
 from kvcat_nemo.conversion.importing import check_source
 from kvcat_nemo.conversion.layout import check_layout
 from kvcat_nemo.conversion.ranks import run_ranks
@@ -103,6 +104,7 @@ def verify(
     check_format(weights)
     check_index(weights)
     check_common(weights)
+    function = tuple(trained_differences(weights, hf_side(hf_dir)))
     compared, different, dtype = compare_weights(hf_dir, weights, arch, vocabulary=recorded(found))
     ids, source = _token_ids(Path(hf_dir), arch, text)
     logits, decoded = hf_answer(hf_dir, ids, new_tokens, precision)
@@ -121,6 +123,7 @@ def verify(
                 pipeline_model_parallel_size=pp,
                 tensors=compared,
                 different_tensors=tuple(different),
+                function=function,
                 stored_dtype=dtype,
                 text_tokens=len(ids),
                 text_source=source,
@@ -153,15 +156,9 @@ def hf_answer(
     hf_dir: str | Path, ids: list[int], new_tokens: int, precision: str = "float32"
 ) -> tuple[torch.Tensor, list[int]]:
     """Logits [T, V] of transformers' model, and what it decodes greedily."""
-    from transformers import AutoModelForCausalLM
+    from kvcat_nemo.models.load import load_causal_lm
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(hf_dir),
-        dtype=getattr(torch, precision),
-        attn_implementation="eager",
-        local_files_only=True,
-        use_safetensors=True,
-    ).eval()
+    model = load_causal_lm(hf_dir, getattr(torch, precision), attn_implementation="eager")
 
     @torch.no_grad()
     def logits_of(tokens):
@@ -170,13 +167,19 @@ def hf_answer(
     return logits_of(ids), greedy(logits_of, ids[: _prompt(ids)], new_tokens)
 
 
-def judge(answer: dict, logits: torch.Tensor, decoded: list[int], *, tolerance: float, **known) -> Report:
-    """The report on Megatron's `answer`, measured against transformers' logits [T, V] and decoded tokens."""
+def judge(
+    answer: dict, logits: torch.Tensor, decoded: list[int], *, tolerance: float, function=(), **known
+) -> Report:
+    """The report on Megatron's `answer`, measured against transformers' logits [T, V] and decoded tokens.
+
+    Args:
+        function: differences between config.json and what the checkpoint says of itself.
+    """
     ours = answer["logits"]
     difference = float((ours - logits).abs().max())
     log_p, log_q = logits.double().log_softmax(-1), ours.double().log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    failures = []
+    failures = list(function)
     if known["different_tensors"]:
         names = known["different_tensors"]
         failures.append(f"{len(names)} of {known['tensors']} tensors differ, first {names[0]}")

@@ -6,7 +6,6 @@ are stored stacked: [num_layers, …] under one name. Shapes are written in the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -108,11 +107,6 @@ WEIGHT_MAPS: dict[str, tuple[Weight, ...]] = {
     "qwen2": (*_DECODER, _QKV_BIAS),
     "qwen3": (*_DECODER, *_QK_NORM),
 }
-
-HF_OUTPUT, HF_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-# Buffers that old Llama checkpoints carry and every loader recomputes.
-HF_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 # Modules whose `_extra_state` (fp8 scales) Megatron's layers ask for on load: Transformer Engine's and, for the
 # first four, the local ones too. An empty state means "no fp8 history".

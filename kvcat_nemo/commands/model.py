@@ -65,19 +65,16 @@ def generate(folder, prompt, tokens, json_file):
     import os
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    wrong = {
-        kind: sorted(info[kind])
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
-    if wrong:
-        raise click.ClickException(f"{folder} does not load as it should: {wrong}")
+    from kvcat_nemo.models.load import load_causal_lm
+
+    try:
+        model, tokenizer = load_causal_lm(folder), AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
     ids = tokenizer(prompt, return_tensors="pt")
+    ids = {name: ids[name] for name in ("input_ids", "attention_mask")}  # not what other architectures take
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0])
     if json_file:
         with open(json_file, "w", encoding="utf-8") as file:

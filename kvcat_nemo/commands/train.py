@@ -99,6 +99,7 @@ def plan(name, overrides, as_json):
             "FLOPs",
             f"{out['flops_per_step']:.3g} a step, {out['flops_per_step'] / layout['world_size']:.3g} per process",
         ),
+        *_base_row(out["base"]),
         (
             "memory per GPU",
             f"{memory['total'] / 1e9:.1f} GB: "
@@ -107,6 +108,17 @@ def plan(name, overrides, as_json):
     ]
     for label, text in rows:
         click.echo(f"{label:<16}{text}")
+
+
+def _base_row(base: dict | None) -> list[tuple[str, str]]:
+    if base is None:
+        return []
+    said = (
+        "the recipe's model is the base's"
+        if base["compared"]
+        else "not here or without a card, so not compared"
+    )
+    return [("base", f"{base['path']}: {said}")]
 
 
 @command.command()

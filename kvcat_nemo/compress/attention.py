@@ -61,6 +61,12 @@ def check_model(model: PreTrainedModel) -> None:
             f"sliding_window={getattr(config, 'sliding_window', None)}: layers with a sliding window forget slots by"
             " themselves; only full attention is supported"
         )
+    rope = getattr(getattr(model.model, "rotary_emb", None), "rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rope_type={rope!r}: its frequencies change with the length of the text, so the keys of a cache would belong to"
+            " another length; compressors need a fixed rope (default, linear, llama3, yarn)"
+        )
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvcat_nemo.models.config import read_vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def load_tokenizer(folder: str | Path, eod_token: str | None = None) -> Document
     if eod_id is None:
         raise ValueError(f"{folder}: the end-of-document token {token!r} is not in the vocabulary")
     largest = max(backend.get_vocab().values())
-    vocab_size = _model_vocabulary(folder) or largest + 1
+    vocab_size = read_vocabulary(folder) or largest + 1
     if largest >= vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has ids up to {largest}, the model's vocabulary (config.json) is {vocab_size}"
@@ -97,11 +98,3 @@ def threads(workers: int) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-
-
-def _model_vocabulary(folder: Path) -> int | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return config.get("vocab_size")

@@ -12,6 +12,7 @@ from kvcat_nemo.engine.stages import validate_stages
 from kvcat_nemo.kernels import select_backend
 from kvcat_nemo.limits import check_model_sizes
 from kvcat_nemo.method.config import KVCatConfig
+from kvcat_nemo.models.function import rope_of_settings
 
 
 @dataclass
@@ -63,6 +64,8 @@ def validate_model_config(config) -> None:
     if config.fp8:
         refuse("fp8", "gated attention needs bf16 or float32; set it to None")
     _check_attention(config, refuse)
+    if getattr(config, "position_embedding_type", None) == "rope":
+        rope_of_settings(vars(config))  # refuses what it cannot read
     if getattr(config, "defer_embedding_wgrad_compute", False):
         refuse(
             "defer_embedding_wgrad_compute",

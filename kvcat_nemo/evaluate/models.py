@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from typing import Any
 import torch
 
 from kvcat_nemo.data.files import sha256_of
-from kvcat_nemo.limits import check_config_fits_weights, check_config_sizes
+from kvcat_nemo.limits import check_config_fits_weights
+from kvcat_nemo.models.config import parse_config, read_config
+from kvcat_nemo.models.load import load_causal_lm
+from kvcat_nemo.models.weights import check_tied, find_weights
 from kvcat_nemo.runs.standing import require_unchanged
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -58,8 +60,8 @@ def find_model(specification: str | Path) -> ModelFolder:
         specification: a folder, or NAME=folder; by default the name is the folder's.
 
     Raises:
-        ValueError: not a folder, a Megatron checkpoint, no safetensors, or a missing or truncated file; the message
-            says what to do.
+        ValueError: not a folder, a Megatron checkpoint, no safetensors, a missing or truncated file, or a folder that
+            two readers would read differently (kvcat_nemo.models); the message says what to do.
     """
     text = str(specification)
     name, equals, rest = text.partition("=")
@@ -72,22 +74,20 @@ def find_model(specification: str | Path) -> ModelFolder:
         )
     if not (path / "config.json").is_file():
         raise ValueError(f"model {rest!r}: {_what_it_is(path)}")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model {rest!r}: config.json is no model's configuration ({error!r})") from None
+    config = read_config(path)
+    kind = config.get("model_type")
     if kind not in _supported():
         raise ValueError(f"model {rest!r}: model_type={kind!r}; evaluations know {', '.join(_supported())}")
+    described = parse_config(config, str(path / "config.json"))
+    weights = find_weights(path)
+    check_tied(path, weights, described.tied)
     if not any((path / x).is_file() for x in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ValueError(
             f"model {rest!r}: no tokenizer there; copy the base model's tokenizer files into the folder"
         )
-    where = f"model {rest!r}: config.json"
-    check_config_sizes(config, where)
-    files = _weight_files(path, rest)
-    check_config_fits_weights(config, {k: v for file in files for k, v in _check_whole(file).items()}, where)
-    return ModelFolder(name or path.resolve().name, path, config, files)
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    check_config_fits_weights(config, shapes, f"model {rest!r}: config.json")
+    return ModelFolder(name or path.resolve().name, path, config, weights.files)
 
 
 def _supported() -> tuple[str, ...]:
@@ -101,49 +101,6 @@ def _what_it_is(path: Path) -> str:
     if any((path / name).exists() for name in megatron):
         return "a Megatron checkpoint; export it first: kvcat export CKPT OUT, then give OUT"
     return "no config.json there, so it is no Hugging Face model folder"
-
-
-def _weight_files(path: Path, shown: str) -> tuple[Path, ...]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"model {shown!r}: {index.name} is damaged ({error!r})") from None
-    else:
-        names = ["model.safetensors"]
-    files = tuple(path / name for name in names)
-    for file in files:
-        if not file.is_file():
-            other = ", ".join(sorted(x.name for x in path.glob("*.bin")))
-            hint = (
-                f"; {other} is a pickle: save the model as safetensors"
-                if other
-                else "; fetch or export it again"
-            )
-            raise ValueError(f"model {shown!r}: {file.name} is missing{hint}")
-    return files
-
-
-def _check_whole(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors; its header also says how long it is."""
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            (header,) = struct.unpack("<Q", stream.read(8))
-            if header > size:
-                raise ValueError("the header ends behind the file")
-            tensors = json.loads(stream.read(header))
-        tensors.pop("__metadata__", None)
-        end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
-        shapes = {name: tuple(x["shape"]) for name, x in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{file}: not a safetensors file ({error}); fetch or export it again") from None
-    if size != 8 + header + end:
-        raise ValueError(
-            f"{file}: {size} bytes, its header counts {8 + header + end}; fetch or export it again"
-        )
-    return shapes
 
 
 def find_models(specifications: list[str]) -> list[ModelFolder]:
@@ -211,30 +168,22 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
         (model in eval mode without gradients, tokenizer, ModelFacts).
 
     Raises:
-        ValueError: as `find_model`; an exported model whose files changed since; a weight that is missing, unexpected or of another shape; an unknown dtype.
+        ValueError: as `find_model` and `kvcat_nemo.models.load.load_causal_lm`; an exported model whose files changed since; an
+            unknown dtype.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
     folder = path if isinstance(path, ModelFolder) else find_model(path)
     _unchanged(folder.path)
+    model = load_causal_lm(folder.path, getattr(torch, dtype))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
-        )
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
     except Exception as error:  # transformers raises a dozen kinds for a damaged folder
         raise ValueError(f"model {str(folder.path)!r} cannot be loaded ({error})") from error
-    wrong = {
-        k: sorted(map(str, info[k]))[:3]
-        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[k]
-    }
-    if wrong:
-        raise ValueError(f"model {str(folder.path)!r} does not load as it should: {wrong}")
-    return model.to(choose_device(device)).eval().requires_grad_(False), tokenizer, model_facts(folder)
+    return model.to(choose_device(device)).requires_grad_(False), tokenizer, model_facts(folder)
 
 
 def choose_device(device: str) -> torch.device:

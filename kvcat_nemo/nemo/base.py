@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from kvcat_nemo.nemo.config import architecture
+from kvcat_nemo.models.function import CARD, Function, differences, function_of_settings, stored_function
 from kvcat_nemo.runs.manifest import SEAL
 from kvcat_nemo.runs.standing import examine, is_sealed
-from kvcat_nemo.runs.vocabulary import CARD
-
-# Megatron's name of a field → its name in the card.
-_CARD_NAMES = {
-    "layernorm_epsilon": "rms_norm_eps",
-    "share_embeddings_and_output_weights": "tied",
-    "add_qkv_bias": "qkv_bias",
-    "qk_layernorm": "qk_norm",
-}
 
 
 def tokenizer_dir(base: str | Path) -> Path:
@@ -53,22 +43,57 @@ def require_base(base: str | Path, *, unverified: bool) -> None:
         raise ValueError(f"resume.base={str(base)!r}: {standing.why_not}")
 
 
-def check_base(base: str | Path, config) -> None:
-    """Compare a model configuration with the base model it is to start from.
+def check_base(base: str | Path, config) -> bool:
+    """Compare everything that changes a model's function with the base model that a run is to start from.
 
-    A training checkpoint has no card; the shapes of its tensors are checked when it is loaded.
+    Args:
+        base: an imported folder or a training checkpoint; config: a built model configuration.
+
+    Returns:
+        Whether the base says what it is. A checkpoint from before there were records may not.
 
     Raises:
         ValueError: naming the first field that differs, both values and the fix.
     """
-    card = Path(base) / CARD
-    if not card.is_file():
-        return
-    stored = json.loads(card.read_text())["architecture"]
-    for name, value in architecture(config).items():
-        want = stored[_CARD_NAMES.get(name, name)]
-        if value is not None and value != want:
-            raise ValueError(
-                f"model.config.{name}={value!r}, but the base model {base} has {want!r}: "
-                f"choose its recipe, or set model.config.{name}={want!r}"
-            )
+    stored = stored_function(base)
+    if stored is None:
+        return False
+    _compare(config, stored[0], f"the base model {base} has", "choose its recipe, or set {}")
+    return True
+
+
+def check_resumed(checkpoint: str | Path, config) -> None:
+    """Compare a run's configuration with a checkpoint that the run may go on from, as `check_base`."""
+    try:
+        stored = stored_function(checkpoint)
+    except ValueError:
+        return  # a damaged record: the seal will say so, and the checkpoint is set aside (nemo.verify)
+    if stored is not None:
+        _compare(
+            config,
+            stored[0],
+            f"the run's checkpoint {checkpoint} was trained with",
+            "start it as before ({}), or give the run another log.name",
+        )
+
+
+def trained_function(config) -> Function:
+    """What a run with this configuration trains, for its checkpoints' record."""
+    return function_of_settings(vars(config))
+
+
+def _compare(config, wanted: Function, whose: str, fix: str) -> None:
+    for name, (ours, theirs) in differences(trained_function(config), wanted).items():
+        raise ValueError(
+            f"model.config.{name}={ours!r}, but {whose} {theirs!r}: {fix.format(_override(name, theirs))}"
+        )
+
+
+def _override(name: str, value) -> str:
+    """How a command line sets a field."""
+    if name == "rope_scaling":
+        value = value or {"rope_type": "default"}
+        return f'"model.config.rope_scaling={str(value).replace(" ", "")}"'
+    if isinstance(value, float) and value == int(value):
+        value = int(value)  # NeMo takes rotary_base for a whole number
+    return f"model.config.{name}={value!r}"

@@ -13,6 +13,8 @@ from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import logging
 
 from kvcat_nemo.engine import agreement
+from kvcat_nemo.models.function import write_record
+from kvcat_nemo.nemo.base import trained_function
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
 from kvcat_nemo.runs.checkpoints import complete
@@ -142,6 +144,8 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             self._last_global_step_saved = trainer.global_step
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(str(path), False, storage_options=options)
+            function = trained_function(trainer.lightning_module.config)
+            agreement.on_first_rank(lambda: write_record(path, function))
             if self.always_save_context:
                 agreement.on_first_rank(lambda: _dump_context(trainer, path / "context"))
             if not self.async_save:

@@ -1,19 +1,20 @@
 """NeMo's model configurations with KV-CAT settings: one line each, nothing copied."""
 
-from dataclasses import dataclass, fields
-from typing import Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
 from nemo.collections import llm
-from nemo.collections.llm.gpt.model.llama import Llama31Config, apply_rope_scaling
 from nemo.lightning import get_vocab_size
 
 from kvcat_nemo.engine import host
 from kvcat_nemo.engine.config import KVCatFields, validate_model_config
 from kvcat_nemo.engine.model import KVCatGPTModel
+from kvcat_nemo.engine.rope import set_frequencies
 from kvcat_nemo.engine.spec import has_transformer_engine, kvcat_block_spec
 from kvcat_nemo.limits import check_model_sizes
+from kvcat_nemo.models.function import rope_of_settings
 
 _FUSIONS = (
     "gradient_accumulation_fusion",
@@ -32,6 +33,9 @@ class KVCatModelConfig(KVCatFields):
 
     true_vocab_size: Optional[int] = None
     """Tokens of the vocabulary without padding; columns after it take no probability. None: `vocab_size`."""
+    rope_scaling: Optional[dict[str, Any]] = None
+    """The rope's kind in config.json's form, e.g. {"rope_type": "linear", "factor": 4.0}; default, linear or llama3. None: what
+    the recipe's configuration says. It must be the base model's (nemo.base)."""
 
     def __post_init__(self):
         check_model_sizes(self)
@@ -72,7 +76,6 @@ class KVCatModelConfig(KVCatFields):
             position_embedding_type=self.position_embedding_type,
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
-            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             pre_process=pre_process
             or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=post_process
@@ -80,14 +83,9 @@ class KVCatModelConfig(KVCatFields):
             scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=vp_stage,
         )
-        if isinstance(self, Llama31Config):
-            model.rotary_pos_emb.inv_freq = apply_rope_scaling(
-                model.rotary_pos_emb.inv_freq,
-                factor=self.scale_factor,
-                low_freq_factor=self.low_freq_factor,
-                high_freq_factor=self.high_freq_factor,
-                old_context_len=self.old_context_len,
-            )
+        if self.position_embedding_type == "rope":
+            rotated = int(self.kv_channels * self.rotary_percent)
+            set_frequencies(model, rotated, rope_of_settings(vars(self)))
         return model
 
 
@@ -150,22 +148,3 @@ class KVCatQwen25Config7B(KVCatModelConfig, llm.Qwen25Config7B):
 @dataclass
 class KVCatQwen3Config1P7B(KVCatModelConfig, llm.Qwen3Config1P7B):
     """Qwen3-1.7B."""
-
-
-def architecture(config) -> dict[str, object]:
-    """The fields of a model configuration that must be those of the checkpoint it starts from."""
-    names = [
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "rotary_base",
-        "layernorm_epsilon",
-        "share_embeddings_and_output_weights",
-        "add_qkv_bias",
-        "qk_layernorm",
-    ]
-    known = {f.name for f in fields(config)}
-    return {name: getattr(config, name) for name in names if name in known}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
@@ -10,6 +11,7 @@ import fiddle as fdl
 from kvcat_nemo.engine.config import validate_model_config
 from kvcat_nemo.engine.plan import Layout, flops_per_step, memory_per_gpu, parameters
 from kvcat_nemo.limits import check_model_sizes, check_size
+from kvcat_nemo.nemo.base import check_base
 
 
 def plan(recipe) -> dict[str, Any]:
@@ -31,8 +33,12 @@ def plan(recipe) -> dict[str, Any]:
     world_size = max(devices, 1) * check_size("trainer.num_nodes", trainer.num_nodes, "nodes")
     config = fdl.build(recipe.model.config)
     layout = checked_layout(config, trainer.strategy, recipe.data, recipe.optim.config, world_size)
+    base = getattr(recipe.resume, "base", None)
+    # A plan may be made where the base is not.
+    compared = bool(base) and Path(base).is_dir() and check_base(base, config)
     tokens = layout.global_batch_size * layout.seq_length
     return {
+        "base": {"path": str(base), "compared": compared} if base else None,
         "parameters": parameters(config),
         "layout": dataclasses.asdict(layout)
         | {"data": layout.data, "num_microbatches": layout.num_microbatches},

@@ -8,7 +8,7 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
-from kvcat_nemo.nemo.base import require_base
+from kvcat_nemo.nemo.base import check_base, check_resumed, require_base
 from kvcat_nemo.runs.checkpoints import survey
 from kvcat_nemo.runs.manifest import SEAL
 from kvcat_nemo.runs.standing import is_sealed
@@ -35,7 +35,8 @@ class KVCatResume(nl.AutoResume):
 
         Raises:
             ValueError: when the mode and what is on disk do not fit, when every checkpoint that was complete once is
-                damaged, or when the base does not exist, is damaged or has no seal.
+                damaged, when the base does not exist, is damaged or has no seal, or when the run would compute another function
+                than its base or its checkpoint.
         """
         if self.mode not in ("auto", "must", "never"):
             raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
@@ -47,6 +48,8 @@ class KVCatResume(nl.AutoResume):
                     f"resume.base={self.base!r}: no checkpoint there (no weights/). Make one: kvcat convert import HF_DIR {self.base}"
                 )
             require_base(self.base, unverified=self.unverified)
+            if model is not None:
+                check_base(self.base, model.config)
             self.restore_config = RestoreConfig(path=str(self.base), load_artifacts=False)
         self._candidates = self._find()
         found = self._candidates[0] if self._candidates else None
@@ -58,6 +61,9 @@ class KVCatResume(nl.AutoResume):
             raise ValueError(
                 f"resume.mode='never': {found} exists; give the run another log.name, or set resume.mode=auto"
             )
+        if model is not None:
+            for candidate in self._candidates:
+                check_resumed(candidate, model.config)
         super().setup(trainer, model)
         # Contents are compared when the process group is up, by all ranks together (KVCatStrategy.load_checkpoint).
         trainer.strategy.resume_from(

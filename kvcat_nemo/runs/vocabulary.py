@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kvcat_nemo.models.function import CARD
 from kvcat_nemo.runs.checkpoints import Checkpoint
 
 VOCABULARY, PADDED = "vocab_size", "padded_vocab_size"
 """Facts of a seal: tokens of the vocabulary, and rows of the embedding."""
-CARD = "kvcat_checkpoint.json"
-"""Of an imported folder: architecture, source, versions."""
 
 
 def recorded(checkpoint: Checkpoint) -> int | None:

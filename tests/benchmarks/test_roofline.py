@@ -128,7 +128,11 @@ def test_traffic_of_a_logit_is_what_the_operations_read_and_write():
         around = passes * ((2 + 4) + (4 + 2) + 3 * 2)
         counted = seen.bytes / (N * V) + around
         # Gathers and scatters name the whole tensor and touch a few of its numbers.
-        assert roofline.logit_bytes(passes, False) <= counted <= roofline.logit_bytes(passes, False) + 24 * passes
+        assert (
+            roofline.logit_bytes(passes, False)
+            <= counted
+            <= roofline.logit_bytes(passes, False) + 24 * passes
+        )
 
 
 def test_json_and_page_are_up_to_date():

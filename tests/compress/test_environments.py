@@ -1,4 +1,4 @@
-"""compress/ and evaluate/ need torch and transformers alone, and live with both generations of numpy and transformers."""
+"""compress/, evaluate/ and models/ need torch and transformers alone, and live with both generations of numpy and transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def modules(*packages: str) -> list[str]:
 
 
 def test_no_training_framework_is_imported():
-    names = modules("compress", "evaluate")
+    names = modules("compress", "evaluate", "models")
     assert len(names) > 10
     loaded = loaded_after("import " + ", ".join(names))
     assert {"torch", "transformers"} <= loaded

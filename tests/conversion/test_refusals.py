@@ -90,7 +90,7 @@ REFUSED = {
     "header": ("llama2", lambda f: os.truncate(f / "model.safetensors", 60), "truncated: its header"),
     "empty": ("llama2", lambda f: os.truncate(f / "model.safetensors", 3), "truncated: its header"),
     "pickled": ("llama2", _pickle_instead, "pickled weights.*convert them to safetensors first"),
-    "no weights": ("llama2", lambda f: (f / "model.safetensors").unlink(), "holds neither"),
+    "no weights": ("llama2", lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing.*fetch"),
     "no config": ("llama2", lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": ("llama2", lambda f: os.truncate(f / "config.json", 20), "not valid JSON"),
     "lost shard": ("llama2", _index({_NORM: "model-2.safetensors"}), "lacks model-2.safetensors"),

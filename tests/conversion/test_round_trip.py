@@ -11,8 +11,9 @@ from kvcat_nemo.conversion.arch import from_hf_config, load_architecture
 from kvcat_nemo.conversion.exporting import export_hf, is_router_key
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.conversion.layout import padded_vocab_size
-from kvcat_nemo.conversion.rope import RopeScaling, inverse_frequencies
 from kvcat_nemo.conversion.weight_map import from_groups, hf_shapes, num_parameters, to_groups
+from kvcat_nemo.models.frequencies import inverse_frequencies
+from kvcat_nemo.models.rope import RopeScaling
 
 
 def assert_same_tensors(left, right):

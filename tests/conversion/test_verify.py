@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conversion_models import tensors_of
+from conversion_models import LLAMA3_ROPE, edit_config, tensors_of
 from safetensors.torch import save_file
 
 from kvcat_nemo.cli import main
@@ -47,11 +47,15 @@ def test_verify_tells_another_model_apart(copy_of, tmp_path):
     tensors = tensors_of(source)
     tensors["model.layers.1.self_attn.k_proj.weight"][0] += 0.05
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    edit_config(
+        source, rope_scaling=LLAMA3_ROPE | {"factor": 2.0}
+    )  # it would rule both sides: logits cannot show it
     report_file = tmp_path / "report.json"
     result = _kvcat("convert", "verify", source, mid, "--json", report_file, "--tokens", "4")
     assert result.exit_code == 1
     assert re.search(r"1 of \d+ tensors differ, first model.layers.1.self_attn.k_proj.weight", result.output)
     assert re.search(r"logits differ by 0\.\d+, tolerance 0.0001", result.output), result.output
+    assert re.search(r"rope_scaling is .*'factor': 4.0.* in .*mid/hf/config.json", result.output)
     report = json.loads(report_file.read_text())
     assert not report["ok"] and report["max_abs_difference"] > 1e-4 and report["mean_kl"] > 1e-9
 

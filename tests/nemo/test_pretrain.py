@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,28 @@ def held_out_ce(folder: Path) -> float:
 def test_starts_from_the_base_models_weights(straight, base):
     before = next(x for x in metrics(straight) if x["kind"] == "validation" and x["step"] == 0)
     assert before["loss/anchor"] == pytest.approx(held_out_ce(base[0]), abs=1e-5)
+
+
+def test_checkpoints_say_what_was_trained(straight, base, tmp_path):
+    """The record is under the seal; export compares the base with it."""
+    from kvcat_nemo.conversion.exporting import export_hf
+    from kvcat_nemo.runs.checkpoints import complete
+    from kvcat_nemo.runs.manifest import read_seal
+    from kvcat_nemo.models.config import read_model
+    from kvcat_nemo.models.function import RECORD, differences, function_of_model, stored_function
+
+    newest = complete(straight / "checkpoints")[0].path
+    assert RECORD in read_seal(newest).files
+    function, file = stored_function(newest / "weights")
+    described = function_of_model(read_model(base[0]))
+    assert file == newest / RECORD and not differences(function, described)
+    assert set(function) == set(described)  # nothing is left open
+    export_hf(newest, tmp_path / "same", base=base[0])
+    other = Path(shutil.copytree(base[0], tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
+    with pytest.raises(ValueError, match=r"rotary_base is 10000.0 in .*kvcat_model.json and 20000.0 in"):
+        export_hf(straight, tmp_path / "wrong", base=other)
 
 
 def test_named_figures(straight):
