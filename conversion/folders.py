@@ -14,25 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.data.seal import BROKEN, UNFINISHED
+from kvcat_nemo.tokens import tokenizer_files
 
 CARD = "kvcat_checkpoint.json"
 """Marks an imported folder: OUT/weights (Megatron), OUT/hf (config and tokenizer) and this file."""
 BASE = "kvcat_base.json"
 """{"base": folder} in a training run: where its config and tokenizer come from."""
 
-_SIDECARS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_SETTINGS = ("config.json", "generation_config.json")
 
 
 def read_json(path: Path) -> Any:
@@ -57,11 +46,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def copy_sidecars(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files; weights are never copied."""
+    """Copy configuration and tokenizer files, chat templates among them; weights are never copied."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in _SIDECARS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    settings = [Path(name) for name in _SETTINGS if (source / name).is_file()]
+    for name in [*settings, *tokenizer_files(source)]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def _is_weights(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvcat_nemo import tokens
 from kvcat_nemo.compress import KVCache, prefill
 from kvcat_nemo.evaluate.models import ModelFolder, load_model
 from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Protocol
@@ -114,7 +115,7 @@ class AskedProtocol(CompressionProtocol):
         self.model_facts(models)
         if not hasattr(self, "_contexts"):
             limit = min((m.context for m in models if m.context), default=None)
-            self._contexts = self.contexts(_tokenizer(models[0]), limit)
+            self._contexts = self.contexts(tokens.load(models[0].path), limit)
         contexts = self._contexts
         for model in models:
             longest = max(len(c.ids) + max(self._after(ask) for ask in c.asks) for c in contexts)
@@ -226,8 +227,8 @@ class AskedProtocol(CompressionProtocol):
 
 def item_id(context: Context, ask: Ask) -> str:
     """Name on disk: a context or question that has changed since is measured anew."""
-    tokens = json.dumps([context.ids, ask.prompt, ask.payload], sort_keys=True)
-    return f"{context.id} {ask.id} {hashlib.sha256(tokens.encode()).hexdigest()[:12]}"
+    content = json.dumps([context.ids, ask.prompt, ask.payload], sort_keys=True)
+    return f"{context.id} {ask.id} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def _compressed(prefilled, cell: Cell | None, state: int) -> tuple[KVCache, float]:
@@ -236,12 +237,6 @@ def _compressed(prefilled, cell: Cell | None, state: int) -> tuple[KVCache, floa
     torch.manual_seed(state)
     start = perf_counter()
     return cell.compressor.compress(prefilled, cell.budget), perf_counter() - start
-
-
-def _tokenizer(folder: ModelFolder):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
 
 
 def _number(text: str) -> int | float | str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kvcat_nemo import tokens
 from kvcat_nemo.data.files import sha256_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -201,7 +202,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
         ValueError: as `find_model`; a weight that is missing, unexpected or of another shape; an unknown dtype.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
@@ -210,7 +211,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
         model, info = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        tokenizer = tokens.load(folder.path)
     except Exception as error:  # transformers raises a dozen kinds for a damaged folder
         raise ValueError(f"model {str(folder.path)!r} cannot be loaded ({error})") from error
     wrong = {

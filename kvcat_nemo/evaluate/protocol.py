@@ -23,6 +23,7 @@ from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.registry import make
 from kvcat_nemo.evaluate.models import DTYPES, ModelFolder, choose_device, find_models, model_facts
 from kvcat_nemo.evaluate.results import budget_label, parse_budget
+from kvcat_nemo.tokens import IdRules
 
 # name → module:class in kvcat_nemo.evaluate; imported when used.
 PROTOCOLS = {
@@ -154,6 +155,16 @@ class CompressionProtocol(Protocol):
     """Specifications; SPEC@KEEP measures that one at a budget of its own, e.g. int8@1."""
     keep: list[str] = field(default_factory=lambda: ["0.05", "0.1", "0.2", "0.4"])
     """Budgets: kept fractions (0.1), or kept slots per layer and KV head (76t)."""
+    bos: str = "auto"
+    """BOS before each text: auto (as the model's tokenizer puts it there by itself), always or never."""
+
+    def check_common(self) -> list[ModelFolder]:
+        IdRules(self.bos)
+        return super().check_common()
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        # "auto" is not said: results folders from before there was a choice go on.
+        return super().settings(*names, *(["bos"] if self.bos != "auto" else []))
 
     def cells(self, length: int) -> list[Cell]:
         """Every compressor at every budget, in the order given, each once.

@@ -15,6 +15,7 @@ from kvcat_nemo.evaluate.models import ModelFolder
 from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol
 from kvcat_nemo.evaluate.results import Store, write_results
 from kvcat_nemo.evaluate.runner import set_threads
+from kvcat_nemo.tokens import IdRules
 from kvcat_nemo.evaluate.windows import (
     CONTINUATION,
     DEFAULT_CORPORA,
@@ -31,7 +32,7 @@ from kvcat_nemo.evaluate.windows import (
 
 @dataclass(kw_only=True)
 class WindowSource:
-    """Settings of the windows; mixed into protocols (which have `seed`, `limit` and `out`)."""
+    """Settings of the windows; mixed into protocols (which have `seed`, `limit`, `bos` and `out`)."""
 
     windows: int | str = 20
     """How many to cut, or a JSON file with them: a list of {"source", "doc", "start", "ids"}."""
@@ -64,6 +65,11 @@ class WindowSource:
         """
         given = [name for name in ("text", "corpora") if getattr(self, name)]
         if self.file:
+            if self.bos != "auto":
+                raise ValueError(
+                    f"bos={self.bos!r}: {str(self.file)!r} holds token ids, which are taken as they are; give bos to"
+                    " `kvcat data windows`, which makes such files"
+                )
             if given:
                 raise ValueError(
                     f"windows={str(self.file)!r} is a file of windows: leave out {' and '.join(given)}"
@@ -96,7 +102,7 @@ class WindowSource:
             corpora = corpora_from_files(self.text)
         else:
             corpora = standard_corpora(self.corpora_folder, self.corpora or DEFAULT_CORPORA)
-        tokenizer = load_tokenizer(models[0].path)
+        tokenizer = load_tokenizer(models[0].path, rules=IdRules(self.bos))
         options = {"seed": self.seed, "min_chars_per_token": self.min_chars_per_token}
         return cut_windows(corpora, tokenizer, int(self.windows), length=length, **options)
 
