@@ -156,12 +156,12 @@ def unpack(packed: dict[str, Tensor]) -> LayerCache:
     counts, keys, values = packed["counts_BG"], packed["keys_PD"], packed["values_PE"]
     expect(counts, "counts_BG", 2, whole=True)
     expect(keys, "keys_PD", 2)
+    check_counts(counts, len(keys), "counts_BG", most=len(keys))
     expect(values, "values_PE", 2, entries=len(keys))
     bias = packed.get("bias_P")
     if bias is not None:
         expect(bias, "bias_P", 1, entries=len(keys))
     entry = keys.shape[1] * keys.element_size() + values.shape[1] * values.element_size() + 5  # bias, presence
-    check_counts(counts, len(keys), "counts_BG", most=len(keys))
     check_memory(counts.numel() * int(counts.max()) * entry, "counts_BG")
     counts = counts.long()
     present = torch.arange(int(counts.max()), device=counts.device) < counts[..., None]
