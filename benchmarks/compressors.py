@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from kvcat_nemo.compress import Budget, make, prefill
 from kvcat_nemo.manifest import manifest
+from kvcat_nemo.tokens import document_ids, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATIONS = (
@@ -91,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[: 20 * args.tokens]
-    ids = AutoTokenizer.from_pretrained(args.model)(text)["input_ids"][: args.tokens]
+    ids = document_ids(load(args.model), text)[: args.tokens]
     prefill(model, [ids])  # warm
     facts = {
         "model": args.model.name,

@@ -73,7 +73,12 @@ class Compressor(ABC):
                 )
             rows.append(self.compress_row(prefilled.row(b), slots))
         cache = stack_rows(rows)
-        cache.facts = {**prefilled.cache.facts, **cache.facts, "compressor": str(self), "budget": asdict(budget)}
+        cache.facts = {
+            **prefilled.cache.facts,
+            **cache.facts,
+            "compressor": str(self),
+            "budget": asdict(budget),
+        }
         return cache
 
     @property

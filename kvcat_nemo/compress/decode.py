@@ -36,7 +36,9 @@ def check_following(
         ValueError: see `extend`.
     """
     if ids_BN.dim() != 2 or ids_BN.shape[1] < 1 or ids_BN.is_floating_point():
-        raise ValueError(f"ids {tuple(ids_BN.shape)} of {ids_BN.dtype}: give whole numbers, [rows, tokens], at least one")
+        raise ValueError(
+            f"ids {tuple(ids_BN.shape)} of {ids_BN.dtype}: give whole numbers, [rows, tokens], at least one"
+        )
     check_fits(model, cache, ids_BN.shape[0])
     last = model.config.vocab_size - 1
     low, high = int(ids_BN.min()), int(ids_BN.max())

@@ -30,7 +30,11 @@ def know(model: PreTrainedModel, fingerprint: str, name: str) -> None:
 
 def remember(model: PreTrainedModel) -> dict[str, Any]:
     """Facts that a cache keeps of the model that made it; plain JSON."""
-    made_by = {"rope": _rope(model), "dtype": str(model.dtype).removeprefix("torch."), "weights": _digest(model)}
+    made_by = {
+        "rope": _rope(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": _digest(model),
+    }
     return {**_KNOWN.get(model, {}), "made_by": made_by}
 
 
@@ -61,10 +65,14 @@ def check_fits(model: PreTrainedModel, cache: KVCache, rows: int | None = None) 
         if bias.shape[0] != cache.batch:
             raise ValueError(f"cache, layer {number}: {bias.shape[0]} rows, but lengths of {cache.batch}")
     if rows is not None and rows != cache.batch:
-        raise ValueError(f"cache of {cache.batch} rows, but {rows} rows of tokens; give as many rows as it has")
+        raise ValueError(
+            f"cache of {cache.batch} rows, but {rows} rows of tokens; give as many rows as it has"
+        )
     device = model.get_input_embeddings().weight.device
     if cache.lengths_B.device.type != device.type:
-        raise ValueError(f"cache on {cache.lengths_B.device}, the model on {device}; move it: cache.to({str(device)!r})")
+        raise ValueError(
+            f"cache on {cache.lengths_B.device}, the model on {device}; move it: cache.to({str(device)!r})"
+        )
     _check_maker(model, cache.facts)
 
 
@@ -80,9 +88,9 @@ def _check_maker(model: PreTrainedModel, facts: dict[str, Any]) -> None:
     mine = remember(model)["made_by"]
     if not _alike(made_by.get("rope"), mine["rope"], made_by.get("dtype"), mine["dtype"]):
         raise _other("its keys were turned by other rotary frequencies than the model's")
-    if made_by.get("dtype") == mine["dtype"] and None not in (made_by.get("weights"), mine["weights"]):
-        if made_by["weights"] != mine["weights"]:
-            raise _other("it was made by a model with other weights")
+    there, now = made_by.get("weights"), mine["weights"]
+    if made_by.get("dtype") == mine["dtype"] and None not in (there, now) and there != now:
+        raise _other("it was made by a model with other weights")
 
 
 def _other(why: str) -> ValueError:
@@ -100,7 +108,10 @@ def _rope(model: PreTrainedModel) -> list[float]:
     rotary = model.model.rotary_emb
     frequencies = getattr(rotary, "original_inv_freq", None)
     frequencies = rotary.inv_freq if frequencies is None else frequencies
-    return [*frequencies.detach().double().flatten().tolist(), float(getattr(rotary, "attention_scaling", 1.0))]
+    return [
+        *frequencies.detach().double().flatten().tolist(),
+        float(getattr(rotary, "attention_scaling", 1.0)),
+    ]
 
 
 def _alike(there: Any, now: list[float], dtype: Any, own_dtype: str) -> bool:

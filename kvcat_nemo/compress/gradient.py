@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache, stack_rows
-from kvcat_nemo.compress.limits import check_positions
 from kvcat_nemo.compress.decode import check_following, extend_checked, logits_checked, next_logits
+from kvcat_nemo.compress.limits import check_positions
 from kvcat_nemo.compress.prefill import Prefilled
 from kvcat_nemo.compress.trained_slots import TrainedSlots
 
@@ -241,7 +241,11 @@ def sample(prefilled: Prefilled, lessons: int, tokens: int, *, seed: int) -> Ten
         ValueError: when they are longer than the model reads behind the context.
     """
     check_positions(
-        prefilled.model.config, prefilled.lengths, tokens, what="context and samples", fix="give shorter samples"
+        prefilled.model.config,
+        prefilled.lengths,
+        tokens,
+        what="context and samples",
+        fix="give shorter samples",
     )
     generator = torch.Generator(prefilled.ids_BT.device).manual_seed(seed)
     cache = stack_rows([prefilled.cache] * lessons)

@@ -28,7 +28,9 @@ def position_limit(config: Any, length: int = 0) -> int:
     if limit is None:
         limit = _default(config)
     if type(limit) is not int or limit < 1:
-        raise ValueError(f"{_FIELD} = {limit!r}: must be a whole number above 0; correct the model's config.json")
+        raise ValueError(
+            f"{_FIELD} = {limit!r}: must be a whole number above 0; correct the model's config.json"
+        )
     rope = _field(config, "rope_parameters") or _field(config, "rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "longrope":
         return limit
@@ -37,7 +39,9 @@ def position_limit(config: Any, length: int = 0) -> int:
     return border if length <= border else limit
 
 
-def check_positions(config: Any, lengths: Sequence[int], new: int | Sequence[int] = 0, *, what: str, fix: str) -> None:
+def check_positions(
+    config: Any, lengths: Sequence[int], new: int | Sequence[int] = 0, *, what: str, fix: str
+) -> None:
     """Refuse texts that the model cannot read.
 
     Args:
@@ -53,7 +57,11 @@ def check_positions(config: Any, lengths: Sequence[int], new: int | Sequence[int
         if length + count > limit:
             where = f", row {row}" if len(lengths) > 1 else ""
             whole = position_limit(config, limit + 1)
-            why = _FIELD if limit == whole else f"{_ORIGINAL}; beyond it longrope has other frequencies than the cache"
+            why = (
+                _FIELD
+                if limit == whole
+                else f"{_ORIGINAL}; beyond it longrope has other frequencies than the cache"
+            )
             size = f"{length} tokens" if not count else f"{length + count} tokens ({length} and {count} more)"
             raise ValueError(f"{what} of {size}{where}: the model reads {limit} ({why}); {fix}")
 

@@ -118,7 +118,9 @@ def check_ids(ids: Iterable[int], vocabulary: int, what: str) -> list[int]:
         except TypeError:
             out.append(-1)
         if not 0 <= out[-1] < vocabulary:
-            raise ValueError(f"{what}[{place}] = {token!r}: must be a token id, a whole number from 0 to {vocabulary - 1}")
+            raise ValueError(
+                f"{what}[{place}] = {token!r}: must be a token id, a whole number from 0 to {vocabulary - 1}"
+            )
     return out
 
 
@@ -158,7 +160,9 @@ def prefill(model: PreTrainedModel, rows: Iterable[list[int]], *, needs: Iterabl
     check_positions(model.config, [T], what="context", fix="shorten the context")
     # Rows share the longest one's rotary frequencies: each must go with them.
     more = [T - len(row) for row in rows]
-    check_positions(model.config, [len(row) for row in rows], more, what="padded context", fix="give such rows apart")
+    check_positions(
+        model.config, [len(row) for row in rows], more, what="padded context", fix="give such rows apart"
+    )
     hidden: list[Tensor] = []
     hooks = []
     if "hidden_states" in needs:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcat_nemo.compress.cache import LayerCache
-from kvcat_nemo.compress.storage import pack as pack_plain
 from kvcat_nemo.compress.storage import check_counts, check_memory, expect, spread
+from kvcat_nemo.compress.storage import pack as pack_plain
 from kvcat_nemo.compress.storage import unpack as unpack_plain
 
 _HALF_LIMIT = 6e4
@@ -255,7 +255,13 @@ def _check_packed(packed: dict[str, Tensor], bits: Any, window: Any, group: Any)
     slots, groups = int(counts.clamp(min=0).long().sum()), int((counts > 0).sum())
     for name, x in parts.items():
         codes = name in ("coded.keys_BGCgd", "coded.values_BGCge")
-        expect(x, name, 1 if "bias" in name else 2, whole=codes, entries=groups if name[6:] in _PER_GROUP else slots)
+        expect(
+            x,
+            name,
+            1 if "bias" in name else 2,
+            whole=codes,
+            entries=groups if name[6:] in _PER_GROUP else slots,
+        )
     each = sum(x[0].numel() * x.element_size() if len(x) else 0 for x in parts.values()) + 8
     # Groups are padded to `group` slots each.
     check_counts(counts, slots, "group_counts_BGC", most=group)

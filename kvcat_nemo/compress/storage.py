@@ -161,7 +161,9 @@ def unpack(packed: dict[str, Tensor]) -> LayerCache:
     bias = packed.get("bias_P")
     if bias is not None:
         expect(bias, "bias_P", 1, entries=len(keys))
-    entry = keys.shape[1] * keys.element_size() + values.shape[1] * values.element_size() + 5  # bias, presence
+    entry = (
+        keys.shape[1] * keys.element_size() + values.shape[1] * values.element_size() + 5
+    )  # bias, presence
     check_memory(counts.numel() * int(counts.max()) * entry, "counts_BG")
     counts = counts.long()
     present = torch.arange(int(counts.max()), device=counts.device) < counts[..., None]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,21 @@ class ModelFolder:
     weights: tuple[Path, ...]
 
     @property
-    def context(self) -> int | None:
+    def context(self) -> int:
         """Tokens that the model reads at most (max_position_embeddings)."""
-        return self.config.get("max_position_embeddings")
+        from kvcat_nemo.compress.limits import position_limit
+
+        return position_limit(self.config, sys.maxsize)
+
+    def check_reads(self, length: int, new: int, fix: str) -> None:
+        """Refuse a text of `length` tokens with `new` more behind it that the model does not read.
+
+        Raises:
+            ValueError: names the model and its limit.
+        """
+        from kvcat_nemo.compress.limits import check_positions
+
+        check_positions(self.config, [length], new, what=f"model {self.name}: text", fix=fix)
 
     @property
     def vocab_size(self) -> int | None:
@@ -204,6 +217,8 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
 
+    from kvcat_nemo.compress.fit import know
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
     folder = path if isinstance(path, ModelFolder) else find_model(path)
@@ -221,7 +236,9 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
     }
     if wrong:
         raise ValueError(f"model {str(folder.path)!r} does not load as it should: {wrong}")
-    return model.to(choose_device(device)).eval().requires_grad_(False), tokenizer, model_facts(folder)
+    model, facts = model.to(choose_device(device)).eval().requires_grad_(False), model_facts(folder)
+    know(model, facts.fingerprint, facts.name)
+    return model, tokenizer, facts
 
 
 def choose_device(device: str) -> torch.device:

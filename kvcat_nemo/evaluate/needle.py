@@ -91,7 +91,9 @@ class Needle(AskedProtocol):
         key = str(rng.randrange(100_000, 1_000_000))
         first = beginning(tokenizer, self.bos)
         needle = [(depth, _NEEDLE.format(key=key))]
-        hay = filled(lambda t: following_ids(tokenizer, t), stream(sentences, rng), needle, length - len(first))
+        hay = filled(
+            lambda t: following_ids(tokenizer, t), stream(sentences, rng), needle, length - len(first)
+        )
         prompt, answer = answer_ids(tokenizer, _QUESTION + _CUE, f" {key}")
         ids = first + hay
         if self.question_aware:

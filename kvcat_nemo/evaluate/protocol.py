@@ -12,7 +12,7 @@ import importlib
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -189,6 +189,13 @@ class CompressionProtocol(Protocol):
                 cell = Cell(compressor, budget)
                 cells.setdefault((cell.name, cell.label), cell)
         return list(cells.values())
+
+
+def fed_by_compressors(cells: list[Cell], length: int) -> Iterator[tuple[str, int]]:
+    """Compressors that feed tokens behind a context of that length, and how many."""
+    for cell in cells:
+        if cell.budget.slots(length) < length and (tokens := cell.compressor.tokens_after(length)):
+            yield f"compressor {cell.name}", tokens
 
 
 def check_budget(compressor: Compressor, budget: Budget, length: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 from kvcat_nemo.data.corpora import CORPORA
 from kvcat_nemo.data.tokenizer import load_tokenizer
 from kvcat_nemo.evaluate.models import ModelFolder
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol
+from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, fed_by_compressors
 from kvcat_nemo.evaluate.results import Store, write_results
 from kvcat_nemo.evaluate.runner import set_threads
-from kvcat_nemo.tokens import IdRules
 from kvcat_nemo.evaluate.windows import (
     CONTINUATION,
     DEFAULT_CORPORA,
@@ -28,6 +28,7 @@ from kvcat_nemo.evaluate.windows import (
     windows_fingerprint,
     write_windows,
 )
+from kvcat_nemo.tokens import IdRules
 
 
 @dataclass(kw_only=True)
@@ -160,12 +161,16 @@ class WindowProtocol(WindowSource, CompressionProtocol):
                 " follow, as the first of them is not scored"
             )
         length = self.prefix + self.continuation
+        cells = self.cells(self.prefix)
         for model in models:
-            if model.context is not None and model.context < length:
-                raise ValueError(
-                    f"model {model.name}: reads {model.context} tokens, a window has {length}; give a smaller prefix"
-                )
-        return models, self.cells(self.prefix)
+            model.check_reads(self.prefix, length - self.prefix, "give a smaller prefix")
+            for what, tokens in self.fed_after(cells):
+                model.check_reads(self.prefix, tokens, f"give a smaller prefix, or fewer tokens of {what}")
+        return models, cells
+
+    def fed_after(self, cells: list[Cell]) -> Iterator[tuple[str, int]]:
+        """What is fed behind the prefix besides the continuation, in words, and how many tokens at most."""
+        yield from fed_by_compressors(cells, self.prefix)
 
     def run(self) -> Path:
         self.check()

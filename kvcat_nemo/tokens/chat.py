@@ -102,7 +102,7 @@ def chat_form(tokenizer, which: str) -> ChatForm | None:
             f"chat template {which!r}: it holds the user's message {len(parts) - 1} times, so the document has no one"
             " place in it; choose a template that holds it once"
         )
-    return ChatForm(which, hashlib.sha256(template.encode("utf-8")).hexdigest(), *parts)
+    return ChatForm(which, template_digest(tokenizer, which), *parts)
 
 
 def template_of(tokenizer, which: str) -> str:
@@ -124,6 +124,11 @@ def template_of(tokenizer, which: str) -> str:
     raise ValueError(
         f"chat template {which!r}: neither one of the tokenizer's templates ({known}) nor a file; choose one, or none"
     )
+
+
+def template_digest(tokenizer, which: str) -> str:
+    """sha256 of a template."""
+    return hashlib.sha256(template_of(tokenizer, which).encode("utf-8")).hexdigest()
 
 
 def _control_ids(tokenizer, text: str) -> list[int]:

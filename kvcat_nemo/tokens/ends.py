@@ -29,11 +29,15 @@ def end_ids(tokenizer, model=None, *, config: Any = None, generation_config: Any
 def _listed(name: str, source: Any) -> list[int]:
     if source is None:
         return []
-    value = source.get("eos_token_id") if isinstance(source, Mapping) else getattr(source, "eos_token_id", None)
+    value = (
+        source.get("eos_token_id") if isinstance(source, Mapping) else getattr(source, "eos_token_id", None)
+    )
     if hasattr(value, "tolist"):  # transformers keeps a tensor at times
         value = value.tolist()
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     for one in values:
         if type(one) is not int or one < 0:
-            raise ValueError(f"{name}: eos_token_id = {value!r}: must be a token id or a list of them; correct it")
+            raise ValueError(
+                f"{name}: eos_token_id = {value!r}: must be a token id or a list of them; correct it"
+            )
     return list(values)

@@ -147,7 +147,11 @@ def _without_prefix(part: dict | None) -> dict | None:
         return {**part, key: [x for x in map(_without_prefix, part[key]) if x is not None]}
     if part["type"] == "Metaspace" and part.get("prepend_scheme") != "never":
         # Older files say it twice.
-        return {**part, "prepend_scheme": "never", **({"add_prefix_space": False} if "add_prefix_space" in part else {})}
+        return {
+            **part,
+            "prepend_scheme": "never",
+            **({"add_prefix_space": False} if "add_prefix_space" in part else {}),
+        }
     if part["type"] == "ByteLevel" and part.get("add_prefix_space"):
         return {**part, "add_prefix_space": False}
     return part
