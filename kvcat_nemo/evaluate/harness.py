@@ -86,6 +86,19 @@ def score_task(model, name: str, task: Any, chosen: list[int]) -> list[dict[str,
     ]
 
 
+def harness_model() -> type:
+    """The harness' model with our ids: its own would end a context with EOS where the tokenizer adds one."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **unused):
+            rules = IdRules("never") if add_special_tokens is False else DEFAULT
+            ids = document_ids(self.tokenizer, string, rules)
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    return Model
+
+
 def stored_model(protocol, folder: ModelFolder, store: Store):
     """An lm_eval model that keeps every answer in the store and loads the weights when one is missing.
 
@@ -93,14 +106,6 @@ def stored_model(protocol, folder: ModelFolder, store: Store):
         protocol: has name, dtype, device, batch_size and seed.
     """
     from lm_eval.api.model import LM
-    from lm_eval.models.huggingface import HFLM
-
-    class Model(HFLM):
-        def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **unused):
-            """Our ids of a text: the harness' own end a context with EOS where the tokenizer adds one."""
-            rules = IdRules("never") if add_special_tokens is False else DEFAULT
-            ids = document_ids(self.tokenizer, string, rules)
-            return ids[-left_truncate_len:] if left_truncate_len else ids
 
     class StoredModel(LM):
         task = ""
@@ -132,7 +137,7 @@ def stored_model(protocol, folder: ModelFolder, store: Store):
             if self.inner is None:
                 model, tokenizer, _ = load_model(folder, protocol.dtype, protocol.device)
                 size = protocol.batch_size
-                self.inner = Model(model, tokenizer=tokenizer, batch_size=size, max_length=folder.context)
+                self.inner = harness_model()(model, tokenizer=tokenizer, batch_size=size, max_length=folder.context)
             values = self.inner.loglikelihood(part, disable_tqdm=True)
             return {
                 "requests": _digest(part),

@@ -22,7 +22,8 @@ from kvcat_nemo.evaluate.needle import Needle, greedy_match
 from kvcat_nemo.evaluate.protocol import protocol_class
 from kvcat_nemo.evaluate.ruler import Ruler, found
 from kvcat_nemo.evaluate.ruler_tasks import TASKS
-from kvcat_nemo.evaluate.tokens import answer_ids, beginning, encode
+from kvcat_nemo.tokens import beginning
+from kvcat_nemo.tokens import following_ids as encode
 
 
 def by_letter(text):
@@ -198,17 +199,6 @@ def test_words_are_compared_as_squad_does():
 def test_the_middle_goes_first():
     assert cut_middle([1, 2, 3, 4, 5], 5) == [1, 2, 3, 4, 5] == cut_middle([1, 2, 3, 4, 5], 9)
     assert cut_middle([1, 2, 3, 4, 5, 6], 3) == [1, 2, 6] and cut_middle([1, 2, 3, 4, 5], 2) == [1, 5]
-
-
-def test_a_token_over_the_border_parts_the_texts():
-    class Merging:
-        def __call__(self, text, **options):
-            from types import SimpleNamespace
-
-            return SimpleNamespace(input_ids=by_letter(text.replace("ab", "X")))
-
-    assert answer_ids(Merging(), "1a", "c") == (by_letter("1a"), by_letter("c"))
-    assert answer_ids(Merging(), "1a", "bc") == (by_letter("1a"), by_letter("bc"))
 
 
 # Whole runs
