@@ -73,7 +73,11 @@ def backend(case: Case):
     trainer = trainers.BpeTrainer(
         vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    if case.kind == "llama":  # words are learnt apart, as sentencepiece does; the tokenizer itself parts nothing
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.train_from_iterator(TEXTS, trainer)
+    if case.kind == "llama":
+        tokenizer.pre_tokenizer = None
     if case.adds != "$A":
         pairs = [(token, number) for number, token in enumerate(SPECIAL)]
         tokenizer.post_processor = processors.TemplateProcessing(single=case.adds, special_tokens=pairs)
