@@ -102,10 +102,10 @@ def _cache(description: Any, tensors: dict[str, Tensor]) -> KVCache:
     expect(lengths, "lengths_B", 1, whole=True)
     if not len(lengths) or int(lengths.min()) < 1:
         raise RuntimeError(f"lengths_B = {lengths.tolist()[:4]}: rows of at least one token wanted")
+    for name, x in tensors.items():
+        if "counts_" in name and x.shape[:1] != lengths.shape:
+            raise RuntimeError(f"{name} is of shape {tuple(x.shape)}, lengths_B of {len(lengths)} rows")
     layers = [_layer(kind, number, tensors) for number, kind in enumerate(kinds)]
-    for number, layer in enumerate(layers):
-        if layer.bias_BGS.shape[0] != len(lengths):
-            raise RuntimeError(f"layer {number} has {layer.bias_BGS.shape[0]} rows, lengths_B {len(lengths)}")
     return KVCache(layers, lengths, facts)
 
 

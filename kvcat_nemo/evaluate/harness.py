@@ -137,7 +137,9 @@ def stored_model(protocol, folder: ModelFolder, store: Store):
             if self.inner is None:
                 model, tokenizer, _ = load_model(folder, protocol.dtype, protocol.device)
                 size = protocol.batch_size
-                self.inner = harness_model()(model, tokenizer=tokenizer, batch_size=size, max_length=folder.context)
+                self.inner = harness_model()(
+                    model, tokenizer=tokenizer, batch_size=size, max_length=folder.context
+                )
             values = self.inner.loglikelihood(part, disable_tqdm=True)
             return {
                 "requests": _digest(part),

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass, field
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-TEXTS = [f"the cache of text number {i} grows with every token of it: {i * 37}, and so on." for i in range(40)]
+TEXTS = [
+    f"the cache of text number {i} grows with every token of it: {i * 37}, and so on." for i in range(40)
+]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -73,7 +75,9 @@ def backend(case: Case):
     trainer = trainers.BpeTrainer(
         vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    if case.kind == "llama":  # words are learnt apart, as sentencepiece does; the tokenizer itself parts nothing
+    if (
+        case.kind == "llama"
+    ):  # words are learnt apart, as sentencepiece does; the tokenizer itself parts nothing
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.train_from_iterator(TEXTS, trainer)
     if case.kind == "llama":

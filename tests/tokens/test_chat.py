@@ -116,7 +116,9 @@ def test_commands_complete_the_template(folders, compressed, monkeypatch):
     cache, said = compressed("plain", "--chat-template", "default")
     assert "in the chat template default" in said
     tokenizer, seen, generate = load(folders("plain")), [], module.generate
-    monkeypatch.setattr(module, "generate", lambda m, c, ids, **o: seen.append(ids) or generate(m, c, ids, **o))
+    monkeypatch.setattr(
+        module, "generate", lambda m, c, ids, **o: seen.append(ids) or generate(m, c, ids, **o)
+    )
     asked = ("generate", folders("plain"), "--cache", cache, "--prompt", QUESTION, "--tokens", 3)
     for more in ((), ("--chat-template", "default"), ("--chat-template", "none")):
         done = kvcat(*asked, *more)

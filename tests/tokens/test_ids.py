@@ -20,7 +20,9 @@ from kvcat_nemo.tokens import (
     text_of,
 )
 
-TEXT = "the cache <|im_end|> of text\r\nand </s> so on, the cache of text number 3 grows with every token of it."
+TEXT = (
+    "the cache <|im_end|> of text\r\nand </s> so on, the cache of text number 3 grows with every token of it."
+)
 NAMES = [case.name for case in CASES]
 
 
@@ -65,7 +67,9 @@ def by_windows(folder, text_file, monkeypatch):
 
     tokenizer = load_tokenizer(folder)
     length = len(document_ids(tokenizer.hf, TEXT))
-    (window,) = cut_windows(corpora_from_files([text_file]), tokenizer, 1, length=length, min_chars_per_token=0)
+    (window,) = cut_windows(
+        corpora_from_files([text_file]), tokenizer, 1, length=length, min_chars_per_token=0
+    )
     return window.ids
 
 
@@ -94,7 +98,9 @@ def by_model_generate(folder, text_file, monkeypatch):
 
     seen, generate = [], LlamaForCausalLM.generate
     monkeypatch.setattr(
-        LlamaForCausalLM, "generate", lambda m, ids, **o: seen.append(ids[0].tolist()) or generate(m, ids, **o)
+        LlamaForCausalLM,
+        "generate",
+        lambda m, ids, **o: seen.append(ids[0].tolist()) or generate(m, ids, **o),
     )
     done = kvcat("model", "generate", folder, "--prompt", TEXT, "--tokens", 2)
     assert done.exit_code == 0, done.output
