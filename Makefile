@@ -22,7 +22,7 @@ COMPRESS_STAMP := $(COMPRESS)/.setup-$(COMPRESS_KEY)
 COMPRESS_LOG := $(COMPRESS)/setup.log
 # What of ARGS the second environment is to run: its own two folders, or of the paths given those in them.
 ARGS_PATHS := $(filter tests%,$(ARGS))
-COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate%,$(ARGS_PATHS)),tests/compress tests/evaluate)
+COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate% tests/tokens%,$(ARGS_PATHS)),tests/compress tests/evaluate tests/tokens)
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help

@@ -18,6 +18,7 @@ from kvcat_nemo.conversion.ranks import run_ranks
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
 from kvcat_nemo.conversion.verify_rank import RankJob, greedy
 from kvcat_nemo.conversion.weight_map import instances
+from kvcat_nemo.tokens import document_ids, load
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want "
@@ -197,10 +198,7 @@ def _token_ids(hf_dir: Path, arch: Architecture, text: str | None) -> tuple[list
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(arch.vocab_size, (min(48, limit),), generator=generator).tolist()
         return ids, "random token ids (no tokenizer)"
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
-    ids = tokenizer(text or TEXT)["input_ids"][:limit]
+    ids = document_ids(load(hf_dir), text or TEXT)[:limit]
     if len(ids) < 2:
         raise ValueError(f"--text has {len(ids)} token(s); give at least two")
     return ids, "text"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kvcat_nemo.tokens.files import tokenizer_files
+
 
 def load(folder: str | Path):
     """The fast tokenizer of a Hugging Face folder, as transformers loads it; nothing is looked for on a network.
@@ -15,8 +17,7 @@ def load(folder: str | Path):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"tokenizer {str(folder)!r} is not a folder; give a Hugging Face model folder")
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if not any((folder / name).is_file() for name in names):
+    if not tokenizer_files(folder):
         raise ValueError(f"{folder}: no tokenizer there (neither tokenizer.json nor tokenizer_config.json)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
