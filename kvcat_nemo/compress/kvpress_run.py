@@ -59,10 +59,15 @@ def _within_limit(model, what: str):
     """Presses that feed the model more than the context (KVzip's repetition) must not go beyond what it reads."""
 
     def check(module, args, kwargs):
-        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        check_positions(model.config, [int(positions.max()) + 1], what=what, fix="shorten the context")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        end = given.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        if positions is not None:
+            end = int(positions.max()) + 1
+        check_positions(model.config, [end], what=what, fix="shorten the context")
 
-    hook = model.model.rotary_emb.register_forward_pre_hook(check, with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(check, with_kwargs=True)
     try:
         yield
     finally:

@@ -44,7 +44,14 @@ def windows(tmp_path):
 )
 def test_what_is_fed_besides_the_continuation_counts(name, settings, message, folder, windows, tmp_path):
     out = tmp_path / "out"
-    given = {"models": [str(folder)], "out": str(out), "windows": windows, "prefix": 40, "continuation": 10}
+    given = {
+        "models": [str(folder)],
+        "out": str(out),
+        "windows": windows,
+        "prefix": 40,
+        "continuation": 10,
+        "keep": ["0.25"],
+    }
     fits = (
         {"compressors": ["gradient:tokens=20"]}
         if name == "continuation"
@@ -64,7 +71,7 @@ def test_a_field_that_is_missing_has_transformers_value(name, folder, windows, t
     (other / "config.json").write_text(json.dumps(config))
     assert find_model(other).context == 2048
     (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "60"}))
-    given = {"models": [str(other)], "out": str(tmp_path / "out"), "windows": windows}
+    given = {"models": [str(other)], "out": str(tmp_path / "out"), "windows": windows, "keep": ["0.25"]}
     with pytest.raises(ValueError, match="max_position_embeddings = '60': must be a whole number above 0"):
         protocol_class(name).of({**given, "prefix": 40, "continuation": 10}).check()
 
