@@ -69,7 +69,7 @@ def check_imports(package):
 def test_imports_go_down_only(import_tree):
     done = check_imports(import_tree)
     assert done.returncode == 0, done.stdout
-    assert "3 kept, 0 broken" in done.stdout
+    assert "text to ids needs tokenizers alone KEPT" in done.stdout and ", 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(
