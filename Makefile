@@ -22,7 +22,8 @@ COMPRESS_STAMP := $(COMPRESS)/.setup-$(COMPRESS_KEY)
 COMPRESS_LOG := $(COMPRESS)/setup.log
 # What of ARGS the second environment is to run: its own three folders, or of the paths given those in them.
 ARGS_PATHS := $(filter tests%,$(ARGS))
-COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter tests/compress% tests/evaluate% tests/models%,$(ARGS_PATHS)),tests/compress tests/evaluate tests/models)
+COMPRESS_FOLDERS := tests/compress tests/evaluate tests/models tests/tokens
+COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter $(addsuffix %,$(COMPRESS_FOLDERS)),$(ARGS_PATHS)),$(COMPRESS_FOLDERS))
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 from smoke import add_option, shrink, tiny_model
-from transformers import AutoTokenizer
 
 from kvcat_nemo.compress import Budget, make, prefill
 from kvcat_nemo.manifest import manifest
 from kvcat_nemo.models.load import load_causal_lm
+from kvcat_nemo.tokens import document_ids, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATIONS = (
@@ -96,7 +96,7 @@ def main(argv=None) -> None:
     torch.set_num_threads(args.threads)
     model = load_causal_lm(args.model)
     text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[: 20 * args.tokens]
-    ids = AutoTokenizer.from_pretrained(args.model)(text)["input_ids"][: args.tokens]
+    ids = document_ids(load(args.model), text)[: args.tokens]
     prefill(model, [ids])  # warm
     facts = {
         "model": args.model.name,

@@ -17,20 +17,9 @@ from kvcat_nemo.models.function import CARD
 from kvcat_nemo.runs.checkpoints import ACCEPT, find_checkpoint
 from kvcat_nemo.runs.manifest import BASE, SEAL, contents, seal, sealed_names
 from kvcat_nemo.runs.standing import is_sealed, require_whole
+from kvcat_nemo.tokens import is_tokenizer_file, tokenizer_files
 
-_SIDECARS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_SETTINGS = ("config.json", "generation_config.json")
 
 
 def hf_side(folder: str | Path) -> Path:
@@ -48,11 +37,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def copy_sidecars(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files; weights are never copied."""
+    """Copy configuration and tokenizer files, chat templates among them; weights are never copied."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in _SIDECARS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    settings = [Path(name) for name in _SETTINGS if (source / name).is_file()]
+    for name in [*settings, *tokenizer_files(source)]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def find_weights(path: str | Path, *, unverified: bool = False) -> Path:
@@ -114,13 +104,18 @@ def our_names(folder: Path) -> set[str] | None:
         return names
     if (folder / CARD).is_file() and (folder / "weights" / "metadata.json").is_file():
         # Imported before folders were sealed: the card was written last.
-        return {name for name in contents(folder) if _IMPORTED.fullmatch(name)}
+        return {name for name in contents(folder) if _is_imported(name)}
     return None
 
 
-_IMPORTED = re.compile(
-    rf"{re.escape(CARD)}|{re.escape(SEAL)}|hf/({'|'.join(map(re.escape, _SIDECARS))})|weights/(\.metadata|metadata\.json|common\.pt|__\d+_0\.distcp)"
-)
+_WEIGHTS = re.compile(r"weights/(\.metadata|metadata\.json|common\.pt|__\d+_0\.distcp)")
+
+
+def _is_imported(name: str) -> bool:
+    """Whether `convert import` writes a file of this name."""
+    beside = name.removeprefix("hf/")
+    is_setting = beside != name and (beside in _SETTINGS or is_tokenizer_file(beside))
+    return name in (CARD, SEAL) or is_setting or _WEIGHTS.fullmatch(name) is not None
 
 
 def check_out(out: str | Path, *, force: bool, sources: Iterable[str | Path]) -> None:

@@ -22,6 +22,7 @@ from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.pickles import check_common, check_format, check_index
 from kvcat_nemo.runs.standing import require_unchanged
 from kvcat_nemo.runs.vocabulary import recorded
+from kvcat_nemo.tokens import document_ids, load
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want "
@@ -217,10 +218,7 @@ def _token_ids(hf_dir: Path, arch: Architecture, text: str | None) -> tuple[list
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(arch.vocab_size, (min(48, limit),), generator=generator).tolist()
         return ids, "random token ids (no tokenizer)"
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
-    ids = tokenizer(text or TEXT)["input_ids"][:limit]
+    ids = document_ids(load(hf_dir), text or TEXT)[:limit]
     if len(ids) < 2:
         raise ValueError(f"--text has {len(ids)} token(s); give at least two")
     return ids, "text"

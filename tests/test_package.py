@@ -83,6 +83,7 @@ def test_imports_go_down_only(import_tree):
         ),
         ("conversion", "import kvcat_nemo.recipes", "kvcat_nemo.conversion is not allowed to import"),
         ("data", "def f():\n    import kvcat_nemo.method", "kvcat_nemo.data is not allowed to import"),
+        ("tokens", "import kvcat_nemo.data", "kvcat_nemo.tokens is not allowed to import"),
         ("kernels", "import nemo.collections.llm", "kvcat_nemo.kernels is not allowed to import nemo"),
         (
             "method",

@@ -13,12 +13,13 @@ from kvcat_nemo.engine import host
 def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path:
     """A random Llama of the shape as a Hugging Face folder with tokenizer: what the base model starts from."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvcat_nemo.data.publish import new_folder
     from kvcat_nemo.runs.manifest import seal, sealed_names
+    from kvcat_nemo.tokens import load
 
-    words = AutoTokenizer.from_pretrained(tokenizer)
+    words = load(tokenizer)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -87,10 +87,10 @@ def make_report(study) -> dict[str, Any]:
 
 def _pieces(study) -> list[str]:
     """Text of every token id."""
-    from transformers import AutoTokenizer
+    from kvcat_nemo.tokens import load, text_of
 
-    tokenizer = AutoTokenizer.from_pretrained(study.tokenizer)
-    return [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    tokenizer = load(study.tokenizer)
+    return [text_of(tokenizer, [i]) for i in range(len(tokenizer))]
 
 
 def _masks(study, policies: list[plans.Job]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvcat_nemo.commands.options import DTYPES, friendly_errors
+from kvcat_nemo.commands.options import DTYPES, friendly_errors, id_options
 
 
 @click.command()
@@ -27,6 +27,14 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The cache, as safetensors.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option(
+    "--chat-template",
+    default="none",
+    show_default=True,
+    help="Put the document into a user's message: none, default (the tokenizer's template), the NAME of one of its named"
+    " templates, or a file of Jinja.",
+)
+@id_options
+@click.option(
     "--list",
     is_flag=True,
     is_eager=True,
@@ -34,19 +42,25 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors
     callback=lambda ctx, _, wanted: wanted and (_list(), ctx.exit()),
     help="List the compressors and their settings.",
 )
-def command(model, text_file, compressor, keep, keep_tokens, out, dtype):
+def command(model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens):
     """Read a document with MODEL (a Hugging Face folder), compress its KV cache, and write the cache to a file.
 
     The file is then asked as often as you like, without the document: kvcat generate.
+
+    With --chat-template the cache holds the template's text up to the end of the document; kvcat generate puts the
+    prompt behind the document, in the same message, and then the template's rest.
 
     \b
     Examples:
       kvcat compress models/smollm2-135m --text paper.txt --keep 0.1 --out paper.safetensors
       kvcat compress models/smollm2-135m --text paper.txt --compressor attention-matching+int4 --keep 0.2 --out p.safetensors
+      kvcat compress models/chat --text paper.txt --chat-template default --keep 0.1 --out paper.safetensors
       kvcat generate models/smollm2-135m --cache paper.safetensors --prompt "In summary, the paper"
     """
     with friendly_errors():
-        _compress(model, text_file, compressor, keep, keep_tokens, out, dtype)
+        _compress(
+            model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens
+        )
 
 
 def _list() -> None:
@@ -66,28 +80,47 @@ def _list() -> None:
     click.echo("kvpress.CLASS\n    any other press of kvpress, by the name of its class")
 
 
-def _compress(model, text_file, compressor, keep, keep_tokens, out, dtype):
+def _compress(
+    model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens
+):
+    from dataclasses import asdict
     from pathlib import Path
 
     from kvcat_nemo.compress import Budget, compress, make
+    from kvcat_nemo.compress.limits import check_positions
     from kvcat_nemo.compress.storage import check_target
-    from kvcat_nemo.evaluate.models import load_model
+    from kvcat_nemo.data.reading import read_text
+    from kvcat_nemo.evaluate.models import find_model, load_model
+    from kvcat_nemo.tokens import IdRules, beginning, chat_form, document_ids, load, text_of
 
     if (keep is None) == (keep_tokens is None):
         raise ValueError("give either --keep FRACTION or --keep-tokens N")
     budget = Budget(keep_fraction=keep, tokens=keep_tokens)
     maker = make(compressor)
     check_target(out)
-    text = Path(text_file).read_text(encoding="utf-8")
+    text = read_text(text_file)
     if not text.strip():
         raise ValueError(f"--text {text_file}: the document is empty")
-    network, tokenizer, facts = load_model(model, dtype=dtype)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    click.echo(f"{text_file}: {len(ids):,} tokens", err=True)
+    rules, folder = IdRules(bos, special_tokens), find_model(model)
+    tokenizer = load(folder.path)
+    form = chat_form(tokenizer, chat_template)
+    ids = form.document_ids(tokenizer, text, rules) if form else document_ids(tokenizer, text, rules)
+    first = [] if form else beginning(tokenizer, bos)
+    begun = f", {text_of(tokenizer, first)} first" if first else ""
+    where = f", in the chat template {form.name}" if form else begun
+    click.echo(f"{text_file}: {len(ids):,} tokens{where}", err=True)
+    after = maker.tokens_after(len(ids)) if budget.slots(len(ids)) < len(ids) else 0
+    check_positions(folder.config, [len(ids)], after, what=f"--text {text_file}", fix="give a shorter text")
+    network, _, facts = load_model(folder, dtype=dtype)
     done = compress(network, [ids], maker, budget)
     cache = done.cache
     full = done.full_nbytes
     cache.facts |= {"model": facts.fingerprint, "model_name": facts.name, "text": Path(text_file).name}
+    cache.facts["ids"] = {
+        **asdict(rules),
+        "beginning": first,
+        "chat_template": form.facts() if form else None,
+    }
     cache.save(out)
     click.echo(
         f"{maker} at {budget}: {cache.slots:.1f} of {len(ids)} slots per layer and head, {_size(cache.nbytes)} of"

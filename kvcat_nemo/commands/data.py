@@ -89,8 +89,15 @@ def fetch(corpus, out, force):
     help="Take documents that `data build` keeps out of training.",
 )
 @click.option("--split-seed", default=1234, show_default=True, help="The --seed of that build.")
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="BOS before each window: auto: as the model's tokenizer puts it there by itself.",
+)
 @click.option("--text-field", default="text", show_default=True, help="JSON field or Parquet column.")
-def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_seed, text_field):
+def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_seed, bos, text_field):
     """Cut evaluation windows from SOURCEs (files or folders, as for build; by default six corpora, fetched).
 
     \b
@@ -111,6 +118,7 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
             seed=seed,
             held_out=held_out,
             split_seed=split_seed,
+            bos=bos,
         )
     places = ", ".join(f"{sum(w.source == name for w in cut)} from {name}" for name in corpora)
     click.echo(f"{out}: {len(cut)} windows of {length} tokens ({places})")
@@ -129,6 +137,20 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
     "--text-field", default="text", show_default=True, help="JSON field or Parquet column of the text."
 )
 @click.option("--eod-token", help="End-of-document token.  [default: the tokenizer's end-of-sequence token]")
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="BOS before each document: auto: as the model's tokenizer puts it there by itself.",
+)
+@click.option(
+    "--special-tokens",
+    type=click.Choice(["text", "control"]),
+    default="text",
+    show_default=True,
+    help="Special tokens that a document mentions: text, or the control tokens they name.",
+)
 @click.option("--workers", default=2, show_default=True, help="Tokeniser threads.")
 @click.option("--seed", default=1234, show_default=True, help="Seed of the split.")
 @click.option("--skip-bad", is_flag=True, help="Count broken records instead of stopping at the first.")

@@ -48,7 +48,9 @@ def fetch(name, out, force):
 @command.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.option("--prompt", default="The main idea of attention in neural networks is", show_default=True)
-@click.option("--tokens", default=40, show_default=True, help="Tokens to generate, greedily.")
+@click.option(
+    "--tokens", default=40, show_default=True, type=click.IntRange(1), help="Tokens to generate, greedily."
+)
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False), help="Also write prompt and text to this file."
 )
@@ -65,17 +67,35 @@ def generate(folder, prompt, tokens, json_file):
     import os
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
+    import torch
 
+    from kvcat_nemo.compress.limits import check_positions
+    from kvcat_nemo.models.config import read_config
     from kvcat_nemo.models.load import load_causal_lm
+    from kvcat_nemo.tokens import document_ids, end_ids, load, text_of
 
     try:
-        model, tokenizer = load_causal_lm(folder), AutoTokenizer.from_pretrained(folder)
+        tokenizer = load(folder)
+        ids = document_ids(tokenizer, prompt)
+        if not ids:
+            raise ValueError("--prompt '': give at least one character")
+        check_positions(
+            read_config(folder), [len(ids)], tokens, what="--prompt and --tokens", fix="give fewer"
+        )
+        model = load_causal_lm(folder)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    ids = tokenizer(prompt, return_tensors="pt")
-    ids = {name: ids[name] for name in ("input_ids", "attention_mask")}  # not what other architectures take
-    text = tokenizer.decode(model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0])
+    given = torch.tensor([ids])
+    stop = list(end_ids(tokenizer, model)) or None
+    out = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [None])[0],
+    )
+    text = text_of(tokenizer, out[0].tolist())
     if json_file:
         with open(json_file, "w", encoding="utf-8") as file:
             json.dump({"prompt": prompt, "text": text}, file)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from kvcat_nemo.compress.attention import run
 from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.limits import position_limit
 from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference, scores
 from kvcat_nemo.compress.omp import pursue
 from kvcat_nemo.compress.prefill import Prefilled
@@ -222,7 +223,7 @@ def pieces_to_read(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
         ValueError: when the context leaves no positions behind it.
     """
     T = len(ids_T)
-    room = model.config.max_position_embeddings - T
+    room = position_limit(model.config, T) - T
     if room < 1:
         raise ValueError(
             f"context of {T} tokens: the model has no positions left to read it again; shorten it or set queries=context"

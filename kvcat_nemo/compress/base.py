@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo.compress.budget import Budget
 from kvcat_nemo.compress.cache import KVCache, stack_rows
+from kvcat_nemo.compress.limits import check_positions
 from kvcat_nemo.compress.prefill import Prefilled, prefill
 
 
@@ -31,6 +32,10 @@ class Compressor(ABC):
     smallest: ClassVar[int] = 1
     """Slots without which it cannot work (its window, its sinks)."""
 
+    def tokens_after(self, length: int) -> int:
+        """Tokens that it feeds behind a context of `length` tokens, at most: the model must read these as well."""
+        return 0
+
     @abstractmethod
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
         """The smaller cache of one row, with `slots` < its length slots per layer and KV head on average."""
@@ -39,8 +44,17 @@ class Compressor(ABC):
         """Compress every row to its budget. A row that is within its budget is left as it is, with a warning.
 
         Raises:
-            ValueError: when the budget keeps nothing, or fewer slots than the compressor can work with.
+            ValueError: when the budget keeps nothing, or fewer slots than the compressor can work with, or the model does
+                not read what the compressor feeds behind the context.
         """
+        short = [n for n in prefilled.lengths if budget.slots(n) < n]
+        check_positions(
+            prefilled.model.config,
+            short,
+            [self.tokens_after(n) for n in short],
+            what=f"{self}: context and what it reads behind it",
+            fix="shorten the context or the compressor's texts",
+        )
         rows = []
         for b, length in enumerate(prefilled.lengths):
             slots = budget.slots(length)
@@ -59,7 +73,12 @@ class Compressor(ABC):
                 )
             rows.append(self.compress_row(prefilled.row(b), slots))
         cache = stack_rows(rows)
-        cache.facts = {**cache.facts, "compressor": str(self), "budget": asdict(budget)}
+        cache.facts = {
+            **prefilled.cache.facts,
+            **cache.facts,
+            "compressor": str(self),
+            "budget": asdict(budget),
+        }
         return cache
 
     @property

@@ -90,6 +90,11 @@ class LayerCache:
             bias,
         )
 
+    def to(self, device: str | torch.device) -> LayerCache:
+        """The layer on another device."""
+        keys, values = self.keys_BGSD.to(device), self.values_BGSE.to(device)
+        return LayerCache(keys, values, self.bias_BGS.to(device))
+
     def row(self, b: int, slots: int) -> LayerCache:
         """One row of the batch, its first `slots` slots."""
         part = (slice(b, b + 1), slice(None), slice(0, slots))
@@ -136,6 +141,10 @@ class KVCache:
         """One row of the batch; its padding behind the longest head goes."""
         layers = [layer.row(b, _last_present(layer.present_BGS[b])) for layer in self.layers]
         return KVCache(layers, self.lengths_B[b : b + 1], dict(self.facts))
+
+    def to(self, device: str | torch.device) -> KVCache:
+        """The cache on another device."""
+        return KVCache([x.to(device) for x in self.layers], self.lengths_B.to(device), dict(self.facts))
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors: the slots there are, without padding."""

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache, stack_rows
-from kvcat_nemo.compress.decode import extend, next_logits
+from kvcat_nemo.compress.decode import check_following, extend_checked, logits_checked, next_logits
+from kvcat_nemo.compress.limits import check_positions
 from kvcat_nemo.compress.prefill import Prefilled
 from kvcat_nemo.compress.trained_slots import TrainedSlots
 
@@ -97,6 +98,7 @@ def optimise(
         ValueError: on settings out of range, or lessons for other rows.
     """
     _check(cache, lessons, steps, lr, batch, loss)
+    check_following(model, cache, lessons.ids_BKN[:, 0])
     weights = TrainedSlots(cache, train_bias, torch.promote_types(torch.float32, model.dtype))
     adam = torch.optim.Adam(weights.parameters, lr=lr)
     K = lessons.ids_BKN.shape[1]
@@ -107,7 +109,7 @@ def optimise(
             first = (number - 1) * batch
             losses_B = 0
             for k in range(first, first + batch):
-                student = next_logits(model, weights.cache(), lessons.ids_BKN[:, k % K])
+                student = logits_checked(model, weights.cache(), lessons.ids_BKN[:, k % K])
                 part_B = _loss(student, lessons, k % K, loss) / batch
                 part_B.sum().backward()
                 losses_B = losses_B + part_B.detach()
@@ -206,6 +208,10 @@ class Gradient(Compressor):
     def smallest(self) -> int:
         return self._init.smallest
 
+    def tokens_after(self, length: int) -> int:
+        own = min(self.tokens, length) if self.text == "repeat" else self.tokens
+        return max(own, self._init.tokens_after(length))
+
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
         start = self._init.compress_row(prefilled, slots)
         if self.text == "repeat":
@@ -229,12 +235,23 @@ def _repeats(prefilled: Prefilled, lessons: int, tokens: int) -> Tensor:
 
 @torch.no_grad()
 def sample(prefilled: Prefilled, lessons: int, tokens: int, *, seed: int) -> Tensor:
-    """The model's own continuations of one context at temperature 1, [1, K, N], by the seed."""
+    """The model's own continuations of one context at temperature 1, [1, K, N], by the seed.
+
+    Raises:
+        ValueError: when they are longer than the model reads behind the context.
+    """
+    check_positions(
+        prefilled.model.config,
+        prefilled.lengths,
+        tokens,
+        what="context and samples",
+        fix="give shorter samples",
+    )
     generator = torch.Generator(prefilled.ids_BT.device).manual_seed(seed)
     cache = stack_rows([prefilled.cache] * lessons)
     logits, drawn = prefilled.logits_BV.expand(lessons, -1), []
     for _ in range(tokens):
         drawn.append(torch.multinomial(logits.float().softmax(-1), 1, generator=generator))
-        logits, cache = extend(prefilled.model, cache, drawn[-1])
+        logits, cache = extend_checked(prefilled.model, cache, drawn[-1])
         logits = logits[:, -1]
     return torch.cat(drawn, 1)[None]

@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcat_nemo.compress.cache import LayerCache
+from kvcat_nemo.compress.limits import check_positions
 from kvcat_nemo.compress.prefill import Prefilled
+from kvcat_nemo.tokens import chat_form, load
+from kvcat_nemo.tokens.chat import template_of
 
 
 @dataclass
@@ -52,6 +55,26 @@ def _restored(model, implementation: str):
 
 
 @contextmanager
+def _within_limit(model, what: str):
+    """Presses that feed the model more than the context (KVzip's repetition) must not go beyond what it reads."""
+
+    def check(module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        end = given.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        if positions is not None:
+            end = int(positions.max()) + 1
+        check_positions(model.config, [end], what=what, fix="shorten the context")
+
+    hook = model.model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def _templates(press, prefilled: Prefilled, what: str):
     """Presses that re-read the context take the model's tokenizer from its folder, and its chat template for granted.
 
@@ -66,13 +89,12 @@ def _templates(press, prefilled: Prefilled, what: str):
         return
     folder = prefilled.model.config.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = load(folder)
+    except ValueError as error:
         raise ValueError(
             f"{what}: it reads the context once more and needs the tokenizer in the model's folder, {folder!r}: {error}"
         ) from error
-    if tokenizer.chat_template is not None and not _begins_with_template(tokenizer, prefilled.ids_BT[0]):
-        tokenizer.chat_template = None
+    tokenizer.chat_template = _template_before(tokenizer, prefilled.ids_BT[0].tolist())
     stand_in = SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
     try:
         kvzip.AutoTokenizer = stand_in
@@ -81,12 +103,17 @@ def _templates(press, prefilled: Prefilled, what: str):
         kvzip.AutoTokenizer = AutoTokenizer
 
 
-def _begins_with_template(tokenizer, ids_T: Tensor) -> bool:
-    mark = "context goes here"
-    message = [{"role": "user", "content": mark}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    prefix = tokenizer.encode(text.split(mark)[0], add_special_tokens=False)
-    return ids_T[: len(prefix)].tolist() == prefix
+def _template_before(tokenizer, ids: list[int]) -> str | None:
+    """The tokenizer's template that a context begins with; None where it begins with none."""
+    named = tokenizer.chat_template
+    for name in named if isinstance(named, dict) else ["default"] if named else []:
+        try:
+            prefix = chat_form(tokenizer, name).document_ids(tokenizer, "")
+        except ValueError:
+            continue  # made for other messages
+        if ids[: len(prefix)] == prefix:
+            return template_of(tokenizer, name)
+    return None
 
 
 @torch.no_grad()
@@ -114,6 +141,7 @@ def run_press(press, prefilled: Prefilled, implementation: str, what: str) -> li
     with ExitStack() as stack:
         modules = stack.enter_context(_restored(model, implementation))
         stack.enter_context(_templates(press, prefilled, what))
+        stack.enter_context(_within_limit(model, what))
         for module in modules:
             stack.callback(module.register_forward_hook(remember, with_kwargs=True).remove)
         try:

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens (rows padded at the end), H query heads, G KV heads, D 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo.compress.attention import causal, check_model, run
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.fit import remember
+from kvcat_nemo.compress.limits import check_positions
 
 NEEDS = ("queries", "attention", "hidden_states")
 """What a compressor may declare it needs beyond the cache, the tokens and the model."""
@@ -102,6 +105,25 @@ class _Recorder:
         return causal(q, k, v, scale)
 
 
+def check_ids(ids: Iterable[int], vocabulary: int, what: str) -> list[int]:
+    """Token ids as a list of whole numbers.
+
+    Raises:
+        ValueError: something that is no id of the vocabulary.
+    """
+    out = []
+    for place, token in enumerate(ids):
+        try:
+            out.append(operator.index(token))
+        except TypeError:
+            out.append(-1)
+        if not 0 <= out[-1] < vocabulary:
+            raise ValueError(
+                f"{what}[{place}] = {token!r}: must be a token id, a whole number from 0 to {vocabulary - 1}"
+            )
+    return out
+
+
 def pad_rows(rows: Iterable[list[int]], device=None) -> tuple[Tensor, Tensor]:
     """Token lists of unequal lengths as ids [B, T], padded at the end with zeros, and lengths [B].
 
@@ -132,13 +154,15 @@ def prefill(model: PreTrainedModel, rows: Iterable[list[int]], *, needs: Iterabl
     if unknown := needs - set(NEEDS):
         raise ValueError(f"needs={sorted(unknown)}: choose among {', '.join(NEEDS)}")
     device = model.get_input_embeddings().weight.device
+    rows = [check_ids(row, model.config.vocab_size, "context") for row in rows]
     ids, lengths = pad_rows(rows, device)
     B, T = ids.shape
-    limit = model.config.max_position_embeddings
-    if limit < T:
-        raise ValueError(
-            f"context of {T} tokens: the model reads {limit} (max_position_embeddings); shorten the context"
-        )
+    check_positions(model.config, [T], what="context", fix="shorten the context")
+    # Rows share the longest one's rotary frequencies: each must go with them.
+    more = [T - len(row) for row in rows]
+    check_positions(
+        model.config, [len(row) for row in rows], more, what="padded context", fix="give such rows apart"
+    )
     hidden: list[Tensor] = []
     hooks = []
     if "hidden_states" in needs:
@@ -160,7 +184,7 @@ def prefill(model: PreTrainedModel, rows: Iterable[list[int]], *, needs: Iterabl
     return Prefilled(
         model,
         ids,
-        KVCache(recorder.layers, lengths),
+        KVCache(recorder.layers, lengths, remember(model)),
         logits,
         recorder.scale,
         recorder.queries or None,

@@ -14,14 +14,15 @@ d and e their bytes (half of them with 4 bits), F groups of channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kvcat_nemo.compress.cache import LayerCache
+from kvcat_nemo.compress.storage import check_counts, check_memory, expect, spread
 from kvcat_nemo.compress.storage import pack as pack_plain
-from kvcat_nemo.compress.storage import spread
 from kvcat_nemo.compress.storage import unpack as unpack_plain
 
 _HALF_LIMIT = 6e4
@@ -179,6 +180,10 @@ class QuantisedLayer(LayerCache):
             coded, recent = Coded.cat([coded, new], 2), _part(recent, over, R)
         return QuantisedLayer(coded, recent, bits=self.bits, window=self.window)
 
+    def to(self, device: str | torch.device) -> QuantisedLayer:
+        coded = self.coded.map(lambda x: x.to(device))
+        return QuantisedLayer(coded, self.recent.to(device), bits=self.bits, window=self.window)
+
     def row(self, b: int, slots: int) -> QuantisedLayer:
         """One row of the batch, without the padding behind its longest head (`slots` follows from that)."""
         coded = self.coded.map(lambda x: x[b : b + 1])
@@ -236,11 +241,39 @@ def pack(layer: QuantisedLayer) -> dict[str, Tensor]:
     return packed | {f"recent.{name}": x for name, x in pack_plain(layer.recent).items()}
 
 
+def _check_packed(packed: dict[str, Tensor], bits: Any, window: Any, group: Any) -> None:
+    """What the file says against what it holds, before memory is asked for."""
+    if bits not in (4, 8) or type(window) is not int or window < 0 or type(group) is not int:
+        raise RuntimeError(f"bits={bits!r}, window={window!r}, group={group!r}: no such quantisation")
+    counts = packed["group_counts_BGC"]
+    expect(counts, "group_counts_BGC", counts.dim(), whole=True)
+    if counts.dim() != 3 or not 1 <= group <= torch.iinfo(counts.dtype).max:
+        raise RuntimeError(f"group_counts_BGC of shape {tuple(counts.shape)} in groups of {group}")
+    parts = {name: x for name, x in packed.items() if name.startswith("coded.")}
+    if missing := {f"coded.{field.name}" for field in fields(Coded)} - {*parts, "coded.bias_BGCg"}:
+        raise KeyError(sorted(missing)[0])
+    slots, groups = int(counts.clamp(min=0).long().sum()), int((counts > 0).sum())
+    for name, x in parts.items():
+        codes = name in ("coded.keys_BGCgd", "coded.values_BGCge")
+        expect(
+            x,
+            name,
+            1 if "bias" in name else 2,
+            whole=codes,
+            entries=groups if name[6:] in _PER_GROUP else slots,
+        )
+    each = sum(x[0].numel() * x.element_size() if len(x) else 0 for x in parts.values()) + 8
+    # Groups are padded to `group` slots each.
+    check_counts(counts, slots, "group_counts_BGC", most=group)
+    check_memory(counts.numel() * group * each, "group_counts_BGC")
+
+
 _PER_GROUP = ("keys_lowest_BGCD", "keys_step_BGCD")
 
 
 def unpack(packed: dict[str, Tensor], *, bits: int, window: int, group: int) -> QuantisedLayer:
     """The layer again."""
+    _check_packed(packed, bits, window, group)
     counts = packed["group_counts_BGC"].long()
     here = torch.arange(group, device=counts.device) < counts[..., None]
     parts = {"bias_BGCg": torch.zeros(int(counts.sum()), device=counts.device)}

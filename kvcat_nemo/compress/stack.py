@@ -43,6 +43,9 @@ class Stack(Compressor):
     def compress(self, prefilled: Prefilled, budget: Budget) -> KVCache:
         return self._quantised(self.selection.compress(prefilled, budget))
 
+    def tokens_after(self, length: int) -> int:
+        return self.selection.tokens_after(length)
+
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
         return self._quantised(self.selection.compress_row(prefilled, slots))
 

@@ -89,15 +89,14 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> KVCache:
                     f"{path}: not a KV cache in the format {FORMAT} (its format: {found}); `kvcat compress` writes one"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(
             f"{path}: cut off, damaged, or no safetensors file ({error}); write it anew"
         ) from error
     try:
         description = json.loads(header["cache"])
-        layers = [_layer(kind, number, tensors) for number, kind in enumerate(description["layers"])]
-        return KVCache(layers, tensors["lengths_B"], description["facts"])
-    except (KeyError, TypeError, IndexError, RuntimeError, json.JSONDecodeError) as error:
+        return _cache(description, tensors)
+    except (KeyError, TypeError, IndexError, RuntimeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: damaged cache file ({error!r}); write it anew") from error
 
 
@@ -114,11 +113,82 @@ def pack(layer: LayerCache) -> dict[str, Tensor]:
     return packed
 
 
+def _cache(description: Any, tensors: dict[str, Tensor]) -> KVCache:
+    lengths, kinds, facts = tensors["lengths_B"], description["layers"], description["facts"]
+    if not isinstance(kinds, list) or not kinds or not isinstance(facts, dict):
+        raise RuntimeError("its description holds no list of layers with facts")
+    numbers = {name.partition(".")[0] for name in tensors if name != "lengths_B"}
+    if numbers != {str(number) for number in range(len(kinds))}:
+        raise RuntimeError(f"{len(kinds)} layers described, {len(numbers)} there")
+    expect(lengths, "lengths_B", 1, whole=True)
+    if not len(lengths) or int(lengths.min()) < 1:
+        raise RuntimeError(f"lengths_B = {lengths.tolist()[:4]}: rows of at least one token wanted")
+    for name, x in tensors.items():
+        if "counts_" in name and x.shape[:1] != lengths.shape:
+            raise RuntimeError(f"{name} is of shape {tuple(x.shape)}, lengths_B of {len(lengths)} rows")
+    layers = [_layer(kind, number, tensors) for number, kind in enumerate(kinds)]
+    return KVCache(layers, lengths, facts)
+
+
+def expect(x: Tensor, name: str, dims: int, *, whole: bool = False, entries: int | None = None) -> None:
+    """Check what a file says of a tensor before anything is made of it.
+
+    Args:
+        dims: how many dimensions; all but the first must hold something.
+        whole: integers, else floating-point numbers; entries: size of the first dimension, None for any.
+
+    Raises:
+        RuntimeError: it is otherwise.
+    """
+    if x.dim() != dims or 0 in x.shape[1:]:
+        raise RuntimeError(f"{name} is of shape {tuple(x.shape)}, {dims} dimensions wanted")
+    if x.is_floating_point() == whole or x.dtype == torch.bool or x.is_complex():
+        raise RuntimeError(f"{name} is of {x.dtype}")
+    if entries is not None and len(x) != entries:
+        raise RuntimeError(f"{name}: {len(x)} entries for {entries} places")
+
+
+def check_memory(wanted: int, name: str) -> None:
+    """Refuse what this machine's memory could not hold."""
+    if wanted > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise RuntimeError(f"{name}: {wanted:,} bytes when padded, the machine has {memory:,}")
+
+
+def check_counts(counts: Tensor, entries: int, name: str, *, most: int) -> None:
+    """Check counts that a file holds against what else it holds, before they decide how much memory is asked for.
+
+    Args:
+        counts: how many entries each place has; entries: how many there are in all.
+        most: entries that a place can have.
+
+    Raises:
+        RuntimeError: the counts are not those of the entries.
+    """
+    expect(counts, name, counts.dim(), whole=True)
+    if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > most):
+        raise RuntimeError(f"{name}: from {int(counts.min())} to {int(counts.max())}, 0 to {most} possible")
+    total = int(counts.long().sum())  # each at most `most`: no overflow
+    if total != entries:
+        raise RuntimeError(f"{entries} entries for {total} places")
+
+
 def unpack(packed: dict[str, Tensor]) -> LayerCache:
     """The layer again, padded behind each head's slots."""
-    counts = packed["counts_BG"].long()
+    counts, keys, values = packed["counts_BG"], packed["keys_PD"], packed["values_PE"]
+    expect(counts, "counts_BG", 2, whole=True)
+    expect(keys, "keys_PD", 2)
+    check_counts(counts, len(keys), "counts_BG", most=len(keys))
+    expect(values, "values_PE", 2, entries=len(keys))
+    bias = packed.get("bias_P")
+    if bias is not None:
+        expect(bias, "bias_P", 1, entries=len(keys))
+    entry = (
+        keys.shape[1] * keys.element_size() + values.shape[1] * values.element_size() + 5
+    )  # bias, presence
+    check_memory(counts.numel() * int(counts.max()) * entry, "counts_BG")
+    counts = counts.long()
     present = torch.arange(int(counts.max()), device=counts.device) < counts[..., None]
-    bias = packed.get("bias_P", torch.zeros(len(packed["keys_PD"]), device=counts.device))
+    bias = torch.zeros(len(keys), device=counts.device) if bias is None else bias
     return LayerCache(
         spread(packed["keys_PD"], present),
         spread(packed["values_PE"], present),
@@ -154,6 +224,8 @@ def _module(kind: str):
 
 
 def _layer(kind: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> LayerCache:
+    if not isinstance(kind, dict):
+        raise TypeError(f"layer {number} is described by {type(kind).__name__}")
     prefix = f"{number}."
     mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     settings = {key: value for key, value in kind.items() if key != "kind"}

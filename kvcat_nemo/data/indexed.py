@@ -24,6 +24,7 @@ from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_docu
 from kvcat_nemo.data.split import HELD_OUT, SKIP, TRAIN, Plan, plan_split
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, threads
 from kvcat_nemo.data.windows import INDEX_FOLDER
+from kvcat_nemo.tokens import IdRules
 
 __all__ = ["DatasetManifest", "build_dataset", "dataset_fingerprint", "read_manifest"]
 
@@ -40,6 +41,8 @@ def build_dataset(
     text_field: str = "text",
     seed: int = 1234,
     eod_token: str | None = None,
+    bos: str = "auto",
+    special_tokens: str = "text",
     workers: int = 2,
     skip_bad: bool = False,
     force: bool = False,
@@ -60,6 +63,7 @@ def build_dataset(
         text_field: field (.jsonl) or column (.parquet) of the text.
         seed: of the split.
         eod_token: end-of-document token; the tokenizer's end-of-sequence token by default.
+        bos, special_tokens: how ids are made of text, as tokens.IdRules.
         workers: tokeniser threads.
         skip_bad: count broken records instead of stopping at the first.
         force: replace a dataset built from other inputs.
@@ -81,7 +85,7 @@ def build_dataset(
         check_replaceable(out, _our_names, sources=read)
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
-    tokenizer = load_tokenizer(tokenizer_dir, eod_token)
+    tokenizer = load_tokenizer(tokenizer_dir, eod_token, IdRules(bos, special_tokens))
 
     options = ReadOptions(text_field, skip_bad)
     with _bar(progress, desc="read", unit="doc") as bar:
@@ -92,7 +96,8 @@ def build_dataset(
         files={},
         dtype="",
         tokenizer={"path": str(tokenizer_dir)}
-        | {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "eod_token", "eod_id")},
+        | {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "eod_token", "eod_id")}
+        | {"bos": bos, "special_tokens": special_tokens, "beginning": tokenizer.beginning},
         source={
             "paths": sources,
             "files": len(files),
@@ -226,6 +231,10 @@ def _existing(out: Path, wanted: DatasetManifest, force: bool) -> DatasetManifes
         if theirs == ours:
             return existing
         why = "built from other inputs: " + ", ".join(k for k in ours if theirs.get(k) != ours[k])
+        if theirs["beginning"] != ours["beginning"]:
+            there, now = theirs["beginning"], ours["beginning"]
+            option = "; --bos never builds it as it is" if not there else ""
+            why += f" (ids before each document: {there or 'none'} there, {now or 'none'} now{option})"
     except ValueError as error:
         why = str(error)
     if not force:

@@ -36,7 +36,9 @@ class DatasetManifest:
     dtype: str
     """Type of a token id on disk."""
     tokenizer: dict
-    """path, fingerprint, vocab_size, eod_token, eod_id."""
+    """path, fingerprint, vocab_size, eod_token, eod_id; bos and special_tokens (tokens.IdRules), beginning (the ids before
+    every document). Datasets that were built before these were kept have none of the three: nothing stands before
+    their documents, and special tokens in texts are text."""
     source: dict
     """paths, files, documents, empty, duplicates, bad, fingerprint (sha256 over the texts), text_field."""
     held_out: float
@@ -57,6 +59,8 @@ class DatasetManifest:
             "texts": self.source["fingerprint"],
             "tokenizer": self.tokenizer["fingerprint"],
             "vocabulary": self.tokenizer["vocab_size"],
+            "beginning": self.tokenizer.get("beginning", []),
+            "special_tokens": self.tokenizer.get("special_tokens", "text"),
             "held_out": self.held_out,
             "seed": self.seed,
         }

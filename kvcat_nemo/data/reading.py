@@ -116,13 +116,35 @@ def _read_jsonl(file: Path, options: ReadOptions) -> Iterator[Document]:
             raise ValueError(f"{file}: damaged gzip data after line {number} ({error})") from error
 
 
-def _read_txt(file: Path, options: ReadOptions) -> Iterator[Document]:
-    data = file.read_bytes()
+def read_text(file: str | Path) -> str:
+    """The text of a plain UTF-8 file as it is: line ends stay, a byte order mark goes.
+
+    Raises:
+        ValueError: not UTF-8; names file and line.
+    """
+    data = Path(file).read_bytes()
     try:
-        yield Document(file.name, data.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        options.broken(f"{file}, line {line}", f"not UTF-8 ({error.reason})")
+        raise BrokenText(f"{file}, line {line}", f"not UTF-8 ({error.reason})") from None
+
+
+class BrokenText(ValueError):
+    """A text that cannot be read."""
+
+    def __init__(self, where: str, why: str):
+        super().__init__(f"{where}: {why}")
+        self.where, self.why = where, why
+
+
+def _read_txt(file: Path, options: ReadOptions) -> Iterator[Document]:
+    try:
+        text = read_text(file)
+    except BrokenText as error:
+        options.broken(error.where, error.why)
+    else:
+        yield Document(file.name, text)
 
 
 def _read_parquet(file: Path, options: ReadOptions) -> Iterator[Document]:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.models.config import read_vocabulary
+from kvcat_nemo.tokens import DEFAULT, IdRules, beginning, documents_ids, load, text_of
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """Turns texts into token ids, each ended by the end-of-document token."""
+    """Turns texts into token ids, each begun as the rules say and ended by the end-of-document token."""
 
-    backend: Any
-    """The `tokenizers.Tokenizer`."""
+    hf: Any
+    """The tokenizer as transformers loads it."""
     eod_token: str
     """The end-of-document token."""
     eod_id: int
@@ -27,38 +28,47 @@ class DocumentTokenizer:
     """The model's vocabulary (config.json beside the tokenizer), else the tokenizer's: ids are below it."""
     fingerprint: str
     """sha256 of the tokenizer's whole definition."""
+    rules: IdRules = DEFAULT
+    """How ids are made of text."""
+
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer`."""
+        return self.hf.backend_tokenizer
+
+    @property
+    def beginning(self) -> list[int]:
+        """Ids that stand before every document."""
+        return beginning(self.hf, self.rules.bos)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, EOD last; no other special token is ever added or recognised in the text."""
-        return [e.ids + [self.eod_id] for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        """Token ids of each text as a document: its beginning first, EOD last."""
+        return [[*ids, self.eod_id] for ids in documents_ids(self.hf, texts, self.rules)]
+
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text alone: no beginning, no EOD."""
+        return documents_ids(self.hf, texts, IdRules("never", self.rules.special_tokens))
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=False)
+        return text_of(self.hf, ids)
 
 
-def load_tokenizer(folder: str | Path, eod_token: str | None = None) -> DocumentTokenizer:
+def load_tokenizer(
+    folder: str | Path, eod_token: str | None = None, rules: IdRules = DEFAULT
+) -> DocumentTokenizer:
     """Load the fast tokenizer of a Hugging Face folder.
 
     Args:
         folder: holds the tokenizer's files; config.json, when there, is checked against it.
         eod_token: end-of-document token; the tokenizer's end-of-sequence token by default.
+        rules: how ids are made of text.
 
     Raises:
-        ValueError: no tokenizer there, no fast one, no such EOD token, or a vocabulary the model doesn't have.
+        ValueError: no tokenizer there, no fast one, no such EOD token, no BOS token where one is wanted, or a vocabulary
+            that the model doesn't have.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"tokenizer {str(folder)!r} is not a folder; give a Hugging Face model folder")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"{folder}: no tokenizer there (neither tokenizer.json nor tokenizer_config.json)")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-    except Exception as error:  # transformers raises a dozen kinds for a damaged folder
-        raise ValueError(f"{folder}: the tokenizer can't be loaded ({error})") from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"{folder}: {type(tokenizer).__name__} has no fast version (tokenizer.json)")
+    tokenizer = load(folder)
     token = eod_token if eod_token is not None else tokenizer.eos_token
     if token is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token; name one with --eod-token")
@@ -72,14 +82,15 @@ def load_tokenizer(folder: str | Path, eod_token: str | None = None) -> Document
         raise ValueError(
             f"{folder}: the tokenizer has ids up to {largest}, the model's vocabulary (config.json) is {vocab_size}"
         )
-    # A text that merely mentions "<|im_end|>" must not end its document there.
-    backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     definition = backend.to_str() + f"\neod={eod_id}"
-    return DocumentTokenizer(
-        backend, token, eod_id, vocab_size, hashlib.sha256(definition.encode("utf-8")).hexdigest()
-    )
+    fingerprint = hashlib.sha256(definition.encode("utf-8")).hexdigest()
+    try:
+        beginning(tokenizer, rules.bos)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return DocumentTokenizer(tokenizer, token, eod_id, vocab_size, fingerprint, rules)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from kvcat_nemo.data.files import new_folder
+from kvcat_nemo.data.publish import new_folder
 from kvcat_nemo.data.windows import INDEX_FOLDER, check_epochs, contents, epochs_needed, windows_in
 
 PARTS = ("document_index", "sample_index", "shuffle_index")

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvcat_nemo import tokens
 from kvcat_nemo.compress import KVCache, prefill
 from kvcat_nemo.evaluate.models import ModelFolder, load_model
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Protocol
+from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Protocol, fed_by_compressors
 from kvcat_nemo.evaluate.results import NONE, Key, Store, write_results
 from kvcat_nemo.evaluate.runner import Work, item_seed, run_items, set_threads
 from kvcat_nemo.evaluate.statistics import mean
@@ -113,17 +114,21 @@ class AskedProtocol(CompressionProtocol):
             )
         self.model_facts(models)
         if not hasattr(self, "_contexts"):
-            limit = min((m.context for m in models if m.context), default=None)
-            self._contexts = self.contexts(_tokenizer(models[0]), limit)
-        contexts = self._contexts
-        for model in models:
-            longest = max(len(c.ids) + max(self._after(ask) for ask in c.asks) for c in contexts)
-            if model.context is not None and model.context < longest:
-                raise ValueError(
-                    f"model {model.name}: reads {model.context} tokens, context, question and answer have up to"
-                    f" {longest}; give shorter contexts"
+            limit = min(m.context for m in models)
+            self._contexts = self.contexts(tokens.load(models[0].path), limit)
+        contexts, cells = self._contexts, self.cells(min(len(c.ids) for c in self._contexts))
+        for context in contexts:
+            length, after = len(context.ids), max(self._after(ask) for ask in context.asks)
+            fed = list(fed_by_compressors(cells, length))
+            for model in models:
+                model.check_reads(
+                    length, after, "context, question and answer are too long: give shorter contexts"
                 )
-        return models, contexts, self.cells(min(len(c.ids) for c in contexts))
+                for what, tokens_after in fed:
+                    model.check_reads(
+                        length, tokens_after, f"give shorter contexts, or fewer tokens of {what}"
+                    )
+        return models, contexts, cells
 
     def options_told(self) -> dict[str, Any]:
         """The options that decide which items there are, for the manifest."""
@@ -226,8 +231,8 @@ class AskedProtocol(CompressionProtocol):
 
 def item_id(context: Context, ask: Ask) -> str:
     """Name on disk: a context or question that has changed since is measured anew."""
-    tokens = json.dumps([context.ids, ask.prompt, ask.payload], sort_keys=True)
-    return f"{context.id} {ask.id} {hashlib.sha256(tokens.encode()).hexdigest()[:12]}"
+    content = json.dumps([context.ids, ask.prompt, ask.payload], sort_keys=True)
+    return f"{context.id} {ask.id} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def _compressed(prefilled, cell: Cell | None, state: int) -> tuple[KVCache, float]:
@@ -236,12 +241,6 @@ def _compressed(prefilled, cell: Cell | None, state: int) -> tuple[KVCache, floa
     torch.manual_seed(state)
     start = perf_counter()
     return cell.compressor.compress(prefilled, cell.budget), perf_counter() - start
-
-
-def _tokenizer(folder: ModelFolder):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
 
 
 def _number(text: str) -> int | float | str:

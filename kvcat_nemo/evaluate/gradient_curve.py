@@ -92,6 +92,11 @@ class GradientCurve(WindowProtocol):
             f"work         {len(self.models) * len(cells) * self.count} caches to train",
         ]
 
+    def fed_after(self, cells: list[Cell]) -> Iterator[tuple[str, int]]:
+        yield from super().fed_after(cells)
+        if self.lessons != "continuation":
+            yield "lesson_tokens", self.lesson_tokens
+
     def own_settings(self) -> dict[str, Any]:
         return self.settings(
             "prefix", "continuation", "steps", "lr", "every", "lessons", "lesson_count", "lesson_tokens"

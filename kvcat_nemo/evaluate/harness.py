@@ -11,6 +11,7 @@ from typing import Any
 from kvcat_nemo.evaluate.models import ModelFolder, load_model
 from kvcat_nemo.evaluate.results import Key, Store
 from kvcat_nemo.evaluate.runner import run_items
+from kvcat_nemo.tokens import DEFAULT, IdRules, document_ids
 
 REQUESTS = 32
 """Requests per item on disk; a multiple of the usual batch sizes."""
@@ -85,6 +86,19 @@ def score_task(model, name: str, task: Any, chosen: list[int]) -> list[dict[str,
     ]
 
 
+def harness_model() -> type:
+    """The harness' model with our ids: its own would end a context with EOS where the tokenizer adds one."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **unused):
+            rules = IdRules("never") if add_special_tokens is False else DEFAULT
+            ids = document_ids(self.tokenizer, string, rules)
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    return Model
+
+
 def stored_model(protocol, folder: ModelFolder, store: Store):
     """An lm_eval model that keeps every answer in the store and loads the weights when one is missing.
 
@@ -92,7 +106,6 @@ def stored_model(protocol, folder: ModelFolder, store: Store):
         protocol: has name, dtype, device, batch_size and seed.
     """
     from lm_eval.api.model import LM
-    from lm_eval.models.huggingface import HFLM
 
     class StoredModel(LM):
         task = ""
@@ -124,7 +137,9 @@ def stored_model(protocol, folder: ModelFolder, store: Store):
             if self.inner is None:
                 model, tokenizer, _ = load_model(folder, protocol.dtype, protocol.device)
                 size = protocol.batch_size
-                self.inner = HFLM(model, tokenizer=tokenizer, batch_size=size, max_length=folder.context)
+                self.inner = harness_model()(
+                    model, tokenizer=tokenizer, batch_size=size, max_length=folder.context
+                )
             values = self.inner.loglikelihood(part, disable_tqdm=True)
             return {
                 "requests": _digest(part),

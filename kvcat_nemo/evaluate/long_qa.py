@@ -44,7 +44,7 @@ from kvcat_nemo.data.questions import (
 from kvcat_nemo.evaluate.asked import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.needle import greedy_match
 from kvcat_nemo.evaluate.statistics import mean, standard_error
-from kvcat_nemo.evaluate.tokens import answer_ids, beginning, encode
+from kvcat_nemo.tokens import IdRules, answer_ids, document_ids, end_ids, text_of
 
 SETS = ("qasper", "squad", "longbench-v2")
 _ANSWER_TOKENS = 24
@@ -108,7 +108,7 @@ class LongQA(AskedProtocol):
             )
         contexts, self._cut = [], 0
         for document, asks in asked.values():
-            whole = [*beginning(tokenizer), *encode(tokenizer, document.text)]
+            whole = document_ids(tokenizer, document.text, IdRules(self.bos))
             ids = cut_middle(whole, room)
             self._cut += len(ids) < len(whole)
             tags = tuple((n, v) for n, v in document.questions[0].facts.items() if n == "difficulty")
@@ -155,9 +155,9 @@ class LongQA(AskedProtocol):
         return {"chosen": chosen, "right": ask.payload["right"], "nll": nll, "scores": scores}
 
     def _words(self, model, tokenizer, cache, ask: Ask) -> dict[str, Any]:
-        stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        stop = end_ids(tokenizer, model)
         out = generate(model, cache, ask.prompt, max_new_tokens=ask.payload["answer_tokens"], stop_ids=stop)
-        said = tokenizer.decode(out).strip().partition("\n")[0]
+        said = text_of(tokenizer, out).strip().partition("\n")[0]
         nll = greedy_match(model, cache, ask.prompt, ask.payload["first"])["nll"]
         answers = ask.payload["answers"]
         return {"said": said, "f1": best(f1, said, answers), "exact": best(exact, said, answers), "nll": nll}

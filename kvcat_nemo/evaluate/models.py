@@ -6,12 +6,14 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvcat_nemo import tokens
 from kvcat_nemo.data.files import sha256_of
 from kvcat_nemo.limits import check_config_fits_weights
 from kvcat_nemo.models.config import parse_config, read_config
@@ -44,9 +46,21 @@ class ModelFolder:
     weights: tuple[Path, ...]
 
     @property
-    def context(self) -> int | None:
+    def context(self) -> int:
         """Tokens that the model reads at most (max_position_embeddings)."""
-        return self.config.get("max_position_embeddings")
+        from kvcat_nemo.compress.limits import position_limit
+
+        return position_limit(self.config, sys.maxsize)
+
+    def check_reads(self, length: int, new: int, fix: str) -> None:
+        """Refuse a text of `length` tokens with `new` more behind it that the model does not read.
+
+        Raises:
+            ValueError: names the model and its limit.
+        """
+        from kvcat_nemo.compress.limits import check_positions
+
+        check_positions(self.config, [length], new, what=f"model {self.name}: text", fix=fix)
 
     @property
     def vocab_size(self) -> int | None:
@@ -172,7 +186,7 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
             unknown dtype.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
+    from kvcat_nemo.compress.fit import know
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose among {', '.join(DTYPES)}")
@@ -180,10 +194,12 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
     _unchanged(folder.path)
     model = load_causal_lm(folder.path, getattr(torch, dtype))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        tokenizer = tokens.load(folder.path)
     except Exception as error:  # transformers raises a dozen kinds for a damaged folder
         raise ValueError(f"model {str(folder.path)!r} cannot be loaded ({error})") from error
-    return model.to(choose_device(device)).requires_grad_(False), tokenizer, model_facts(folder)
+    model, facts = model.to(choose_device(device)).requires_grad_(False), model_facts(folder)
+    know(model, facts.fingerprint, facts.name)
+    return model, tokenizer, facts
 
 
 def choose_device(device: str) -> torch.device:

@@ -23,7 +23,7 @@ from kvcat_nemo.compress import next_logits
 from kvcat_nemo.evaluate.asked import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.haystack import filled, sentences_of_files, stream, text_fingerprint
 from kvcat_nemo.evaluate.statistics import mean, standard_error
-from kvcat_nemo.evaluate.tokens import answer_ids, beginning, encode
+from kvcat_nemo.tokens import answer_ids, beginning, following_ids
 
 QUESTIONS = ("unknown", "known")
 _NEEDLE = "The pass key is {key}. Keep it in mind: {key} is the pass key."
@@ -89,9 +89,11 @@ class Needle(AskedProtocol):
         # One haystack and key for all depths: only the place differs.
         rng = random.Random(f"{self.seed} {length} {number}")
         key = str(rng.randrange(100_000, 1_000_000))
-        first = beginning(tokenizer)
+        first = beginning(tokenizer, self.bos)
         needle = [(depth, _NEEDLE.format(key=key))]
-        hay = filled(lambda t: encode(tokenizer, t), stream(sentences, rng), needle, length - len(first))
+        hay = filled(
+            lambda t: following_ids(tokenizer, t), stream(sentences, rng), needle, length - len(first)
+        )
         prompt, answer = answer_ids(tokenizer, _QUESTION + _CUE, f" {key}")
         ids = first + hay
         if self.question_aware:

@@ -12,7 +12,7 @@ import importlib
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from kvcat_nemo.compress.registry import make
 from kvcat_nemo.evaluate.models import DTYPES, ModelFolder, choose_device, find_models, model_facts
 from kvcat_nemo.evaluate.results import budget_label, parse_budget
 from kvcat_nemo.limits import check_upper
+from kvcat_nemo.tokens import IdRules
 
 # name → module:class in kvcat_nemo.evaluate; imported when used.
 PROTOCOLS = {
@@ -158,6 +159,16 @@ class CompressionProtocol(Protocol):
     """Specifications; SPEC@KEEP measures that one at a budget of its own, e.g. int8@1."""
     keep: list[str] = field(default_factory=lambda: ["0.05", "0.1", "0.2", "0.4"])
     """Budgets: kept fractions (0.1), or kept slots per layer and KV head (76t)."""
+    bos: str = "auto"
+    """BOS before each text: auto (as the model's tokenizer puts it there by itself), always or never."""
+
+    def check_common(self) -> list[ModelFolder]:
+        IdRules(self.bos)
+        return super().check_common()
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        # "auto" is not said: results folders from before there was a choice go on.
+        return super().settings(*names, *(["bos"] if self.bos != "auto" else []))
 
     def cells(self, length: int) -> list[Cell]:
         """Every compressor at every budget, in the order given, each once.
@@ -182,6 +193,13 @@ class CompressionProtocol(Protocol):
                 cell = Cell(compressor, budget)
                 cells.setdefault((cell.name, cell.label), cell)
         return list(cells.values())
+
+
+def fed_by_compressors(cells: list[Cell], length: int) -> Iterator[tuple[str, int]]:
+    """Compressors that feed tokens behind a context of that length, and how many."""
+    for cell in cells:
+        if cell.budget.slots(length) < length and (tokens := cell.compressor.tokens_after(length)):
+            yield f"compressor {cell.name}", tokens
 
 
 def check_budget(compressor: Compressor, budget: Budget, length: int) -> None:

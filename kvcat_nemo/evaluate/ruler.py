@@ -21,7 +21,7 @@ from kvcat_nemo.evaluate.haystack import sentences_of_files, text_fingerprint
 from kvcat_nemo.evaluate.needle import QUESTIONS, numbers
 from kvcat_nemo.evaluate.ruler_tasks import TASKS
 from kvcat_nemo.evaluate.statistics import mean, standard_error
-from kvcat_nemo.evaluate.tokens import beginning, encode
+from kvcat_nemo.tokens import beginning, end_ids, following_ids, text_of
 
 
 @dataclass(kw_only=True)
@@ -81,9 +81,9 @@ class Ruler(AskedProtocol):
 
     def _context(self, tokenizer, text: list[str], task: str, length: int, number: int) -> Context:
         rng = random.Random(f"{self.seed} {task} {length} {number}")
-        first = beginning(tokenizer)
-        example = TASKS[task](lambda part: encode(tokenizer, part), rng, length - len(first), text)
-        question, cue = encode(tokenizer, example.question), encode(tokenizer, example.cue)
+        first = beginning(tokenizer, self.bos)
+        example = TASKS[task](lambda part: following_ids(tokenizer, part), rng, length - len(first), text)
+        question, cue = (following_ids(tokenizer, text) for text in (example.question, example.cue))
         ids, prompt = first + example.ids, question + cue
         if self.question_aware:
             ids, prompt = ids + question, cue
@@ -99,9 +99,8 @@ class Ruler(AskedProtocol):
         return {"text": text_fingerprint(self.text)}
 
     def measure(self, model, tokenizer, cache, ask: Ask) -> dict[str, Any]:
-        stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        limit = ask.payload["answer_tokens"]
-        out = tokenizer.decode(generate(model, cache, ask.prompt, max_new_tokens=limit, stop_ids=stop))
+        stop, limit = end_ids(tokenizer, model), ask.payload["answer_tokens"]
+        out = text_of(tokenizer, generate(model, cache, ask.prompt, max_new_tokens=limit, stop_ids=stop))
         return {
             "found": found(ask.payload["answers"], out),
             "wanted": len(ask.payload["answers"]),

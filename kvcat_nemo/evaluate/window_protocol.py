@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from kvcat_nemo.data.corpora import CORPORA
 from kvcat_nemo.data.tokenizer import load_tokenizer
 from kvcat_nemo.evaluate.models import ModelFolder
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol
+from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, fed_by_compressors
 from kvcat_nemo.evaluate.results import Store, write_results
 from kvcat_nemo.evaluate.runner import set_threads
 from kvcat_nemo.evaluate.windows import (
@@ -27,11 +28,12 @@ from kvcat_nemo.evaluate.windows import (
     windows_fingerprint,
     write_windows,
 )
+from kvcat_nemo.tokens import IdRules
 
 
 @dataclass(kw_only=True)
 class WindowSource:
-    """Settings of the windows; mixed into protocols (which have `seed`, `limit` and `out`)."""
+    """Settings of the windows; mixed into protocols (which have `seed`, `limit`, `bos` and `out`)."""
 
     windows: int | str = 20
     """How many to cut, or a JSON file with them: a list of {"source", "doc", "start", "ids"}."""
@@ -64,6 +66,11 @@ class WindowSource:
         """
         given = [name for name in ("text", "corpora") if getattr(self, name)]
         if self.file:
+            if self.bos != "auto":
+                raise ValueError(
+                    f"bos={self.bos!r}: {str(self.file)!r} holds token ids, which are taken as they are; give bos to"
+                    " `kvcat data windows`, which makes such files"
+                )
             if given:
                 raise ValueError(
                     f"windows={str(self.file)!r} is a file of windows: leave out {' and '.join(given)}"
@@ -96,7 +103,7 @@ class WindowSource:
             corpora = corpora_from_files(self.text)
         else:
             corpora = standard_corpora(self.corpora_folder, self.corpora or DEFAULT_CORPORA)
-        tokenizer = load_tokenizer(models[0].path)
+        tokenizer = load_tokenizer(models[0].path, rules=IdRules(self.bos))
         options = {"seed": self.seed, "min_chars_per_token": self.min_chars_per_token}
         return cut_windows(corpora, tokenizer, int(self.windows), length=length, **options)
 
@@ -154,12 +161,16 @@ class WindowProtocol(WindowSource, CompressionProtocol):
                 " follow, as the first of them is not scored"
             )
         length = self.prefix + self.continuation
+        cells = self.cells(self.prefix)
         for model in models:
-            if model.context is not None and model.context < length:
-                raise ValueError(
-                    f"model {model.name}: reads {model.context} tokens, a window has {length}; give a smaller prefix"
-                )
-        return models, self.cells(self.prefix)
+            model.check_reads(self.prefix, length - self.prefix, "give a smaller prefix")
+            for what, tokens in self.fed_after(cells):
+                model.check_reads(self.prefix, tokens, f"give a smaller prefix, or fewer tokens of {what}")
+        return models, cells
+
+    def fed_after(self, cells: list[Cell]) -> Iterator[tuple[str, int]]:
+        """What is fed behind the prefix besides the continuation, in words, and how many tokens at most."""
+        yield from fed_by_compressors(cells, self.prefix)
 
     def run(self) -> Path:
         self.check()

@@ -20,6 +20,7 @@ from kvcat_nemo.data.files import new_file
 from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer
+from kvcat_nemo.tokens import IdRules
 
 PREFIX, CONTINUATION = 768, 256
 DEFAULT_CORPORA = ("austen", "sotu", "linux", "kjv", "moby-dick", "debian-handbook")
@@ -58,8 +59,8 @@ def cut_windows(
 
     Args:
         corpora: name → documents; windows are dealt to the corpora in turn, in this order.
-        tokenizer: as `load_tokenizer` returns it. No special token is added but the first one, where the model
-            expects one (it then takes the place of the window's first token).
+        tokenizer: as `load_tokenizer` returns it. No special token is added but what the tokenizer's rules put before
+            a document (it then takes the place of the window's first token, wherever in its document a window begins).
         count: how many windows.
         length: tokens of a window.
         seed: changes which documents and places are taken.
@@ -104,7 +105,7 @@ def _places(
     documents: list[Document], tokenizer: DocumentTokenizer, length: int, seed: int, min_chars: float
 ) -> Iterator[tuple[str, int, list[int]]]:
     """One place of each document in turn, then a second of each that has one, and so on: (doc, start, ids)."""
-    first = _first_tokens(tokenizer)
+    first = tokenizer.beginning
     step = length - len(first)
     order = sorted(
         documents, key=lambda d: hashlib.sha256(f"{seed}\n{d.id}\n".encode() + d.text.encode()).digest()
@@ -113,8 +114,7 @@ def _places(
     for turn in itertools.count():
         for number, document in enumerate(order):
             if turn == 0:  # tokenised when its turn comes: of a large corpus most documents never are
-                (ids,) = tokenizer.encode([document.text])
-                ids = ids[:-1]  # without the end-of-document token
+                (ids,) = tokenizer.encode_plain([document.text])
                 starts = [step * block for block in range(len(ids) // step)]
                 if min_chars > 0:
                     texts = tokenizer.backend.decode_batch([ids[start : start + step] for start in starts])
@@ -129,13 +129,6 @@ def _places(
                 yield document.id, start, first + ids[start : start + step]
         if all(turn + 1 >= len(starts) for _, starts in rounds.values()):
             return
-
-
-def _first_tokens(tokenizer: DocumentTokenizer) -> list[int]:
-    # What the tokenizer puts before a text by itself: Llama's begin-of-text, nothing for Qwen2 and SmolLM2.
-    plain = tokenizer.backend.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.backend.encode("a", add_special_tokens=True).ids
-    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]
 
 
 def corpora_from_files(sources: Iterable[str | Path], text_field: str = "text") -> dict[str, list[Document]]:
@@ -241,9 +234,11 @@ def make_windows_file(
     tokenizer_dir: str | Path,
     corpora: Mapping[str, Iterable[Document]],
     count: int,
+    *,
+    bos: str = "auto",
     **options,
 ) -> list[Window]:
-    """Cut windows with a model's tokenizer and write them; options as `cut_windows`."""
-    windows = cut_windows(corpora, load_tokenizer(tokenizer_dir), count, **options)
+    """Cut windows with a model's tokenizer and write them; options as `cut_windows`, bos as tokens.IdRules."""
+    windows = cut_windows(corpora, load_tokenizer(tokenizer_dir, rules=IdRules(bos)), count, **options)
     write_windows(windows, out)
     return windows

@@ -325,6 +325,19 @@ def test_kvzip_equals_kvpress_by_hand_and_is_told_where_the_text_begins(tmp_path
 
 
 @pytest.mark.kvpress
+def test_kvzip_reads_a_context_again_only_where_the_model_does(tmp_path):
+    model = small_model("llama", vocab_size=256)
+    tokenizer_folder(tmp_path)
+    model.config.name_or_path = str(tmp_path)
+    prefilled = prefill(model, [tokens(300)])
+    with pytest.raises(ValueError, match=r"kvzip of 6\d\d tokens: the model reads 512 .*shorten the context"):
+        make("kvzip").compress(prefilled, Budget(tokens=SLOTS))
+    make("expected-attention").compress(
+        prefilled, Budget(tokens=SLOTS)
+    )  # which asks for positions far behind
+
+
+@pytest.mark.kvpress
 def test_kvzip_without_a_tokenizer_says_so(tmp_path):
     model = small_model("llama")
     model.config.name_or_path = str(tmp_path)

@@ -108,3 +108,153 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="plain JSON"):
         cache.save(tmp_path / "cache.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(path, *, tensors=None, description=None):
+    """The file once more, with some tensors and parts of its description changed."""
+    there = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    told = json.loads(header["cache"])
+    for name, x in (tensors or {}).items():
+        there[name] = x(there[name]) if callable(x) else x
+    text = description(told) if description else told
+    save_file(
+        {name: x.contiguous() for name, x in there.items()},
+        path,
+        {"format": FORMAT, "cache": text if isinstance(text, str) else json.dumps(text)},
+    )
+
+
+@pytest.fixture
+def nothing_is_padded(monkeypatch):
+    """Loading must end before memory is asked for."""
+    from kvcat_nemo.compress import quantised, storage
+
+    def spread(*args, **kwargs):
+        raise AssertionError("memory was asked for before the file was checked")
+
+    for module in (storage, quantised):
+        monkeypatch.setattr(module, "spread", spread)
+
+
+@pytest.fixture
+def quantised_file(tmp_path):
+    path = tmp_path / "quantised.safetensors"
+    full = prefill(small_model(), [tokens(90), tokens(70)])
+    make("random+int4").compress(full, Budget(keep_fraction=0.9)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("bit", [0, 7, 15, 24, 30, 31])
+def test_a_bit_of_a_count_asks_for_no_memory(tmp_path, bit, nothing_is_padded):
+    path = tmp_path / "cache.safetensors"
+    ragged().save(path)
+
+    def flip(x):
+        x = x.clone()
+        number = int(x.flatten()[1]) ^ (1 << bit)
+        x.view(-1)[1] = number - (1 << 32) if number >= 1 << 31 else number
+        return x
+
+    rewritten(path, tensors={"0.counts_BG": flip})
+    with pytest.raises(ValueError, match="damaged cache file"):
+        KVCache.load(path)
+
+
+@pytest.mark.parametrize("bit", [0, 5, 9, 14, 15])
+def test_a_bit_of_a_groups_count_asks_for_no_memory(quantised_file, bit, nothing_is_padded):
+    def flip(x):
+        x = x.clone()
+        number = (int(x.flatten()[0]) & 0xFFFF) ^ (1 << bit)
+        x.view(-1)[0] = number - (1 << 16) if number >= 1 << 15 else number
+        return x
+
+    rewritten(quantised_file, tensors={"0.group_counts_BGC": flip})
+    with pytest.raises(ValueError, match="damaged cache file"):
+        KVCache.load(quantised_file)
+
+
+def layer_setting(name, value):
+    def change(told):
+        told["layers"][0][name] = value
+        return told
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        *(layer_setting("group", x) for x in (2**40, 40000, 0, -1, 1.5, True, None, "64")),
+        *(layer_setting("bits", x) for x in (5, 2**40, "4", None)),
+        *(layer_setting("window", x) for x in (-1, 1e300, "9", None)),
+        layer_setting("kind", "zip"),
+        layer_setting("more", 1),
+        lambda told: {**told, "layers": 10**9},
+        lambda told: {**told, "layers": []},
+        lambda told: {**told, "layers": told["layers"] * 1000},
+        lambda told: {**told, "layers": [1] * len(told["layers"])},
+        lambda told: {**told, "facts": [1]},
+        lambda told: [],
+        lambda told: "[" * 100_000,
+        lambda told: "9" * 10_000,
+        lambda told: "NaN",
+    ],
+)
+def test_a_description_asks_for_no_memory(quantised_file, description, monkeypatch):
+    asked, zeros, arange = [], torch.Tensor.new_full, torch.arange
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_full",
+        lambda x, size, *a: asked.append(torch.Size(size).numel()) or zeros(x, size, *a),
+    )
+    monkeypatch.setattr(torch, "arange", lambda n, **o: asked.append(n) or arange(n, **o))
+    rewritten(quantised_file, description=description)
+    with pytest.raises(ValueError, match=r"quantised\.safetensors: damaged cache file"):
+        KVCache.load(quantised_file)
+    assert sum(asked) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lengths_B": torch.tensor([20, -11])},
+        {"lengths_B": torch.tensor([20, 0])},
+        {"lengths_B": torch.tensor([20])},
+        {"lengths_B": torch.tensor([20.0, 11.0])},
+        {"lengths_B": torch.tensor([[20, 11]])},
+        {"0.counts_BG": torch.zeros(2, 2)},
+        {"0.counts_BG": torch.zeros(0, 2, dtype=torch.int32)},
+        {"0.counts_BG": torch.tensor([9, 4, 1, 7], dtype=torch.int32)},
+        {"0.keys_PD": lambda x: x[:, :0]},
+        {"0.keys_PD": lambda x: x.int()},
+        {"0.keys_PD": lambda x: x[..., None]},
+        {"0.values_PE": lambda x: x[1:]},
+        {"0.bias_P": lambda x: x[1:]},
+        {"0.bias_P": lambda x: x[:, None]},
+        {"7.keys_PD": torch.zeros(3, 4)},
+    ],
+)
+def test_tensors_that_do_not_agree_are_refused(tmp_path, tensors, nothing_is_padded):
+    path = tmp_path / "cache.safetensors"
+    ragged().save(path)
+    rewritten(path, tensors=tensors)
+    with pytest.raises(ValueError, match="damaged cache file"):
+        KVCache.load(path)
+
+
+def test_padding_beyond_the_machines_memory_is_refused(tmp_path, monkeypatch, nothing_is_padded):
+    # A small file may ask for much: one long head among a million empty ones.
+    path = tmp_path / "cache.safetensors"
+    ragged().save(path)
+    rows, slots = 300_000, 60_000
+    counts = torch.zeros(rows, 2, dtype=torch.int32)
+    counts[0, 0] = slots
+    tensors = {"lengths_B": torch.ones(rows, dtype=torch.long)}
+    for layer in range(3):
+        tensors |= {f"{layer}.counts_BG": counts.clone(), f"{layer}.bias_P": torch.zeros(slots)}
+        tensors |= {f"{layer}.{x}": torch.zeros(slots, 1, dtype=torch.half) for x in ("keys_PD", "values_PE")}
+    rewritten(path, tensors=tensors)
+    with pytest.raises(ValueError, match="bytes when padded, the machine has"):
+        KVCache.load(path)

@@ -228,7 +228,7 @@ def test_windows_from_text(tmp_path, protocol):
         ({"keep": ["half"]}, "keep 'half'"),
         ({"keep": []}, "keep: give at least one"),
         ({"models": ["nowhere"]}, "model 'nowhere': no such folder"),
-        ({"prefix": 600}, "reads 512 tokens, a window has 612"),
+        ({"prefix": 600}, r"model tiny: text of 612 tokens \(600 and 12 more\): the model reads 512"),
         ({"continuation": 1}, "the first of them is not scored"),
         ({"prefix": 41}, r"window 0 \(counted from 0\): has 52 ids, 53 wanted"),
         ({"windows": "missing.json"}, "missing.json: no such file"),

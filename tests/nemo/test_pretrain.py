@@ -161,10 +161,10 @@ def test_starts_from_the_base_models_weights(straight, base):
 def test_checkpoints_say_what_was_trained(straight, base, tmp_path):
     """The record is under the seal; export compares the base with it."""
     from kvcat_nemo.conversion.exporting import export_hf
-    from kvcat_nemo.runs.checkpoints import complete
-    from kvcat_nemo.runs.manifest import read_seal
     from kvcat_nemo.models.config import read_model
     from kvcat_nemo.models.function import RECORD, differences, function_of_model, stored_function
+    from kvcat_nemo.runs.checkpoints import complete
+    from kvcat_nemo.runs.manifest import read_seal
 
     newest = complete(straight / "checkpoints")[0].path
     assert RECORD in read_seal(newest).files

@@ -37,6 +37,13 @@ _COMPRESSION = [
         show_default=True,
         help="Comma-separated budgets: kept fractions (0.1 keeps a tenth), or kept slots (76t).",
     ),
+    click.option(
+        "--bos",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="BOS before each text: auto: as the model's tokenizer puts it there by itself.",
+    ),
 ]
 _QUESTION = [
     click.option(
@@ -96,7 +103,7 @@ def question_options(function):
 
 
 def compression_options(function):
-    """--compressors and --keep."""
+    """--compressors, --keep and --bos."""
     return _apply(_COMPRESSION, function)
 
 
