@@ -72,7 +72,7 @@ class KVCatConfig:
         _one_of(self, "policy", ("router", "random", "attention", "none"))
         _one_of(self, "router_input", ("masked", "dense"))
         _one_of(self, "mask_per", ("token", "kv_head"))
-        _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "oracle"))
+        _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "torch", "oracle"))
         _check(
             self,
             "target_keep_fraction",
