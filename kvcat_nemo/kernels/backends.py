@@ -45,7 +45,7 @@ def kernel(name: str) -> FusedKernel:
     package = PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(
-            f"attention_backend={name}: the package {package} is not installed; install it, or use auto"
+            f"attention_backend={name}: the package {package} is not installed; install it, or use auto or torch"
         )
     module, _, cls = BACKENDS[name].partition(":")
     return getattr(importlib.import_module(module), cls)()

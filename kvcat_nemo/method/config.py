@@ -60,7 +60,7 @@ class KVCatConfig:
     clipping left the backbone no step (docs/LOG.md).
     """
     attention_backend: str = "auto"
-    """Fused kernel that computes attention: auto, cpu, te, flash, or oracle (dense float64, for tests)."""
+    """Fused kernel that computes attention: auto, cpu, te, flash, torch, or oracle (dense float64, for tests)."""
     seed: int = 1234
     """Seed of router initialisation and of the random policy."""
 
