@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import MODELS, VOCAB, build, enliven, transformer_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
@@ -80,6 +81,75 @@ def test_a_model_on_pytorchs_kernel_is_the_same_model(torch_backend, name, packe
         assert float((grad - others[key]).abs().max()) <= 1e-9 * max(1e-3, float(others[key].abs().max())), (
             key
         )
+
+
+# torch.use_deterministic_algorithms' own list, as far as it is of operators that a model may call; of floats where noted.
+NO_DETERMINISTIC_FORM = [
+    "cumsum",
+    "cumsum_",
+    "nll_loss_forward",
+    "nll_loss2d_forward",
+    "ctc_loss",
+    "put",
+    "put_",
+    "histc",
+    "median",
+    "kthvalue",
+    "grid_sampler_2d",
+    "scatter_reduce",
+    "_embedding_bag",
+    "reflection_pad1d_backward",
+    "max_unpool2d",
+]
+
+
+class _AsCuda(TorchDispatchMode):
+    """Raises where CUDA would with trainer.deterministic=True."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        floats = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in args)
+        weighted = name == "bincount" and (len(args) > 1 or "weights" in (kwargs or {}))
+        if torch.are_deterministic_algorithms_enabled() and (
+            weighted or (name in NO_DETERMINISTIC_FORM and floats)
+        ):
+            raise RuntimeError(f"{name} does not have a deterministic implementation")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["windows", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_operator_of_a_step_is_without_a_deterministic_form_on_cuda(deterministic, name, packed):
+    """trainer.deterministic=True: CUDA has none for cumsum of floats, which linear attention's running states were."""
+    rng = torch.Generator().manual_seed(4)
+    # Longer than a chunk of linear attention, so that states run on.
+    tokens = torch.randint(0, VOCAB, (1 if packed else 2, 25 if packed else 301), generator=rng)
+    boundaries = torch.tensor([0, 7, 12, 24], dtype=torch.int32) if packed else None
+    model = build(transformer_config(name), MODELS[name][2], max_tokens=300)
+    enliven(model)
+    with _AsCuda():
+        metrics, grads = step(model, tokens, boundaries)
+    assert torch.isfinite(metrics).all()
+    torch.use_deterministic_algorithms(False)
+    expected, others = step(model, tokens, boundaries)
+    torch.testing.assert_close(metrics, expected, rtol=1e-10, atol=1e-12)
+    for key, grad in grads.items():
+        if grad is not None:
+            assert float((grad - others[key]).abs().max()) <= 1e-9 * max(1e-3, float(others[key].abs().max()))
+
+
+def test_the_mode_sees_cumsum(deterministic):
+    with _AsCuda():
+        torch.ones(3, dtype=torch.int64).cumsum(0)
+        with pytest.raises(RuntimeError, match="cumsum does not have a deterministic"):
+            torch.ones(3).cumsum(0)
 
 
 def test_megatron_sets_what_the_table_says(clean):
