@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from kvcat_nemo.kernels.flash import FlashKernel, available, left_of
+from kvcat_nemo.kernels.flash import FlashKernel, left_of
+from kvcat_nemo.kernels.flash_packages import available
 
 WIDER = ((96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
 """(D, E) to try, in this order, where the narrowest multiples of 8 are not taken."""

@@ -8,7 +8,7 @@ import kernel_checks
 import pytest
 import torch
 
-from kvcat_nemo.kernels import backends, flash
+from kvcat_nemo.kernels import backends, flash, flash_packages
 
 
 @pytest.fixture
@@ -174,5 +174,5 @@ def test_the_final_release_where_transformer_engine_has_it_copied_to(packages):
 def test_what_is_wrong_is_named(text, why):
     module = types.ModuleType("flash_attn_interface")
     exec(text, vars(module))  # noqa: S102  a signature as it could be
-    found = flash._unfit(module, 3)
+    found = flash_packages._unfit(module, 3)
     assert why in found and bool(found) is bool(why)

@@ -9,13 +9,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from te_versions import FACTS
+from te_versions import FACTS, rounded
 
 from kvcat_nemo.kernels import te_selection
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-te"
-FEWEST = 155
+FEWEST = 154
 """Fewer cases than this, and something was not collected."""
 
 
@@ -47,6 +47,20 @@ def test_the_pins_are_the_versions_whose_facts_are_known():
     pins = [line.partition("==")[2] for line in lines if line.startswith("transformer-engine==")]
     assert pins == [facts.package for facts in FACTS.values()]
     assert (min(FACTS), max(FACTS)) == (te_selection.OLDEST, te_selection.NEWEST)
+
+
+def test_rows_of_the_oldest_versions_statistics():
+    rows = {
+        1: 1024,
+        512: 1024,
+        1024: 1024,
+        1025: 2048,
+        3072: 4096,
+        32768: 32768,
+        32769: 65536,
+        100_000: 131_072,
+    }
+    assert {tokens: rounded(tokens) for tokens in rows} == rows
 
 
 @pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine is loaded here")
