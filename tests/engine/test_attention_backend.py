@@ -83,6 +83,24 @@ def test_a_model_on_pytorchs_kernel_is_the_same_model(torch_backend, name, packe
         )
 
 
+def test_both_halves_run_on_one_kernel(torch_backend, monkeypatch):
+    """A backend that takes the dense half's width and not the gates' columns serves neither."""
+    from kvcat_nemo.engine.attention import GatedCoreAttention
+    from kvcat_nemo.kernels import backends
+    from kvcat_nemo.kernels.cpu import CpuKernel
+
+    def check(self, *, head_dim_qk, **rest):
+        if head_dim_qk > 4:
+            raise ValueError("attention_backend=cpu: no columns")
+
+    monkeypatch.setattr(CpuKernel, "check", check)
+    monkeypatch.setitem(backends.AUTOMATIC, "cpu", ("cpu", "torch"))
+    model = build(transformer_config("router, untied, qkv bias"), False, max_tokens=24)
+    enliven(model)
+    step(model, torch.randint(0, VOCAB, (1, 25), generator=torch.Generator().manual_seed(4)), None)
+    assert {m.backend for m in model.modules() if isinstance(m, GatedCoreAttention)} == {"torch"}
+
+
 # torch.use_deterministic_algorithms' own list, as far as it is of operators that a model may call; of floats where noted.
 NO_DETERMINISTIC_FORM = [
     "cumsum",
