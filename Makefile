@@ -12,7 +12,7 @@ VENV := .venv
 KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
 STAMP := $(VENV)/.setup-$(KEY)
 # Transformer Engine without its CUDA extension breaks `import megatron.core`: it has an environment of its own, which
-# sees .venv's packages and serves the tests of kernels/te.py alone.
+# sees .venv's packages and serves the tests of kernels/te.py alone. Each supported version has a folder there.
 VENV_TE := .venv-te
 STAMP_TE := $(VENV_TE)/.setup-$(KEY)-$(shell cksum < constraints-te.txt | tr ' ' '-')
 LOG := $(VENV)/setup.log
@@ -50,13 +50,15 @@ $(STAMP):
 	@touch $@
 
 $(STAMP_TE): $(STAMP)
-	@echo "setup: virtual environment $(VENV_TE) (Transformer Engine's Python layer, for tests)"
+	@echo "setup: virtual environment $(VENV_TE) (Transformer Engine's Python layers, for tests)"
 	@$(VENV)/bin/python -m venv --clear --without-pip $(VENV_TE)
 	@$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(VENV_TE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	@$(VENV)/bin/python -m pip --python $(VENV_TE)/bin/python install --disable-pip-version-check --no-deps \
-	  -r constraints-te.txt >> $(LOG) 2>&1 \
-	  || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }
+	@pip() { $(VENV)/bin/python -m pip --python $(VENV_TE)/bin/python install --disable-pip-version-check --no-deps "$$@" \
+	    >> $(LOG) 2>&1 || { tail -n 30 $(LOG); echo "setup: pip failed; the whole log is $(LOG)"; exit 1; }; }; \
+	  pip $$(grep -v -e '^#' -e '^transformer-engine==' constraints-te.txt) && \
+	  for pin in $$(grep '^transformer-engine==' constraints-te.txt); do \
+	    pip --target "$(VENV_TE)/transformer-engine/$${pin#*==}" "$$pin" || exit 1; done
 	@touch $@
 
 $(COMPRESS_STAMP):

@@ -25,9 +25,9 @@ PINS = {"nemo-toolkit": "2.7.3", "megatron-core": "0.15.3", "nemo-run": "0.11.1"
 """Versions that work together; another NeMo or Megatron-core fails in ways that do not say so."""
 
 OPTIONAL = {
-    "transformer_engine": "gated attention in its fused kernels and fused layers; without it: PyTorch's, on CUDA slower",
+    "transformer_engine": "gated attention in its fused kernels and fused layers; without it: flash-attn's or PyTorch's kernels, Megatron's local layers",
     "apex": "fused optimizer and gradient accumulation; without it: Megatron's own, with a little more memory traffic",
-    "flash_attn": "kvcat.attention_backend=flash; without it: te or PyTorch's",
+    "flash_attn": "kvcat.attention_backend=flash, and te's head dim 128 on A100 and B200; without it: te or PyTorch's",
 }
 
 

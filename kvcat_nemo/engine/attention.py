@@ -15,7 +15,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from kvcat_nemo.kernels import WindowSplit, announce, causal_attention, gated_attention
+from kvcat_nemo.kernels import WindowSplit, announce, causal_attention, gated_attention, select_backend
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.policies import accumulated_attention, attention_gate
 
@@ -67,7 +67,7 @@ class GatedCoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.backend = config.kvcat.attention_backend
+        self.wanted_backend = config.kvcat.attention_backend
         self.tp_group = pg_collection.tp if pg_collection is not None else None
         self.cp_group = pg_collection.cp if pg_collection is not None else None
         self.split = WindowSplit.over(self.cp_group)
@@ -91,6 +91,17 @@ class GatedCoreAttention(MegatronModule):
         documents = attention_mask
         assert documents is None or documents.dim() == 1  # engine.model has seen to it
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        # Resolved once for both halves: where a kernel takes one of them alone, `auto` must not mix two.
+        self.backend = select_backend(
+            self.wanted_backend,
+            device=q.device,
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            gated=attention_bias is not None,
+            recent_window=self.config.kvcat.recent_window,
+            packed=documents is not None,
+            split=self.split is not None,
+        )
         announce(self.backend, q)
         if attention_bias is None:
             out = self._dense(q, k, v, documents)

@@ -1,7 +1,9 @@
 """What a Megatron configuration must look like for a paired pass, checked before any process group starts."""
 
+import contextlib
 import importlib.util
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -131,16 +133,61 @@ def _check_attention(config, refuse) -> None:
         refuse("softmax_type", "the softmax over gated slots has no extra sink; set it to 'vanilla'")
     if getattr(config, "window_size", None):
         refuse("window_size", "gates are defined for attention over the whole context; set it to None")
+    _check_environment(config)
     device = host.device()
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     # A trainer's precision may be set later; on CUDA it is bf16 or the first call says so.
     dtype = half or (config.params_dtype if device.type == "cpu" else torch.bfloat16)
-    select_backend(
-        config.kvcat.attention_backend,
-        device=device,
-        dtype=dtype,
-        head_dim=config.kv_channels,
-        gated=config.kvcat.paired,
-        recent_window=config.kvcat.recent_window,
-        split=config.context_parallel_size > 1,
+    with _as_megatron_sets_it(config):
+        select_backend(
+            config.kvcat.attention_backend,
+            device=device,
+            dtype=dtype,
+            head_dim=config.kv_channels,
+            gated=config.kvcat.paired,
+            recent_window=config.kvcat.recent_window,
+            split=config.context_parallel_size > 1,
+        )
+
+
+NVTE_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""What Megatron sets for Transformer Engine when it builds a model, and asserts where they are set already."""
+SET_BY_MEGATRON = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001", "local": "000"}
+"""model.config.attention_backend → their values, in that order (LanguageModule._set_attention_backend)."""
+
+
+def _variables(config) -> dict[str, str]:
+    return dict(zip(NVTE_VARIABLES, SET_BY_MEGATRON[config.attention_backend.name], strict=True))
+
+
+@contextlib.contextmanager
+def _as_megatron_sets_it(config):
+    """The environment that Transformer Engine will choose in."""
+    before = {name: os.environ.get(name) for name in NVTE_VARIABLES}
+    os.environ.update(_variables(config))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check_environment(config) -> None:
+    """Megatron's assertion, before it fires, with the setting that says the same."""
+    chosen = config.attention_backend.name
+    now = {name: os.environ.get(name) for name in NVTE_VARIABLES}
+    expected = _variables(config)
+    wrong = {name: now[name] for name in now if now[name] not in (None, expected[name])}
+    if not wrong:
+        return
+    asked = [now[name] or "1" for name in NVTE_VARIABLES]
+    # Of kernels that cannot serve gated attention nobody asks; flash and fused differ in the first two.
+    meant = {("0", "1"): "fused", ("1", "0"): "flash"}.get(tuple(asked[:2]), "auto")
+    raise ValueError(
+        f"{', '.join(f'{name}={value}' for name, value in wrong.items())} in the environment: Megatron sets them by "
+        f"model.config.attention_backend={chosen} and stops where they differ; unset them"
+        + (f" and set model.config.attention_backend={meant}" if meant != chosen else "")
     )

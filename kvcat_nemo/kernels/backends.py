@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,12 +16,16 @@ BACKENDS = {
     "cpu": "kvcat_nemo.kernels.cpu:CpuKernel",
     "te": "kvcat_nemo.kernels.te:TransformerEngineKernel",
     "flash": "kvcat_nemo.kernels.flash:FlashKernel",
+    "torch": "kvcat_nemo.kernels.torch_flash:TorchKernel",
     "oracle": None,
 }
 """Name → class. `oracle` is no kernel: the dense float64 form of method/attention.py, for tests and small models."""
 
 PACKAGES = {"te": "transformer_engine", "flash": "flash_attn"}
 """What a backend needs beside PyTorch."""
+
+AUTOMATIC = {"cpu": ("cpu",), "cuda": ("te", "flash", "torch")}
+"""Device → what `auto` tries there, in this order: the first that is installed and takes the call."""
 
 logger = logging.getLogger("kvcat_nemo.attention")
 
@@ -40,7 +45,7 @@ def kernel(name: str) -> FusedKernel:
     package = PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(
-            f"attention_backend={name}: the package {package} is not installed; install it, or use auto"
+            f"attention_backend={name}: the package {package} is not installed; install it, or use auto or torch"
         )
     module, _, cls = BACKENDS[name].partition(":")
     return getattr(importlib.import_module(module), cls)()
@@ -60,8 +65,8 @@ def select_backend(
     """Resolve `auto` and refuse what the backend cannot do.
 
     Args:
-        name: one of BACKENDS or `auto`: `cpu` for tensors there; on CUDA `te` where Transformer Engine is installed,
-            else `flash` where flash-attn is.
+        name: one of BACKENDS or `auto`: `cpu` for tensors there; on CUDA the first of `te`, `flash` and `torch` that is
+            installed and takes what the other arguments say.
         gated: whether gates take part, or plain causal attention is meant; recent_window: of the gated call.
         packed: several documents in one window; split: one window on several ranks.
 
@@ -79,25 +84,28 @@ def select_backend(
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     device = torch.device(device)
-    if name == "auto":
-        name = _automatic(device)
     if gated and dtype == torch.float16:
         raise ValueError(
             "attention: float16 cannot hold the weights of dropped slots (e^60); train in bfloat16 or float32"
         )
-    if name == "oracle":
-        return name
-    chosen = kernel(name)
-    for widths, window, causal in _calls(chosen, head_dim, dtype, gated, recent_window, split):
-        chosen.check(
-            head_dim_qk=widths[0],
-            head_dim_v=widths[1],
-            dtype=dtype,
-            device=device,
-            window=window,
-            packed=packed,
-            causal=causal,
-        )
+
+    def check(candidate: str) -> None:
+        chosen = kernel(candidate)
+        for widths, window, causal in _calls(chosen, head_dim, dtype, gated, recent_window, split):
+            chosen.check(
+                head_dim_qk=widths[0],
+                head_dim_v=widths[1],
+                dtype=dtype,
+                device=device,
+                window=window,
+                packed=packed,
+                causal=causal,
+            )
+
+    if name == "auto":
+        return _automatic(device, check)
+    if name != "oracle":
+        check(name)
     return name
 
 
@@ -119,33 +127,52 @@ def _calls(
     return calls
 
 
-def _automatic(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    if device.type == "cuda":
-        for name, package in PACKAGES.items():
-            if _installed(package):
-                return name
+def _automatic(device: torch.device, check: Callable[[str], None]) -> str:
+    """The first of the device's backends that is installed and passes the check."""
+    candidates = AUTOMATIC.get(device.type)
+    if candidates is None:
         raise ValueError(
-            "attention_backend=auto: CUDA tensors need Transformer Engine (pip install 'kvcat-nemo[te]') or flash-attn; "
-            "neither is installed"
+            f"attention_backend=auto: no fused attention for {device.type} tensors; use cpu or cuda"
         )
-    raise ValueError(f"attention_backend=auto: no fused attention for {device.type} tensors; use cpu or cuda")
+    if len(candidates) == 1:
+        check(candidates[0])
+        return candidates[0]
+    missing, unfit = {}, {}
+    for name in candidates:
+        package = PACKAGES.get(name)
+        if package and not _installed(package):
+            missing[name] = f"{package} is not installed"
+            continue
+        try:
+            check(name)
+        except ValueError as error:
+            unfit[name] = str(error)
+        else:
+            for other, why in unfit.items():
+                _say_once(logging.WARNING, f"attention backend {other} is passed over for {name}: {why}")
+            return name
+    reasons = "; ".join(f"{name}: {why}" for name, why in (missing | unfit).items())
+    raise ValueError(f"attention_backend=auto: no kernel fits on {device.type}: {reasons}")
 
 
 def announce(name: str, q: torch.Tensor) -> None:
     """Say once, on the first rank, which kernel computes attention of such queries, [..., head dim]."""
-    kind = name, q.device.type, q.dtype, q.shape[-1]
-    if kind in _announced:
+    if name == "auto":
+        name = select_backend(name, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], gated=False)
+    text = f"attention backend: {name} ({q.device.type}, {q.dtype}, head dim {q.shape[-1]})"
+    _say_once(logging.INFO, text)
+
+
+def _say_once(level: int, text: str) -> None:
+    if text in _said:
         return
-    _announced.add(kind)
+    _said.add(text)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     if not logger.hasHandlers():  # nobody set up logging: a run says it all the same
         logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
-    chosen = _automatic(q.device) if name == "auto" else name
-    logger.info("attention backend: %s (%s, %s, head dim %d)", chosen, q.device.type, q.dtype, q.shape[-1])
+    logger.log(level, "%s", text)
 
 
-_announced: set[tuple] = set()
+_said: set[str] = set()

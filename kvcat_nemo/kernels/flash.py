@@ -1,7 +1,9 @@
 """flash-attn's forward and backward as a FusedKernel: FlashAttention-2 (Ampere on) and FlashAttention-3 (Hopper).
 
 The functions called are those below flash-attn's autograd layer; signatures as of flash-attn 2.7 to 2.8
-(`flash_attn/flash_attn_interface.py`) and flash-attn-3 3.0 (`hopper/flash_attn_interface.py`).
+(`flash_attn/flash_attn_interface.py`) and flash-attn-3 3.0.0 (`hopper/flash_attn_interface.py`). The betas of flash-attn-3
+call themselves 3.0.0.b1 whatever their signatures: what a function takes is looked at (kernels/flash_packages.py), and where
+it does not fit FlashAttention-2 serves.
 
 What gated attention relies on, and where the sources do it:
 - backward recomputes P from the lse it is given: `flash_bwd_kernel.h` scales the scores by exp2 against `lse`, and
@@ -20,14 +22,13 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D width of queries and key
 from __future__ import annotations
 
 import collections
-import functools
-import importlib
-import importlib.metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kvcat_nemo.kernels.flash_packages import available, functions
 
 MAX_WIDTH = 256
 
@@ -57,53 +58,6 @@ def longest(cu_seqlens: Tensor) -> int:
 
 _lengths: collections.deque = collections.deque(maxlen=16)
 """Boundaries, their version and `longest` of them; a pipeline has several micro-batches under way."""
-
-
-def _installed(distribution: str) -> tuple[int, ...] | None:
-    try:
-        text = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    digits = [part for part in text.split("+")[0].split(".")[:2] if part.isdigit()]
-    return tuple(map(int, digits))
-
-
-@functools.cache
-def functions(generation: int):
-    """The module that holds the functions of FlashAttention-2 or -3.
-
-    Raises:
-        ValueError: when the package is missing or has another interface.
-    """
-    if generation == 2:
-        version = _installed("flash-attn")
-        if version is None:
-            raise ValueError(
-                "attention_backend=flash: flash-attn is not installed; pip install flash-attn, or use auto"
-            )
-        if not (2, 7) <= version < (3, 0):
-            raise ValueError(
-                f"attention_backend=flash: flash-attn {version} has another interface; install 2.7 or 2.8"
-            )
-        return importlib.import_module("flash_attn.flash_attn_interface")
-    version = _installed("flash-attn-3")
-    if version is None or version < (3, 0):
-        raise ValueError(
-            "attention_backend=flash: flash-attn-3 is not installed; install it from flash-attention/hopper"
-        )
-    module = importlib.import_module("flash_attn_interface")
-    if not hasattr(module, "_flash_attn_forward"):
-        raise ValueError("attention_backend=flash: this flash-attn-3 has another interface; install 3.0.0")
-    return module
-
-
-def available(generation: int) -> bool:
-    """Whether that generation is installed with the interface we know."""
-    try:
-        functions(generation)
-    except (ValueError, ImportError):
-        return False
-    return True
 
 
 class FlashKernel:
@@ -171,7 +125,7 @@ class FlashKernel:
         """See FusedKernel.forward."""
         E = v_BTGE.shape[-1]
         generation = self._generation(q_BTHD.device)
-        q, k, v = _one_width(q_BTHD, k_BTGD, v_BTGE)
+        q, k, v = one_width(q_BTHD, k_BTGD, v_BTGE)
         length = None if cu_seqlens is None else longest(cu_seqlens)
         call = _settings(scale, window, causal)
         module = functions(generation)
@@ -206,7 +160,7 @@ class FlashKernel:
         """See FusedKernel.backward."""
         D, E = q_BTHD.shape[-1], v_BTGE.shape[-1]
         generation = self._generation(q_BTHD.device)
-        q, k, v = _one_width(q_BTHD, k_BTGD, v_BTGE)
+        q, k, v = one_width(q_BTHD, k_BTGD, v_BTGE)
         do, o = (F.pad(x, (0, v.shape[-1] - E)) for x in (do_BTHE, o_BTHE))
         length, random_state = saved
         tensors = [do, q, k, v, o]
@@ -233,7 +187,7 @@ class FlashKernel:
         return dq[..., :D], dk[..., :D], dv[..., :E]
 
 
-def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v padded with zeros to the wider of their widths (`widths` has seen to it; other callers may not)."""
     width = max(q.shape[-1], v.shape[-1])
     return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))

@@ -2,14 +2,15 @@
 
 `get_attention_backend` chooses, with the environment's NVTE_* variables and all its rules; where it says FlashAttention
 (Ampere, mostly), kernels/flash.py makes the call. Written against `cpp_extensions.fused_attn.fused_attn_fwd` and
-`fused_attn_bwd` of Transformer Engine 2.4 to 2.20; arguments that a version does not know are left out.
+`fused_attn_bwd` of Transformer Engine 2.9 to 2.20; arguments that a version does not know are left out.
 
 What gated attention relies on, and where the sources do it (transformer_engine/common/fused_attn/
 fused_attn_f16_arbitrary_seqlen.cu builds cuDNN's graphs; cudnn-frontend's include/cudnn_frontend/node/
 scaled_dot_product_flash_attention.h says what a graph means):
 - the first auxiliary tensor is the natural log-sum-exp, float32: cuDNN's backward subtracts it from the scaled scores
   ("sub_s_m") before its exponential, and Transformer Engine's ring attention merges it by log1p(exp(·)). Shape
-  [B, H, T, 1]; packed rows [T, H, 1] from cuDNN 9.6 on, else padded to the longest document (sm120);
+  [B, H, T, 1]; packed rows [T, H, 1] from cuDNN 9.6 on, up to 2.10 with more rows after them (max(1024, next power of
+  two), from 32k on multiples of 32k); else padded to the longest document (sm120);
 - backward takes lse and o from its arguments and forms δ = Σ_c do·o over all columns ("mul_dO_O", "reduce_dO_o");
 - the C++ layer reads tensors by the layout's name and ignores strides: everything handed over is contiguous;
 - window (left, right): cuDNN's left bound is left + 1, so w slots are (w − 1, 0);
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvcat_nemo.kernels.flash import left_of, longest
 from kvcat_nemo.kernels.te_selection import Choice, Selection, call, deterministic, engine, parameters
@@ -126,7 +128,7 @@ class TransformerEngineKernel:
             fused_attn.fused_attn_fwd, {"is_training": True, "q": q, "k": k, "v": v} | shared, optional
         )
         stats, *rest = aux
-        lse = _rows_from_stats(stats, cu_seqlens, length)
+        lse = _rows_from_stats(stats, cu_seqlens, length, T)
         return (o if length is None else o[None]), lse, (choice, (length, stats.shape, stats.dtype, rest))
 
     def backward(
@@ -163,9 +165,7 @@ class TransformerEngineKernel:
             "do_format": optional["o_format"],
             "dqkv_layout": layout,
         }
-        if "dqkv_dtype" in parameters(
-            fused_attn.fused_attn_bwd
-        ):  # up to 2.14 or so; later ones use fake_dtype
+        if "dqkv_dtype" in parameters(fused_attn.fused_attn_bwd):  # up to 2.14; later ones use fake_dtype
             optional["dqkv_dtype"] = constants.TE_DType[q.dtype]
         tensors = {"q": q, "k": k, "v": v, "o": o, "d_o": do, "aux_ctx_tensors": [stats, *rest]}
         grads = call(
@@ -233,13 +233,13 @@ def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return document, at - cu_seqlens.long()[document]
 
 
-def _rows_from_stats(stats: Tensor, cu_seqlens: Tensor, length: int | None) -> Tensor:
-    """lse_BHT from cuDNN's softmax statistics."""
+def _rows_from_stats(stats: Tensor, cu_seqlens: Tensor, length: int | None, tokens: int) -> Tensor:
+    """lse_BHT of so many tokens from cuDNN's softmax statistics."""
     if length is None:
         return stats[..., 0]  # [B, H, T, 1]
     if stats.dim() == 3:
-        return stats[..., 0].T[None]  # [T, H, 1]
-    document, place = _places(cu_seqlens, int(cu_seqlens[-1]))  # [n, H, longest, 1]
+        return stats[:tokens, :, 0].T[None]  # [T or more, H, 1]
+    document, place = _places(cu_seqlens, tokens)  # [n, H, longest, 1]
     return stats[document, :, place, 0].T[None]
 
 
@@ -248,7 +248,7 @@ def _stats_from_rows(lse_BHT: Tensor, shape: torch.Size, cu_seqlens: Tensor, len
     if length is None:
         return lse_BHT[..., None].contiguous()
     if len(shape) == 3:
-        return lse_BHT[0].T[..., None].contiguous()
+        return F.pad(lse_BHT[0].T[..., None], (0, 0, 0, 0, 0, shape[0] - lse_BHT.shape[-1])).contiguous()
     stats = lse_BHT.new_zeros(shape)
     document, place = _places(cu_seqlens, lse_BHT.shape[-1])
     stats[document, :, place, 0] = lse_BHT[0].T

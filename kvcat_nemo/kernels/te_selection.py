@@ -13,19 +13,38 @@ import functools
 import importlib.metadata
 import inspect
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvcat_nemo.kernels.flash import FlashKernel, left_of
+from kvcat_nemo.kernels.flash_packages import available
 
 WIDER = ((96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
 """(D, E) to try, in this order, where the narrowest multiples of 8 are not taken."""
 
 MOST_REMEMBERED = 4096
 
-INSTALL = "install flash-attn 2.7 or 2.8, or check NVTE_FUSED_ATTN and NVTE_FLASH_ATTN"
+OLDEST, NEWEST = (2, 9), (2, 20)
+"""Minor versions whose sources and Python layers this was held against (tests/kernels/te_versions.py)."""
+
+
+def version() -> tuple[int, int]:
+    """Major and minor version of the installed Transformer Engine.
+
+    Raises:
+        ValueError: when it is missing.
+    """
+    try:
+        text = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            "attention_backend=te: Transformer Engine is not installed; pip install 'kvcat-nemo[te]' or use auto"
+        ) from None
+    major, minor = re.match(r"(\d+)\.(\d+)", text).groups()
+    return int(major), int(minor)
 
 
 @functools.cache
@@ -33,14 +52,14 @@ def engine():
     """(fused_attn module, selection module, constants) of the installed Transformer Engine.
 
     Raises:
-        ValueError: when it is missing or cannot be loaded.
+        ValueError: when it is missing, of another version, or cannot be loaded.
     """
-    try:
-        importlib.metadata.version("transformer-engine")
-    except importlib.metadata.PackageNotFoundError:
+    installed = version()
+    if not OLDEST <= installed <= NEWEST:
+        found, oldest, newest = (".".join(map(str, x)) for x in (installed, OLDEST, NEWEST))
         raise ValueError(
-            "attention_backend=te: Transformer Engine is not installed; pip install 'kvcat-nemo[te]' or use auto"
-        ) from None
+            f"attention_backend=te: Transformer Engine {found} is not supported; install {oldest} to {newest}, or use flash or torch"
+        )
     try:
         from transformer_engine.pytorch import constants
         from transformer_engine.pytorch.attention.dot_product_attention import utils
@@ -71,19 +90,32 @@ def deterministic() -> bool:
     return forbidden or torch.are_deterministic_algorithms_enabled()
 
 
+def _install() -> str:
+    """What a user can do where nothing serves."""
+    newest = engine()[1].FlashAttentionUtils.max_version
+    return (
+        f"install flash-attn 2.7.3 to {newest}, use model.config.kvcat.attention_backend=torch, or let "
+        "model.config.attention_backend (auto, flash or fused) allow more: Megatron sets NVTE_FLASH_ATTN and NVTE_FUSED_ATTN by "
+        "it, and stops where they say otherwise"
+    )
+
+
 @dataclass(frozen=True)
 class Choice:
     """What Transformer Engine selected for one shape."""
 
     name: str
-    """`cudnn`, `flash2`, `flash3`, or what cannot serve: `cudnn512`, `flash4`, `unfused`, `none`."""
+    """`cudnn`, `flash2`, `flash3`, or what cannot serve: `cudnn512`, `cudnn-sm120`, `flash4`, `unfused`, `none`."""
     backend: int | None = None
     """cuDNN's sub-backend, as Transformer Engine counts them."""
 
     @property
     def kernel(self) -> FlashKernel | None:
         """The flash-attn functions to call, if it is one of those."""
-        return FlashKernel(int(self.name[-1])) if self.name in ("flash2", "flash3") else None
+        if self.name not in ("flash2", "flash3"):
+            return None
+        # Transformer Engine looks at flash-attn-3's version alone; a beta of it has another interface, and 2 serves.
+        return FlashKernel(3 if self.name == "flash3" and available(3) else 2)
 
     @property
     def usable(self) -> bool:
@@ -91,10 +123,36 @@ class Choice:
         return self.name == "cudnn" or self.kernel is not None
 
 
-def _cudnn_name(backend: int) -> str:
-    """Older versions have a second cuDNN kernel, for up to 512 tokens, that keeps the whole T×T matrix and no lse."""
+def _cudnn_name(backend: int, packed: bool) -> str:
+    """Whether cuDNN's kernel can be used.
+
+    Up to 2.15 there is a second one, for up to 512 tokens, that keeps the whole T×T matrix and no lse. From 2.14 to 2.17
+    packed documents on sm120 get statistics [tokens, H, 1] for a graph that writes [documents, longest, H]: it writes
+    past their end (2.18 allocates what the graph writes; before 2.14 the selection itself refuses).
+    """
     known = engine()[0].FusedAttnBackend
-    return "cudnn" if int(known["F16_arbitrary_seqlen"]) == backend else "cudnn512"
+    if int(known["F16_arbitrary_seqlen"]) != backend:
+        return "cudnn512"
+    if packed and torch.cuda.get_device_capability() == (12, 0) and (2, 14) <= version() <= (2, 17):
+        return "cudnn-sm120"
+    return "cudnn"
+
+
+VARIABLES = (
+    "NVTE_FLASH_ATTN",
+    "NVTE_FLASH_ATTN_V2",
+    "NVTE_FLASH_ATTN_V3",
+    "NVTE_FLASH_ATTN_V4",
+    "NVTE_FUSED_ATTN",
+    "NVTE_FUSED_ATTN_BACKEND",
+    "NVTE_UNFUSED_ATTN",
+)
+"""Of the environment, what a choice hangs on. Megatron sets some of them when it builds a model, after the first question."""
+
+
+def _surroundings() -> tuple:
+    """What a choice hangs on beside the shape."""
+    return deterministic(), *map(os.environ.get, VARIABLES)
 
 
 class Selection:
@@ -140,6 +198,7 @@ class Selection:
             documents,
             longest,
             scale,
+            _surroundings(),
         )
         if key not in self._choices:
             _, utils, _ = engine()
@@ -158,6 +217,8 @@ class Selection:
                 "attn_mask_type": ("padding_causal" if documents else "causal") if causal else "no_mask",
                 "window_size": (left_of(window), 0 if causal else -1),
                 "bottom_right_diagonal": False,
+                # Its default, "1hss" up to 2.19, rules out flash-attn: a bias, whatever its type. Its own caller passes None.
+                "core_attention_bias_shape": None,
                 # Its default claims a bias that wants a gradient, which rules out a deterministic cuDNN.
                 "core_attention_bias_requires_grad": False,
                 "deterministic": deterministic(),
@@ -165,11 +226,11 @@ class Selection:
                 "softmax_scale": scale,
             }
             params = call(utils.AttentionParams, {}, known)
-            flash, version, fused, backend, unfused, _ = utils.get_attention_backend(params)
+            flash, flash_version, fused, backend, unfused, _ = utils.get_attention_backend(params)
             if fused:
-                choice = Choice(_cudnn_name(int(backend)), int(backend))
+                choice = Choice(_cudnn_name(int(backend), bool(documents)), int(backend))
             elif flash:
-                choice = Choice(f"flash{version.major}")
+                choice = Choice(f"flash{flash_version.major}")
             else:
                 choice = Choice("unfused" if unfused else "none")
             if len(self._choices) > MOST_REMEMBERED:  # packed windows bring ever new lengths
@@ -186,9 +247,13 @@ class Selection:
         if choice.name == "cudnn512":
             fix = "set NVTE_FUSED_ATTN_BACKEND=1"
         elif choice.name == "flash4":
-            fix = "set NVTE_FLASH_ATTN_V4=0, or NVTE_FUSED_ATTN=1 so that cuDNN comes first"
+            fix = "set NVTE_FLASH_ATTN_V4=0, or model.config.attention_backend=fused so that cuDNN serves"
+        elif choice.name == "cudnn-sm120":
+            fix = (
+                "install 2.18 or later, or set model.config.attention_backend=flash so that flash-attn serves"
+            )
         else:
-            fix = INSTALL
+            fix = _install()
         raise ValueError(
             f"attention_backend=te: for {what} on compute capability {capability[0]}.{capability[1]} Transformer Engine selects "
             f"{choice.name}, whose forward and backward cannot be called apart; {fix}"
@@ -216,6 +281,6 @@ class Selection:
             capability = torch.cuda.get_device_capability()
             raise ValueError(
                 f"attention_backend=te: Transformer Engine has no kernel for head dims ({head_dim_qk}, {head_dim_v}), padded or "
-                f"not, on compute capability {capability[0]}.{capability[1]}; {INSTALL}"
+                f"not, on compute capability {capability[0]}.{capability[1]}; {_install()}"
             )
         return usable[0]

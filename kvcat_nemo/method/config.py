@@ -63,7 +63,7 @@ class KVCatConfig:
     clipping left the backbone no step (docs/LOG.md).
     """
     attention_backend: str = "auto"
-    """Fused kernel that computes attention: auto, cpu, te, flash, or oracle (dense float64, for tests)."""
+    """Fused kernel that computes attention: auto, cpu, te, flash, torch, or oracle (dense float64, for tests)."""
     seed: int = 1234
     """Seed of router initialisation and of the random policy."""
 
@@ -76,7 +76,7 @@ class KVCatConfig:
         _one_of(self, "router_input", ("masked", "dense"))
         _one_of(self, "mask_per", ("token", "kv_head"))
         _one_of(self, "loss_kernel", ("auto", "torch", "triton"))
-        _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "oracle"))
+        _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "torch", "oracle"))
         _check(
             self,
             "target_keep_fraction",

@@ -35,6 +35,18 @@ def quadratic_linear_attention(
     return weight_BTT @ v_BTR / (weight_BTT.sum(-1, keepdim=True) + eps)
 
 
+def running_sum(x_BN: Tensor) -> Tensor:
+    """x_0 + … + x_n for every n, [B, N, …]; also where PyTorch is told to be deterministic.
+
+    CUDA's cumsum of floats has no deterministic form and raises then: a product with a triangle of ones does it. It adds
+    zero times the later ones, so that one that is not finite reaches every sum.
+    """
+    if not (torch.are_deterministic_algorithms_enabled() and x_BN.is_floating_point()):
+        return x_BN.cumsum(1)
+    triangle = torch.ones(x_BN.shape[1], x_BN.shape[1], dtype=x_BN.dtype, device=x_BN.device).tril()
+    return (triangle @ x_BN.flatten(2)).view(x_BN.shape)
+
+
 class Segments(Protocol):
     """The tokens at hand are some segments of a window; others are elsewhere, on other processes for instance."""
 
@@ -95,7 +107,7 @@ class _Segment:
         if position_BT is None:
             self.document = None
             state_BNRR = k.transpose(-1, -2) @ v
-            sums = state_BNRR.cumsum(1)
+            sums = running_sum(state_BNRR)
             self.state = sums[:, -1] if T else v.new_zeros(shape[0], k.shape[-1], v.shape[-1])
             # Shifted by a chunk, not `cumsum − own`: subtraction would leave rounding of later tokens in earlier outputs.
             self.before = F.pad(sums[:, :-1], (0, 0, 0, 0, 1, 0))

@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.enums import AttnBackend
 from nemo.collections import llm
 from nemo.lightning import get_vocab_size
 
@@ -26,11 +27,17 @@ _FUSIONS = (
     "cross_entropy_loss_fusion",
 )
 
+_FUSIONS_OF_TRANSFORMER_ENGINE = ("gradient_accumulation_fusion", "apply_rope_fusion")
+"""Those that Megatron refuses on CUDA without it (or apex); the others are PyTorch's."""
+
 
 @dataclass
 class KVCatModelConfig(KVCatFields):
     """Mixed into a NeMo GPT configuration: builds the paired model instead of NeMo's."""
 
+    attention_backend: str = "auto"
+    """What Megatron allows Transformer Engine to choose from: auto, flash, fused, unfused or local. Its own type, an
+    enumeration, has no form on a command line. Which kernel computes attention is `kvcat.attention_backend`."""
     true_vocab_size: Optional[int] = None
     """Tokens of the vocabulary without padding; columns after it take no probability. None: `vocab_size`."""
     rope_scaling: Optional[dict[str, Any]] = None
@@ -39,6 +46,14 @@ class KVCatModelConfig(KVCatFields):
 
     def __post_init__(self):
         check_model_sizes(self)
+        if isinstance(self.attention_backend, str):
+            known = {member.name: member for member in AttnBackend}
+            if self.attention_backend not in known:
+                raise ValueError(
+                    f"model.config.attention_backend={self.attention_backend!r}: choose one of {', '.join(sorted(known))}; the "
+                    "kernel of gated attention is model.config.kvcat.attention_backend"
+                )
+            self.attention_backend = known[self.attention_backend]
         if not host.is_cuda():
             for name in _FUSIONS:
                 setattr(self, name, False)
@@ -49,7 +64,8 @@ class KVCatModelConfig(KVCatFields):
             self.bf16 = self.fp16 = False
             self.params_dtype = self.pipeline_dtype = self.autocast_dtype = torch.float32
         elif not has_transformer_engine():
-            self.gradient_accumulation_fusion = False
+            for name in _FUSIONS_OF_TRANSFORMER_ENGINE:
+                setattr(self, name, False)
         super().__post_init__()
 
     def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> KVCatGPTModel:

@@ -152,8 +152,52 @@ flash_attn_varlen_func = flash_attn_with_kvcache = flash_attn_func
 '''
 
 
-def write(folder: Path, generations: tuple[int, ...] = (2,), version_2: str = "2.8.3") -> None:
-    """Put the packages into a folder that the caller puts on sys.path."""
+FLASH_3_BETAS = {  # both call themselves 3.0.0.b1; signatures alone, from the repository's history of hopper/
+    "a pair for the window, until July 2025": """
+def _flash_attn_forward(
+    q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k, max_seqlen_q,
+    max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale,
+    v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+    scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+):
+    raise AssertionError("called")
+
+
+def _flash_attn_backward(
+    dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk,
+    dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
+):
+    raise AssertionError("called")
+
+
+def flash_attn_func():
+    raise NotImplementedError
+
+
+flash_attn_varlen_func = flash_attn_with_kvcache = flash_attn_func
+""",
+    "no defaults, from July 2025 on": FLASH_3.replace(
+        "sequed_q: Optional[Tensor] = None", "sequed_q: Optional[Tensor]"
+    ).replace(
+        "cu_seqlens_q: Optional[Tensor] = None, cu_seqlens_k: Optional[Tensor] = None, sequed",
+        "cu_seqlens_q: Optional[Tensor], cu_seqlens_k: Optional[Tensor], sequed",
+    ),
+}
+
+
+def write(
+    folder: Path,
+    generations: tuple[int, ...] = (2,),
+    version_2: str = "2.8.3",
+    flash_3: str = FLASH_3,
+    version_3: str = "3.0.0",
+    module_3: str = "flash_attn_interface.py",
+) -> None:
+    """Put the packages into a folder that the caller puts on sys.path.
+
+    Args:
+        flash_3: the module of generation 3 (FLASH_3, or one of FLASH_3_BETAS); module_3: where it lies.
+    """
     files = {}
     if 2 in generations:
         files |= {
@@ -164,8 +208,9 @@ def write(folder: Path, generations: tuple[int, ...] = (2,), version_2: str = "2
         }
     if 3 in generations:
         files |= {
-            "flash_attn_interface.py": FLASH_3,
-            "flash_attn_3-3.0.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: flash-attn-3\nVersion: 3.0.0\n",
+            "flash_attn_3/__init__.py": "",
+            module_3: flash_3,
+            f"flash_attn_3-{version_3}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: flash-attn-3\nVersion: {version_3}\n",
         }
     for name, text in files.items():
         path = folder / name

@@ -4,10 +4,11 @@
 arguments Transformer Engine's wrappers pass and compute what the cuDNN kernel promises, in float64 on the CPU. They
 read memory as the kernel does: strides are ignored, documents come from cu_seqlens, formats from the layout enum,
 softmax statistics and random state from the auxiliary tensors. `get_fused_attn_backend` answers by cuDNN's rules for
-bf16 and fp16 as Transformer Engine's C++ layer states them, for the machine named by `Machine`.
+bf16 and fp16 as Transformer Engine's C++ layer states them, for the machine named by `Machine`. What of this differs
+between versions comes from te_versions.py, for the version that is installed.
 
 Real here: signatures, enums, get_attention_backend, its environment variables and its flash-attn detection. Not real:
-the compiled kernel and its rounding. Runs in the environment .venv-te (make setup); needs version 2.20.
+the compiled kernel and its rounding. Runs in the environment .venv-te (make setup).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import enum
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -24,9 +26,11 @@ import warnings
 from unittest import mock
 
 import softmax_standin
+import te_versions
 import torch
 
-CUDNN = 92400
+FACTS = te_versions.FACTS[tuple(map(int, importlib.metadata.version("transformer-engine").split(".")[:2]))]
+"""Of the installed version."""
 
 # Values as in transformer_engine's headers; only those the tests reach must agree with them.
 ENUMS = {
@@ -88,7 +92,7 @@ ENUMS = {
     "NVTE_Softmax_Type": "NVTE_VANILLA_SOFTMAX=0 NVTE_OFF_BY_ONE_SOFTMAX=1 NVTE_LEARNABLE_SOFTMAX=2",
 }
 
-machine = types.SimpleNamespace(capability=(9, 0), cudnn=CUDNN)
+machine = types.SimpleNamespace(capability=(9, 0), cudnn=0)
 """The faked device; `Machine` changes it."""
 
 launches: list[dict] = []
@@ -157,11 +161,35 @@ def _common(layout, mask, bias, softmax, window, bottom_right, q, k, v, cu_q, cu
     return left, thd, not plain
 
 
+def _by_position(function, names: str):
+    """The function as the extension has it: arguments by position; those that a version has not stay at their defaults."""
+    names = names.split()
+
+    def call(*args):
+        assert len(args) == len(names), (len(args), names)
+        return function(**dict(zip(names, args, strict=True)))
+
+    return call
+
+
+def _statistics_shape(thd: bool, tokens: int, heads: int, documents: int, longest: int) -> tuple[int, ...]:
+    """Of the softmax statistics, as the C++ layer allocates them."""
+    if not thd or machine.cudnn < 90600:
+        return documents, heads, longest, 1
+    rows = FACTS.rows
+    if machine.capability == (12, 0):
+        assert FACTS.sm120_rows is not None, "packed documents on sm120"
+        rows = FACTS.sm120_rows
+    if rows == "dense":
+        return documents, heads, longest, 1
+    return (te_versions.rounded(tokens) if rows == "rounded" else tokens), heads, 1
+
+
 def _fused_attn_fwd(
-    max_seqlen_q, max_seqlen_kv, is_training, attn_scale, dropout, set_zero, qkv_layout, o_format, scale_inv_format,
-    bias_type, mask_type, softmax_type, window, bottom_right, cu_q, cu_kv, q, k, v, fake_dtype, cu_q_padded,
-    cu_kv_padded, page_table_k, page_table_v, s_quantizer, o_quantizer, bias, softmax_offset, rng_gen,
-    rng_elts_per_thread, return_max_logit, cuda_graph,
+    *, max_seqlen_q, max_seqlen_kv, is_training, attn_scale, dropout, set_zero, qkv_layout, bias_type, mask_type,
+    softmax_type, window, cu_q, cu_kv, q, k, v, fake_dtype, cu_q_padded, cu_kv_padded, page_table_k, page_table_v,
+    s_quantizer, o_quantizer, bias, softmax_offset, rng_gen, rng_elts_per_thread, return_max_logit, o_format=None,
+    scale_inv_format=None, bottom_right=False, cuda_graph=False,
 ):  # fmt: skip
     left, thd, causal = _common(
         qkv_layout,
@@ -179,7 +207,7 @@ def _fused_attn_fwd(
         fake_dtype,
     )
     tex = sys.modules["transformer_engine_torch"]
-    assert o_format == (tex.NVTE_QKV_Format.NVTE_THD if thd else tex.NVTE_QKV_Format.NVTE_BSHD)
+    assert o_format in (None, tex.NVTE_QKV_Format.NVTE_THD if thd else tex.NVTE_QKV_Format.NVTE_BSHD)
     assert (
         is_training and not return_max_logit and s_quantizer is o_quantizer is bias is softmax_offset is None
     )
@@ -187,11 +215,9 @@ def _fused_attn_fwd(
     o = q.new_zeros(*q.shape[:-1], v.shape[-1])
     wide = torch.promote_types(q.dtype, torch.float32)
     H = q.shape[-2]
-    # As the C++ layer allocates them: packed rows from cuDNN 9.6 on (not on sm120), else padded to the longest.
-    ragged = thd and machine.cudnn >= 90600 and machine.capability != (12, 0)
-    stats = torch.full(
-        (q.shape[0], H, 1) if ragged else (cu_q.numel() - 1, H, max_seqlen_q, 1), float("nan"), dtype=wide
-    )
+    shape = _statistics_shape(thd, q.shape[0], H, cu_q.numel() - 1, max_seqlen_q)
+    stats = torch.full(shape, float("nan"), dtype=wide)
+    ragged = stats.dim() == 3
     for at, row in _segments(q, k, qkv_layout, max_seqlen_q, cu_q, cu_q_padded, max_seqlen_kv, cu_kv):
         out, lse = softmax_standin.forward(q[at], k[at], v[at], attn_scale, left, causal)
         o[at] = out.to(o.dtype)
@@ -206,10 +232,10 @@ def _fused_attn_fwd(
 
 
 def _fused_attn_bwd(
-    max_seqlen_q, max_seqlen_kv, attn_scale, dropout, set_zero, qkv_layout, o_format, do_format, dqkv_layout,
-    scale_inv_format, do_scale_inv_format, bias_type, mask_type, softmax_type, window, bottom_right, deterministic,
-    cu_q, cu_kv, q, k, v, o, do, fake_dtype, aux, cu_q_padded, cu_kv_padded, s_quantizer, dp_quantizer,
-    dqkv_quantizer, cuda_graph,
+    *, max_seqlen_q, max_seqlen_kv, attn_scale, dropout, set_zero, qkv_layout, bias_type, mask_type, softmax_type, window,
+    deterministic, cu_q, cu_kv, q, k, v, o, do, fake_dtype, aux, cu_q_padded, cu_kv_padded, s_quantizer, dp_quantizer,
+    dqkv_quantizer, dqkv_dtype=None, o_format=None, do_format=None, dqkv_layout=None, scale_inv_format=None,
+    do_scale_inv_format=None, bottom_right=False, cuda_graph=False,
 ):  # fmt: skip
     left, thd, causal = _common(
         qkv_layout,
@@ -228,9 +254,13 @@ def _fused_attn_bwd(
     )
     tex = sys.modules["transformer_engine_torch"]
     expected = tex.NVTE_QKV_Format.NVTE_THD if thd else tex.NVTE_QKV_Format.NVTE_BSHD
-    assert o_format == do_format == expected and dqkv_layout == qkv_layout
+    if FACTS.calls == "2.16":
+        assert o_format == do_format == expected and dqkv_layout == qkv_layout
+    else:  # gradients' dtype: bf16, which the tests' float64 passes for
+        assert dqkv_dtype == tex.DType.kBFloat16, dqkv_dtype
     assert o.dtype == do.dtype == fake_dtype and o.shape == do.shape
     stats, rng_state = aux
+    assert stats.shape == _statistics_shape(thd, q.shape[0], q.shape[-2], cu_q.numel() - 1, max_seqlen_q)
     assert rng_state.tolist() == [1234, 0], "auxiliary tensors: statistics first, then the random state"
     q, k, v, o, do, stats = map(softmax_standin.dense_view, (q, k, v, o, do, stats))
     grads = [torch.zeros_like(x) for x in (q, k, v)]
@@ -249,8 +279,13 @@ def _fused_attn_bwd(
     return [*grads, None, None]
 
 
-def _get_fused_attn_backend(params):
+def _get_fused_attn_backend(*args):
     """cuDNN's rules for training in bf16 and fp16, as transformer_engine's fused_attn.cpp states them."""
+    if FACTS.asked is None:
+        (params,) = args
+    else:
+        names = FACTS.asked.split()
+        params = types.SimpleNamespace(**{"deterministic": False} | dict(zip(names, args, strict=True)))
     tex = sys.modules["transformer_engine_torch"]
     sm = machine.capability[0] * 10 + machine.capability[1]
     qk, v = params.head_dim_qk, params.head_dim_v
@@ -261,12 +296,18 @@ def _get_fused_attn_backend(params):
         (qk <= 128 and v <= 128)
         or (qk <= 256 and v <= 256 and sm == 90)
         or ((qk, v) == (192, 128) and sm >= 100)
-        or ((qk, v) == (256, 256) and 100 <= sm < 110 and machine.cudnn >= (92500 if thd else 92300))
+        or (
+            (qk, v) == (256, 256)
+            and FACTS.wide_sm100
+            and 100 <= sm < 110
+            and machine.cudnn >= (92500 if thd else 92300)
+        )
     )
     # Hopper's backward is wrong for unequal wide head dims.
     dims = dims and not (sm == 90 and qk >= 128 and v >= 128 and qk != v and (qk, v) != (192, 128))
     mask = tex.NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK if thd else tex.NVTE_Mask_Type.NVTE_CAUSAL_MASK
     plain = params.attn_mask_type == tex.NVTE_Mask_Type.NVTE_NO_MASK and not thd
+    deterministic = params.deterministic and FACTS.judges_determinism
     fits = (
         int(params.qkv_dtype) in half
         and dims
@@ -274,12 +315,26 @@ def _get_fused_attn_backend(params):
         and (params.attn_mask_type == mask or plain)
         and params.window_size_right == (-1 if plain else 0)
         and params.max_seqlen_q <= params.max_seqlen_kv
-        and not (params.deterministic and sm >= 100 and machine.cudnn < 91801)
+        and not (deterministic and sm >= 100 and (machine.cudnn < 91801 or sm == 120))
+        and not (sm == 120 and machine.cudnn < FACTS.sm120)
     )
     backends = tex.NVTE_Fused_Attn_Backend
-    return (
-        (backends.NVTE_F16_arbitrary_seqlen, "") if fits else (backends.NVTE_No_Backend, "stand-in: no rule")
-    )
+    backend = backends.NVTE_F16_arbitrary_seqlen if fits else backends.NVTE_No_Backend
+    if FACTS.short_kernel and max(params.max_seqlen_q, params.max_seqlen_kv) <= 512:
+        lengths = params.max_seqlen_q % 64 == params.max_seqlen_kv % 64 == 0
+        heads = params.num_attn_heads == params.num_gqa_groups
+        short = (
+            sm in (80, 90)
+            and lengths
+            and heads
+            and qk == v == 64
+            and params.window_size_left == -1
+            and not thd
+        )
+        asked = int(os.environ.get("NVTE_FUSED_ATTN_BACKEND", int(backend)))
+        if short and (not fits or asked == int(backends.NVTE_F16_max512_seqlen)):
+            backend = backends.NVTE_F16_max512_seqlen
+    return (backend, "" if fits else "stand-in: no rule") if FACTS.asked is None else backend
 
 
 def install():
@@ -292,8 +347,11 @@ def install():
     tex.__file__ = __file__
     for name, members in ENUMS.items():
         values = {n: int(v) for n, v in (pair.split("=") for pair in members.split())}
+        if name == "NVTE_Fused_Attn_Backend" and FACTS.short_kernel:
+            values["NVTE_F16_max512_seqlen"] = 0
         setattr(tex, name, enum.IntEnum(name, values))
-    tex.fused_attn_fwd, tex.fused_attn_bwd = _fused_attn_fwd, _fused_attn_bwd
+    tex.fused_attn_fwd = _by_position(_fused_attn_fwd, te_versions.FORWARD[FACTS.calls])
+    tex.fused_attn_bwd = _by_position(_fused_attn_bwd, te_versions.BACKWARD[FACTS.calls])
     tex.get_fused_attn_backend = _get_fused_attn_backend
     tex.get_cudnn_version = lambda: machine.cudnn
     sys.modules[tex.__name__] = tex
@@ -310,7 +368,7 @@ def install():
 
 
 @contextlib.contextmanager
-def Machine(capability: tuple[int, int], cudnn: int = CUDNN, **environment: str):
+def Machine(capability: tuple[int, int], cudnn: int | None = None, **environment: str):
     """A GPU of that compute capability, as far as Transformer Engine's selection can tell."""
     from transformer_engine.pytorch import utils
 
@@ -323,9 +381,9 @@ def Machine(capability: tuple[int, int], cudnn: int = CUDNN, **environment: str)
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
         mock.patch.dict(os.environ, environment),
     ):
-        machine.capability, machine.cudnn = capability, cudnn
-        for cached in (utils._get_device_compute_capability, utils._get_cudnn_version):
-            getattr(cached, "cache_clear", lambda: None)()
+        machine.capability, machine.cudnn = capability, cudnn or FACTS.cudnn
+        for name in ("_get_device_compute_capability", "_get_cudnn_version", "get_cudnn_version"):
+            getattr(getattr(utils, name, None), "cache_clear", lambda: None)()
         try:
             yield
         finally:

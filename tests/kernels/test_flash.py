@@ -1,13 +1,14 @@
 """kernels/flash.py against flash-attn's signatures (flash_standin): both generations, packing, windows, refusals."""
 
 import sys
+import types
 
 import flash_standin
 import kernel_checks
 import pytest
 import torch
 
-from kvcat_nemo.kernels import backends, flash
+from kvcat_nemo.kernels import backends, flash, flash_packages
 
 
 @pytest.fixture
@@ -23,7 +24,9 @@ def packages(tmp_path, monkeypatch):
     flash.functions.cache_clear()
     yield put
     flash.functions.cache_clear()
-    for name in [n for n in sys.modules if n.split(".")[0] in ("flash_attn", "flash_attn_interface")]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] in ("flash_attn", "flash_attn_3", "flash_attn_interface")
+    ]:
         del sys.modules[name]
 
 
@@ -124,12 +127,52 @@ def test_the_true_kernel_wants_cuda(packages):
 
 
 def test_old_devices_and_packages_are_refused(packages):
-    with pytest.raises(ValueError, match="not installed"):
+    with pytest.raises(ValueError, match="flash-attn is not installed.*attention_backend=torch"):
         flash.functions(2)
     assert not flash.available(3)
     packages(2, version_2="2.6.3")
-    with pytest.raises(ValueError, match="another interface"):
+    with pytest.raises(ValueError, match=r"another interface \(it is version 2.6\); install 2.7 or 2.8"):
         flash.functions(2)
     packages(2, capability=(7, 5))
     with pytest.raises(ValueError, match="below 8.0"):
         OnCpu().check(**FITS)
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface.py", "flash_attn_3/flash_attn_interface.py"])
+@pytest.mark.parametrize("beta", flash_standin.FLASH_3_BETAS)
+def test_a_beta_of_flash_attention_3_is_told_by_its_signatures(packages, beta, module):
+    """Betas call themselves 3.0.0.b1, which is no older than 3.0 to a version check: FlashAttention-2 serves."""
+    packages(2, 3, flash_3=flash_standin.FLASH_3_BETAS[beta], version_3="3.0.0.b1", module_3=module)
+    with pytest.raises(ValueError, match="flash-attn-3 has another interface.*install 3.0.0"):
+        flash.functions(3)
+    kernel_checks.check(OnCpu(), kernel_checks.SHAPES["GQA"], window=3)
+    assert {call.split()[0] for call in flash_standin.calls} == {"flash2"}
+
+
+def test_a_beta_without_flash_attention_2(packages):
+    packages(3, flash_3=[*flash_standin.FLASH_3_BETAS.values()][0], version_3="3.0.0.b1")
+    with pytest.raises(
+        ValueError, match="flash-attn is not installed.*not its betas.*attention_backend=torch"
+    ):
+        OnCpu().check(**FITS)
+
+
+def test_the_final_release_where_transformer_engine_has_it_copied_to(packages):
+    packages(2, 3, module_3="flash_attn_3/flash_attn_interface.py")
+    kernel_checks.check(OnCpu(), kernel_checks.SHAPES["GQA"])
+    assert {call.split()[0] for call in flash_standin.calls} == {"flash3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def _flash_attn_forward(q, k, v, **kwargs): pass", "has no _flash_attn_backward"),
+        ("_flash_attn_forward = _flash_attn_backward = lambda **anything: None", ""),
+        ("_flash_attn_forward = lambda q, k, v: None", "does not take causal, cu_seqlens_k"),
+    ],
+)
+def test_what_is_wrong_is_named(text, why):
+    module = types.ModuleType("flash_attn_interface")
+    exec(text, vars(module))  # noqa: S102  a signature as it could be
+    found = flash_packages._unfit(module, 3)
+    assert why in found and bool(found) is bool(why)

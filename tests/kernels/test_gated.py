@@ -273,7 +273,7 @@ def refused(match, *, gate=None, q=None, k=None, v=None, dtype=torch.float32, **
 
 
 def test_refusals():
-    refused("attention_backend='plain'.*auto, cpu, te, flash, oracle", backend="plain")
+    refused("attention_backend='plain'.*auto, cpu, te, flash, torch, oracle", backend="plain")
     refused(r"gate \(2, 5, 4\).*\[2, 5, 2\] or \[2, 5, 1\]", gate=(2, 5, 4))
     refused(r"gate \(2, 5\)", gate=(2, 5))
     refused("G dividing H", q=(2, 5, 3, 3))
@@ -294,38 +294,84 @@ def test_selection(monkeypatch):
         select_backend("auto", device="meta", **wanted)
     with pytest.raises(ValueError, match="cpu: no torch.int8"):
         select_backend("cpu", device="cpu", head_dim=64, dtype=torch.int8)
-    # What is installed decides on a GPU.
+    assert set(BACKENDS) == {"cpu", "te", "flash", "torch", "oracle"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """CUDA with the backends named: `installed` says which packages there are, `refuses` why a backend does not fit."""
+    from kvcat_nemo.kernels import backends
+
+    def put(*installed, **refuses):
+        class Kernel:
+            def __init__(self, name):
+                self.name = name
+
+            def widths(self, qk, v):
+                return qk, v
+
+            def check(self, **what):
+                if self.name in refuses:
+                    raise ValueError(f"attention_backend={self.name}: {refuses[self.name]}")
+
+        monkeypatch.setattr(backends, "_installed", lambda package: package in installed)
+        monkeypatch.setattr(backends, "kernel", Kernel)
+        monkeypatch.setattr(backends, "_said", set())
+
+    return put
+
+
+BOTH = ("transformer_engine", "flash_attn")
+
+
+@pytest.mark.parametrize(
+    ("installed", "refuses", "chosen"),
+    [
+        (BOTH, {}, "te"),
+        (("flash_attn",), {}, "flash"),
+        (("transformer_engine",), {}, "te"),
+        ((), {}, "torch"),
+        (BOTH, {"te": "no kernel for head dims (136, 136)"}, "flash"),
+        (("transformer_engine",), {"te": "Transformer Engine 2.8 is not supported"}, "torch"),
+        (BOTH, {"te": "cannot be loaded", "flash": "another interface"}, "torch"),
+    ],
+)
+def test_auto_on_a_gpu_takes_the_first_that_fits(gpu, caplog, installed, refuses, chosen):
+    gpu(*installed, **refuses)
+    wanted = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 128}
+    assert [select_backend("auto", **wanted) for _ in range(2)] == [chosen] * 2
+    said = [r.getMessage() for r in caplog.records if r.name == "kvcat_nemo.attention"]
+    assert len(said) == len(refuses)  # once each, with the reason
+    for text, (name, why) in zip(said, refuses.items(), strict=True):
+        assert text.startswith(f"attention backend {name} is passed over for {chosen}: ") and why in text
+
+
+def test_auto_on_a_gpu_says_why_nothing_fits(gpu):
+    gpu("flash_attn", flash="dtype torch.float32 does not fit", torch="built without FlashAttention")
+    reasons = "te: transformer_engine is not installed; flash: .*torch.float32.*; torch: .*built without"
+    with pytest.raises(ValueError, match=f"attention_backend=auto: no kernel fits on cuda: {reasons}"):
+        select_backend("auto", device="cuda", dtype=torch.float32, head_dim=64)
+
+
+def test_a_backend_that_is_asked_for_is_not_replaced(gpu):
+    gpu(*BOTH, te="no kernel")
+    with pytest.raises(ValueError, match="attention_backend=te: no kernel"):
+        select_backend("te", device="cuda", dtype=torch.bfloat16, head_dim=64)
+
+
+@pytest.mark.parametrize(("name", "package"), [("te", "transformer_engine"), ("flash", "flash_attn")])
+def test_a_package_that_is_missing(monkeypatch, name, package):
     import importlib.util
 
     from kvcat_nemo.kernels import backends
 
     real = importlib.util.find_spec
-
-    def installed(*names):
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *rest: (
-                (object() if name in names else None)
-                if name in backends.PACKAGES.values()
-                else real(name, *rest)
-            ),
-        )
-        backends._installed.cache_clear()
-        return backends._automatic(torch.device("cuda"))
-
-    assert installed("transformer_engine", "flash_attn") == "te"
-    assert installed("flash_attn") == "flash"
-    with pytest.raises(ValueError, match="attention_backend=auto.*neither is installed"):
-        installed()
-    for name, package in backends.PACKAGES.items():
-        backends.kernel.cache_clear()
-        with pytest.raises(
-            ValueError, match=f"attention_backend={name}: the package {package} is not installed"
-        ):
-            select_backend(name, device="cuda", **wanted)
-    backends._installed.cache_clear()
-    assert set(BACKENDS) == {"cpu", "te", "flash", "oracle"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda x, *rest: None if x == package else real(x, *rest)
+    )
+    backends.kernel.cache_clear()
+    with pytest.raises(ValueError, match=f"attention_backend={name}: the package {package} is not installed"):
+        select_backend(name, device="cuda", dtype=torch.bfloat16, head_dim=64)
 
 
 def test_the_choice_is_said_once(caplog):

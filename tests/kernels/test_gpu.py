@@ -1,12 +1,12 @@
 """What to run on the first machine with a GPU: `pytest -m gpu tests/kernels/test_gpu.py`.
 
 Every body also runs on the CPU with its fused kernel, so that nothing here is first executed on that machine; with CUDA
-it runs on Transformer Engine and, where installed, on flash-attn. bf16 is held to Transformer Engine's own bound,
+it runs on PyTorch's own kernels and, where installed, on Transformer Engine's and flash-attn's. bf16 is held to Transformer Engine's own bound,
 1.5e-2, against float64 from the same rounded inputs.
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import kernel_checks
 import pytest
@@ -40,20 +40,22 @@ HOSTS = {
     "cpu": Host("cpu", "cpu", 96),
     "te": Host("te", "cuda", 1024),
     "flash": Host("flash", "cuda", 1024),
+    "torch": Host("torch", "cuda", 1024),
 }
 PACKAGES = {"te": "transformer_engine", "flash": "flash_attn"}
 
 
 @pytest.fixture(
-    params=["cpu", pytest.param("te", marks=pytest.mark.gpu), pytest.param("flash", marks=pytest.mark.gpu)]
+    params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in HOSTS if name != "cpu")]
 )
 def host(request):
     host = HOSTS[request.param]
     if host.cuda:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device: this test has only run on the CPU")
-        if importlib.util.find_spec(PACKAGES[host.backend]) is None:
-            pytest.skip(f"{PACKAGES[host.backend]} is not installed")
+        package = PACKAGES.get(host.backend)
+        if package and importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     return host
 
 
@@ -215,6 +217,15 @@ def test_packed_documents(host, settings):
     alone = [x[:, 34:] for x in tensors]
     piece = gated_attention(*alone, scale=0.125, backend=host.backend, **settings)
     torch.testing.assert_close(found[0][:, 34:], piece, rtol=BOUND, atol=BOUND)
+
+
+@pytest.mark.parametrize("share", [0.5, 3], ids=["512 on a GPU", "3072 on a GPU"])
+def test_packed_documents_of_other_lengths(host, share):
+    """Transformer Engine up to 2.10 has statistics of more rows than tokens, except at a power of two from 1,024 on."""
+    tokens = int(host.tokens * share)
+    *tensors, do = gated_case(replace(host, tokens=tokens))
+    bounds = torch.tensor([0, 33, 34, tokens], dtype=torch.int32, device=host.device)
+    compare(host, tensors, do, cu_seqlens=bounds)
 
 
 def test_plain_attention(host):

@@ -1,4 +1,6 @@
-"""Runs te_cases.py in .venv-te, where Transformer Engine's Python layer is real and its extension a stand-in."""
+"""Runs te_cases.py in .venv-te, once for each of Transformer Engine's versions: its Python layer is real, its extension
+a stand-in.
+"""
 
 import os
 import subprocess
@@ -7,20 +9,24 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from te_versions import FACTS, rounded
 
 from kvcat_nemo.kernels import te_selection
 
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-te" / "bin" / "python"
-FEWEST = 126
+VENV = ROOT / ".venv-te"
+FEWEST = 154
 """Fewer cases than this, and something was not collected."""
 
 
-def test_transformer_engine_on_the_stand_in(tmp_path):
-    assert PYTHON.exists(), f"{PYTHON.relative_to(ROOT)} is missing: run `make setup`"
+@pytest.mark.parametrize("package", [facts.package for facts in FACTS.values()])
+def test_transformer_engine_on_the_stand_in(tmp_path, package):
+    folder = VENV / "transformer-engine" / package
+    assert folder.is_dir(), f"{folder.relative_to(ROOT)} is missing: run `make setup`"
     report = tmp_path / "report.xml"
-    command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    python = str(VENV / "bin" / "python")
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("te_cases.py"))],
         capture_output=True,
@@ -33,6 +39,28 @@ def test_transformer_engine_on_the_stand_in(tmp_path):
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert int(suite.get("tests")) >= FEWEST, suite.attrib
     assert suite.get("skipped") == suite.get("failures") == suite.get("errors") == "0", suite.attrib
+
+
+def test_the_pins_are_the_versions_whose_facts_are_known():
+    """From the oldest to the newest version that is supported, both of them among the tested ones."""
+    lines = (ROOT / "constraints-te.txt").read_text().splitlines()
+    pins = [line.partition("==")[2] for line in lines if line.startswith("transformer-engine==")]
+    assert pins == [facts.package for facts in FACTS.values()]
+    assert (min(FACTS), max(FACTS)) == (te_selection.OLDEST, te_selection.NEWEST)
+
+
+def test_rows_of_the_oldest_versions_statistics():
+    rows = {
+        1: 1024,
+        512: 1024,
+        1024: 1024,
+        1025: 2048,
+        3072: 4096,
+        32768: 32768,
+        32769: 65536,
+        100_000: 131_072,
+    }
+    assert {tokens: rounded(tokens) for tokens in rows} == rows
 
 
 @pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine is loaded here")

@@ -178,3 +178,28 @@ def test_a_document_is_as_if_alone():
     packed = chunked_linear_attention(q, k, v, chunk=16, position_BT=position)
     alone = chunked_linear_attention(q[:, 16:], k[:, 16:], v[:, 16:], chunk=16)
     assert torch.equal(packed[:, 16:], alone)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (1, 5, 4), (2, 6, 3, 3)], ids=str)
+def test_running_sums_without_cumsum(shape):
+    """Where PyTorch is told to be deterministic (CUDA's cumsum of floats is not): the same sums, no later term in any."""
+    from kvcat_nemo.method.linear_attention import running_sum
+
+    x = torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    expected = running_sum(x)
+    torch.testing.assert_close(expected, x.cumsum(1), rtol=0, atol=0)
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradient = torch.autograd.grad((expected * weight).sum(), x)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = running_sum(x)
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), x)[0], gradient)
+        later = x.detach().clone()
+        later[:, -1] += 1e6
+        torch.testing.assert_close(running_sum(later)[:, :-1], found[:, :-1].detach(), rtol=0, atol=0)
+        assert running_sum(torch.ones(1, 3, dtype=torch.int64)).tolist() == [[1, 2, 3]]
+    finally:
+        torch.use_deterministic_algorithms(False)

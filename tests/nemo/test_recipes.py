@@ -86,6 +86,8 @@ def test_unknown_override_gets_the_nearest_name(recipes, override, suggestion):
     "override",
     [
         "model.config.kvcat.policy=random",
+        "model.config.kvcat.attention_backend=torch",
+        "model.config.attention_backend=flash",
         "model.config.kvcat.router_init_keep=0.7",
         "trainer.max_steps=7",
         "trainer.strategy.ddp.overlap_grad_reduce=False",
@@ -110,6 +112,79 @@ def test_known_override_is_taken(recipes, override):
     for part in name.split("."):
         value = getattr(value, part)
     assert str(value).replace(" ", "").replace('"', "'") == text
+
+
+@pytest.fixture
+def cuda_alone(monkeypatch):
+    """CUDA with PyTorch alone: no Transformer Engine, no apex, no flash-attn."""
+    from kvcat_nemo.engine import host
+    from kvcat_nemo.kernels import backends
+
+    monkeypatch.setattr(host, "is_cuda", lambda: True)
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(backends, "_installed", lambda package: False)
+
+
+def model_configs():
+    """Every model configuration that there is, by name."""
+    from kvcat_nemo.nemo import config
+
+    found = [
+        x for x in vars(config).values() if isinstance(x, type) and issubclass(x, config.KVCatModelConfig)
+    ]
+    return {x.__name__: x for x in found if x is not config.KVCatModelConfig}
+
+
+def test_every_model_starts_on_cuda_with_pytorch_alone(cuda_alone, monkeypatch):
+    """NeMo asks for rotary embeddings of Transformer Engine's in some of them, which Megatron refuses without it."""
+    from kvcat_nemo.engine import spec
+    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.spec import RMSNorm, has_transformer_engine, kvcat_block_spec
+
+    monkeypatch.setattr(spec, "get_num_layers_to_build", lambda config, vp_stage=None: 1)  # no process group
+    assert not has_transformer_engine()
+    configs = model_configs()
+    assert len(configs) == 8
+    for name, config in configs.items():
+        sizes = {
+            "num_layers": 4,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "kv_channels": 64,
+        }
+        built = config(**sizes if name in ("KVCatLlamaConfig", "KVCatQwen2Config") else {}, bf16=True)
+        built.kvcat.num_groups = 1
+        validate_model_config(built)
+        assert not built.apply_rope_fusion and not built.gradient_accumulation_fusion, name
+        assert built.bf16 and built.masked_softmax_fusion, f"{name}: the others stay"
+        layer = kvcat_block_spec(built).submodules.layer_specs[0]
+        assert layer.submodules.input_layernorm is RMSNorm, name
+
+
+def test_rope_fusion_is_what_megatron_refuses(cuda_alone):
+    """The check above would fail without the setting: Megatron itself says so."""
+    from nemo.collections import llm
+
+    with pytest.raises(ValueError, match="apply_rope_fusion is not available"):
+        llm.Llama31Config8B()
+
+
+def test_megatrons_attention_backend_comes_by_name():
+    from megatron.core.transformer.enums import AttnBackend
+
+    from kvcat_nemo.nemo.config import KVCatSmolLM2Config135M
+
+    assert KVCatSmolLM2Config135M().attention_backend is AttnBackend.auto
+    assert KVCatSmolLM2Config135M(attention_backend="flash").attention_backend is AttnBackend.flash
+    assert KVCatSmolLM2Config135M(attention_backend=AttnBackend.fused).attention_backend is AttnBackend.fused
+    with pytest.raises(
+        ValueError, match="attention_backend='te': choose one of auto, .*kvcat.attention_backend"
+    ):
+        KVCatSmolLM2Config135M(attention_backend="te")
 
 
 def set_field(recipe, dotted, value):
