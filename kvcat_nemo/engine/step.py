@@ -13,7 +13,7 @@ from kvcat_nemo.engine.layer import kvcat_layers
 from kvcat_nemo.kernels.token_loss import TOKEN_METRICS
 from kvcat_nemo.method.config import KVCatConfig
 
-GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped")
+GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped", "behind")
 
 
 def token_loss_weights(loss_mask_BT: Tensor, kvcat: KVCatConfig) -> Tensor:
@@ -62,7 +62,8 @@ def step_metrics(
 
     Returns:
         loss parts raw (`loss/…`) and weighted (`weighted/…`), their total, `ce_masked`, `top1_agreement`,
-        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `tokens`.
+        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `behind/…` (share of
+        rows behind a cut, with mask_span=prefix), `tokens`.
     """
     token_names = TOKEN_METRICS if kvcat.paired else TOKEN_METRICS[:1]
     rows = kvcat.num_groups * len(GROUP_METRICS)
