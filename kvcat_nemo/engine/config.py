@@ -109,7 +109,7 @@ def _check_context_parallelism(config, refuse) -> None:
     if config.kvcat.masks_prefix:
         refuse(
             "context_parallel_size",
-            "kvcat.mask_span=prefix has rows of one window on one rank alone; set it to 1, or kvcat.mask_span=window",
+            "kvcat.mask_span=prefix needs all rows of one window on one rank alone; set it to 1, or kvcat.mask_span=window",
         )
     ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
     if any(way not in (None, "all_gather") for way in ways):

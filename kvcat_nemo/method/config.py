@@ -1,7 +1,8 @@
 """What a KV-CAT run can choose. Defaults are the paper's (arXiv 2605.05971) where it says, ours where it does not."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 Policy = Literal["router", "random", "attention", "none"]
 
@@ -169,6 +170,14 @@ class KVCatConfig:
     def group_of_layer(self, layer: int, num_layers: int) -> int:
         """Index of the group that `layer` (counted from 0) belongs to."""
         return sum(start <= layer for start in self.group_starts(num_layers)) - 1
+
+
+def keep_target(settings: Mapping[str, Any]) -> float | None:
+    """The keep rate that a run aims at, of a KVCatConfig's fields as a run records them; None where there is no such number.
+
+    Records of before `mask_span` have masks for whole windows.
+    """
+    return None if settings.get("mask_span") == "prefix" else settings.get("target_keep_fraction")
 
 
 def _check(config: KVCatConfig, name: str, good: bool, fix: str) -> None:

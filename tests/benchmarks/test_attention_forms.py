@@ -33,6 +33,12 @@ def test_forms_compute_the_same(attention):
     ):
         for ours, theirs in zip(form("gated", gates)[:count], form(name, gates)[:count], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    for name in attention.SPANS:
+        for ours, theirs in zip(
+            form(name, torch.ones_like(gate))[:4], form("plain", torch.ones_like(gate)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+        assert (form(name, gate)[0] - form("plain", gate)[0]).abs().max() > 0.1
     # What the dense mask cannot do: a gradient for the gates that are shut.
     shut = gate == 0
     assert form("gated", gate)[4][shut].abs().min() >= 0 and form("gated", gate)[4][shut].norm() > 1
@@ -40,8 +46,10 @@ def test_forms_compute_the_same(attention):
 
 
 def test_sizes_leave_out_a_dense_mask_that_does_not_fit(attention):
-    assert attention.forms_of("2048x64", dense_limit=6) == ["plain", "gated", "dense_mask", "dense_gate"]
-    assert attention.forms_of("8192x64", dense_limit=6) == ["plain", "gated"]
+    assert attention.forms_of("2048x64", dense_limit=6) == [
+        "plain", "gated", "behind_cut", "eight_spans", "dense_mask", "dense_gate",
+    ]  # fmt: skip
+    assert attention.forms_of("8192x64", dense_limit=6) == ["plain", "gated", "behind_cut", "eight_spans"]
     assert {(T, D) for T, D, dtype in attention.SIZES.values() if dtype == "float32"} == {
         (T, D) for T in (512, 1024, 2048, 4096, 8192) for D in (64, 128)
     }
