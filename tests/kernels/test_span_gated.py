@@ -32,7 +32,10 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_errors_are_at_most_twice_the_plain_kernels(name, dtype):
-    """As test_gated's: the gates' gradients are held to the plain kernel's gradient with the largest error."""
+    """As test_gated's: the gates' gradients are held to the plain kernel's gradient with the largest error.
+
+    In float64 the oracle rounds as the kernels do: sums of T terms, at 1.1e-16·√T ≈ 1.6e-15 each, some of one after another.
+    """
     shape, inputs, cuts, settings = CASES[name]
     *tensors, do = case(*shape, dtype=dtype, **inputs)
     packed = {"cu_seqlens": settings["packed"]} if "packed" in settings else {}
@@ -43,7 +46,8 @@ def test_errors_are_at_most_twice_the_plain_kernels(name, dtype):
     assert [x.dtype for x in ours] == [dtype] * 4 + [tensors[3].dtype]
     plain = plain_errors(tensors, do, **packed)
     for what, value, other, allowed in zip(NAMES, ours, expected, [*plain, max(plain)], strict=True):
-        assert error(value, other) <= 2 * allowed, (what, error(value, other) / allowed)
+        oracle = 1e-14 if dtype == torch.float64 else 0.0
+        assert error(value, other) <= 2 * allowed + oracle, (what, error(value, other) / allowed)
     hidden = (tensors[3] == 0) & settings["spans"].gated_BT()[..., None]
     assert inputs.get("gate") == "soft" or expected[4][hidden].abs().max() > 0.05
 
