@@ -132,8 +132,13 @@ def initial_gates(
     draw = {"seed": kvcat.seed, "position_BT": position_BT}
     keep, spans = kvcat.target_keep_fraction, None
     if kvcat.masks_prefix:
-        bounds = {"keep_min": kvcat.prefix_keep_min, "keep_max": kvcat.prefix_keep_max}
-        cut_BT, keep = random_prefix(ids, **bounds, **draw)
+        cut_BT, keep = random_prefix(
+            ids,
+            keep_min=kvcat.prefix_keep_min,
+            keep_max=kvcat.prefix_keep_max,
+            multiple=kvcat.prefix_cut_multiple,
+            **draw,
+        )
         cuts = [row.nonzero()[:, 0].tolist() for row in cut_BT.cpu()]
         spans = Spans.from_cuts(cuts, T, documents).table()
     draws = [random_gate(ids, keep=keep, group=group, **draw) for group in range(kvcat.num_groups)]

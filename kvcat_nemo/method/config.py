@@ -55,6 +55,9 @@ class KVCatConfig:
     compressors keep a few percent to some tens of percent, and each decade then gets its share of windows."""
     prefix_keep_max: float = 0.4
     """Largest fraction of a prefix's slots that is kept, in (0, 1], at least `prefix_keep_min`."""
+    prefix_cut_multiple: int = 1
+    """Cuts lie at multiples of so many tokens, 1 or more, counted from where the document begins; a document that is no longer
+    is not cut. A kernel that plans for each shape (cuDNN does) meets as many shapes as there are places for a cut."""
 
     sinks: int = 0
     """First slots that every query always sees."""
@@ -124,6 +127,7 @@ class KVCatConfig:
             self.prefix_keep_min <= self.prefix_keep_max <= 1,
             f"give a fraction from prefix_keep_min={self.prefix_keep_min} to 1",
         )
+        _check(self, "prefix_cut_multiple", self.prefix_cut_multiple >= 1, "give 1 token or more")
         _check(self, "loss_memory_mib", self.loss_memory_mib >= 0, "give 1 MiB or more, or 0 for the default")
         _check(self, "sinks", self.sinks >= 0, "give 0 or more slots")
         _check(

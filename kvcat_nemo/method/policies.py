@@ -59,27 +59,35 @@ CUT_STREAM, KEEP_STREAM = -1, -2  # those of layer groups are 0 and above
 
 
 def random_prefix(
-    prefix_ids_BT: Tensor, *, keep_min: float, keep_max: float, seed: int, position_BT: Tensor | None = None
+    prefix_ids_BT: Tensor,
+    *,
+    keep_min: float,
+    keep_max: float,
+    seed: int,
+    multiple: int = 1,
+    position_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where each document is cut, and the fraction of its prefix that is kept.
 
-    A document of n tokens is cut at one of 1 … n − 1, each as likely; the logarithm of the fraction is uniform between the
-    two bounds. Both are drawn as `random_gate` draws, so that layouts, recomputation and resume agree. They are causal:
-    the cut falls at t, if at none before, with probability 1/(n − t), from a hash of the tokens before t.
+    A document of n tokens is cut at one of 1 … n − 1, each as likely, or at one of the multiples of `multiple` among them; the
+    logarithm of the fraction is uniform between the two bounds. Both are drawn as `random_gate` draws, so that layouts,
+    recomputation and resume agree. They are causal: the cut falls at t, if at no place before, with probability 1 over the
+    number of places from t on, from a hash of the tokens before t.
 
     Args:
         prefix_ids_BT, position_BT: as random_gate's.
 
     Returns:
-        [B, T] bool, true at the first token behind a cut (at none in documents of one token), and [B, T] float64, the
-        kept fraction of each token's document.
+        [B, T] bool, true at the first token behind a cut (at none in documents of `multiple` tokens or fewer), and [B, T]
+        float64, the kept fraction of each token's document; 0 in those that are not cut.
     """
     B, T = prefix_ids_BT.shape
     place = torch.arange(T, device=prefix_ids_BT.device).expand(B, T)
     position = place if position_BT is None else position_BT
     before = prefix_ids_BT.roll(1, 1)  # where a document begins, another's: position 0 is no cut
     draw = _uniform(before, position, seed, CUT_STREAM)
-    hit = (position >= 1) & (draw * (_document_lengths(position) - position) < 1)
+    places = (_document_lengths(position).long() - 1 - position).div(multiple, rounding_mode="floor") + 1
+    hit = (position >= 1) & (position % multiple == 0) & (draw * places < 1)
     hits = hit.cumsum(1)
     begin = place - position
     hits = hits - (hits - hit.long()).gather(1, begin)  # of the document alone

@@ -26,6 +26,7 @@ BAD = [
     ("prefix_keep_min", 1.5),
     ("prefix_keep_max", 0.02),  # below the default's least fraction
     ("prefix_keep_max", 1.01),
+    ("prefix_cut_multiple", 0),
     ("sinks", -1),
     ("recent_window", 0),
     ("gate_gradient_cap", -1.0),

@@ -216,3 +216,12 @@ def test_each_packed_document_is_cut_as_if_it_were_alone():
         assert torch.equal(cut[:, at : at + n], alone) and torch.equal(keep[:, at : at + n], alone_keep)
         assert (alone.sum(1) == (n > 1)).all()
         at += n
+
+
+@pytest.mark.parametrize("multiple,places", [(4, [4, 8, 12, 16]), (16, [16]), (17, []), (100, [])])
+def test_cuts_at_multiples(multiple, places):
+    cut, _ = prefix(SHORT, multiple=multiple)
+    assert cut.any(0).nonzero()[:, 0].tolist() == places and (cut.sum(1) == bool(places)).all()
+    if len(places) > 1:
+        expected = len(SHORT) / len(places)
+        assert (cut.sum(0)[places] - expected).abs().max() < 4.5 * math.sqrt(expected)
