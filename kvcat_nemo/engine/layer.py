@@ -10,9 +10,6 @@ paired batch [dense | masked], M model width.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -27,29 +24,17 @@ from kvcat_nemo.engine.collectives import (
     window_mean,
     window_sum,
 )
+from kvcat_nemo.engine.group_stats import GroupStats, fixed_stats
 from kvcat_nemo.engine.segments import TokenSegments
 from kvcat_nemo.engine.shared_rows import FirstSpansShared
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.losses import budget_of_means
-from kvcat_nemo.method.policies import attention_gate
 from kvcat_nemo.method.router import Router, Routing
 from kvcat_nemo.method.spans import Spans
 
 PROBE_TOKENS = 256
 """First tokens of the last window on which the share of gates that an update flipped is measured."""
-
-
-@dataclass
-class GroupStats:
-    """What one group's mask did in one micro-batch; scalars without gradient."""
-
-    group: int
-    keep_rate: Tensor
-    probability: Tensor | None = None
-    budget: Tensor | None = None
-    flipped: Tensor | None = None
-    behind: Tensor | None = None
 
 
 class KVCatTransformerLayer(TransformerLayer):
@@ -104,7 +89,8 @@ class KVCatTransformerLayer(TransformerLayer):
         gate = context[self.group if self.config.kvcat.policy == "random" else 0]
         spans = None if context_mask is None else Spans.from_table(context_mask, *gate.shape[:2])
         if self.router is None and self.begins_group and not self._replaying:
-            self.stats.append(self._fixed_stats(gate, documents, spans))
+            split = self.self_attention.core_attention.split
+            self.stats.append(fixed_stats(self.group, self.config.kvcat, gate, documents, spans, split))
         kwargs["attention_bias"] = Gate(gate, spans)
         hidden_states, _ = super().forward(hidden_states=hidden_states, context=None, **kwargs)
         if spans is not None:
@@ -191,26 +177,6 @@ class KVCatTransformerLayer(TransformerLayer):
     @property
     def _sequence_parallel(self) -> bool:
         return self.config.sequence_parallel and self._tp_group is not None and self._tp_group.size() > 1
-
-    def _fixed_stats(self, gate_BT: Tensor, documents: Tensor | None, spans: Spans | None) -> GroupStats:
-        if spans is None:
-            return GroupStats(self.group, self._fixed_keep_rate(gate_BT, documents))
-        gated = spans.gated_BT(gate_BT.device)
-        kept = gate_BT[gated].mean() if spans.behind else gate_BT.new_ones(())
-        return GroupStats(self.group, kept, behind=spans.behind_BT(gate_BT.device).to(gate_BT).mean())
-
-    def _fixed_keep_rate(self, gate_BT: Tensor, documents: Tensor | None) -> Tensor:
-        split = self.self_attention.core_attention.split
-        if self.config.kvcat.policy != "attention":
-            return window_mean(gate_BT, None if split is None else split.group)
-        keep = self.config.kvcat.target_keep_fraction
-        if documents is not None:
-            positions, _ = document_positions(gate_BT.numel(), documents)
-            return attention_gate(torch.zeros_like(gate_BT), keep, positions.view_as(gate_BT)).mean()
-        T = gate_BT.shape[1] * (1 if split is None else split.ranks)
-        return gate_BT.new_tensor(
-            math.ceil(keep * T) / T
-        )  # the mask is made inside attention, with a fixed count
 
     @torch.no_grad()
     def _flipped_by_last_update(
