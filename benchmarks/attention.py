@@ -9,7 +9,8 @@ Writes one JSON with a manifest and a picture.
     python benchmarks/attention.py --plot-only           # draw the picture again from the JSON
 
 Forms: `plain` torch.nn.functional.scaled_dot_product_attention, causal, without gates: the floor; `gated`
-kernels.gated_attention; `dense_mask` the same function with a float mask, log-gates in it, that takes a gradient, so
+kernels.gated_attention; `behind_cut` kernels.span_gated_attention with a cut at half the window, where most products are
+gated, and `eight_spans` with seven cuts; `dense_mask` the same function with a float mask, log-gates in it, that takes a gradient, so
 that PyTorch forms the T × T matrices (gates that are shut get no gradient from it); `dense_gate` the formula as written,
 method.attention, whose gradients are those of `gated`. Dense forms are left out where they would exceed --dense-limit.
 """
@@ -31,6 +32,8 @@ HEADS = {64: (9, 3), 128: (12, 2)}
 SIZES = {f"{T}x{D}": (T, D, "float32") for D in HEADS for T in (512, 1024, 2048, 4096, 8192)}
 SIZES |= {f"{T}x64-bfloat16": (T, 64, "bfloat16") for T in (2048, 4096)}
 SMOKE = {"smoke 64x64": (64, 64, "float32"), "smoke 64x64-bfloat16": (64, 64, "bfloat16")}
+SPANS = {"behind_cut": 2, "eight_spans": 8}
+"""Form → spans of a window."""
 MATRICES = {"dense_mask": 6, "dense_gate": 12}
 """T × T matrices of every head that a dense form's forward and backward hold at once, about."""
 
@@ -40,13 +43,17 @@ def form(name: str, q, k, v, gate, do):
     import torch
     from torch.nn import functional as F
 
-    from kvcat_nemo.kernels import gated_attention
+    from kvcat_nemo.kernels import gated_attention, span_gated_attention
     from kvcat_nemo.method.attention import gated_attention_reference
+    from kvcat_nemo.method.spans import Spans
 
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     leaves = [q, k, v] if name == "plain" else [q, k, v, gate]
     if name == "gated":
         out = gated_attention(q, k, v, gate, scale=scale)
+    elif name in SPANS:
+        spans = Spans.from_cuts([[T * i // SPANS[name] for i in range(1, SPANS[name])]], T)
+        out = span_gated_attention(q, k, v, gate, spans=spans, scale=scale)
     elif name == "dense_gate":
         out = gated_attention_reference(q, k, v, gate.to(q), scale=scale)
     else:
@@ -88,7 +95,12 @@ def worker(name: str, size: str) -> None:
 def forms_of(size: str, dense_limit: float) -> list[str]:
     T, D, dtype = (SIZES | SMOKE)[size]
     one = HEADS[D][0] * T * T * (4 if dtype == "float32" else 2)
-    return ["plain", "gated", *(n for n, count in MATRICES.items() if count * one <= dense_limit * 2**30)]
+    return [
+        "plain",
+        "gated",
+        *SPANS,
+        *(n for n, count in MATRICES.items() if count * one <= dense_limit * 2**30),
+    ]
 
 
 def measure(size: str, rounds: int, threads: int, dense_limit: float, fork=None) -> dict:
@@ -96,10 +108,11 @@ def measure(size: str, rounds: int, threads: int, dense_limit: float, fork=None)
     names = forms_of(size, dense_limit)
     runs = take_turns(__file__, {name: ["--worker", name, size] for name in names}, rounds, threads, fork)
     bound = 1e-3 if dtype == "float32" else 3e-2
-    for dense in names[2:]:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding
+    dense_forms = [name for name in names if name in MATRICES]
+    for dense in dense_forms:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding
         for ours, theirs in zip(runs["gated"][0]["check"][:4], runs[dense][0]["check"][:4], strict=True):
             assert abs(ours - theirs) <= bound * theirs, (size, runs["gated"][0], runs[dense][0])
-    pairs = [("gated", "plain"), *((dense, "gated") for dense in names[2:])]
+    pairs = [(form, "plain") for form in ("gated", *SPANS)] + [(dense, "gated") for dense in dense_forms]
     # Of the first run: later ones find memory that the process did not give back.
     peaks = {name: max(r["peak_bytes"] for r in runs[name]) for name in names}
     return {
@@ -127,9 +140,11 @@ def draw(report: dict, path: Path) -> None:
         "dense_gate": "dense formula",
         "dense_mask": "dense float mask",
         "gated": "gated (ours)",
+        "behind_cut": "gated behind a cut (ours)",
         "plain": "plain fused",
     }
     colours = {"dense_gate": "tab:red", "dense_mask": "tab:orange", "gated": "tab:blue", "plain": "tab:gray"}
+    colours["behind_cut"] = "tab:green"
     rows = [row for row in report["rows"] if row["dtype"] == "float32"]
     dims = sorted({row["D"] for row in rows})
     figure, axes = pyplot.subplots(2, len(dims), figsize=(5 * len(dims), 6.4), squeeze=False, sharex=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_run(lines: Sequence[dict[str, Any]], path: Path, *, title: str, target_keep: float) -> None:
+def plot_run(lines: Sequence[dict[str, Any]], path: Path, *, title: str, target_keep: float | None) -> None:
     """Loss parts, keep rate per router and held-out perplexity over steps, as a PNG.
 
     Args:
         lines: a run's metrics.jsonl, parsed.
-        target_keep: ρ, drawn as a line.
+        target_keep: ρ, drawn as a line; None where masks have no such target (mask_span=prefix).
     """
     import matplotlib
 
@@ -46,9 +46,11 @@ def plot_run(lines: Sequence[dict[str, Any]], path: Path, *, title: str, target_
         )
     if groups:
         keep.plot(steps, [x["keep_rate"] for x in train], color="black", label="mean")
-        keep.axhline(target_keep, color="grey", linestyle="--", label=f"target {target_keep:g}")
+        if target_keep is not None:
+            keep.axhline(target_keep, color="grey", linestyle="--", label=f"target {target_keep:g}")
         keep.legend(loc="lower center", ncols=3, fontsize="small", framealpha=0.6)
-    keep.set(title="Keep rate (training)", xlabel="step", ylabel="kept / all KV slots", ylim=(0, 1.02))
+    of = "all KV slots" if target_keep is not None else "KV slots before a cut"
+    keep.set(title="Keep rate (training)", xlabel="step", ylabel=f"kept / {of}", ylim=(0, 1.02))
 
     for name, label in (("masked_ppl", "masked"), ("dense_ppl", "dense")):
         points = [(x["step"], x[name]) for x in held if name in x]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.manifest import manifest
+from kvcat_nemo.method.config import keep_target
 from kvcat_nemo.plots import plot_run
 from kvcat_nemo.tracking.mlflow_run import RUN_FILE, client_of, store_uri
 
@@ -74,7 +75,7 @@ def write(
         ),
     }
     title = f"KV-CAT on {config['data']['base'] or 'a fresh model'}: {result['tokens']:,} tokens in {result['steps']} steps"
-    plot_run(lines, out / "losses.png", title=title, target_keep=kvcat["target_keep_fraction"])
+    plot_run(lines, out / "losses.png", title=title, target_keep=keep_target(kvcat))
     temporary = out / f".report.{os.getpid()}"
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, out / "report.json")

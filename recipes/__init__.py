@@ -4,6 +4,7 @@ from kvcat_nemo.recipes import llama, qwen, smollm2, tiny
 
 RECIPES = {
     "kvcat_tiny": tiny.kvcat_tiny,
+    "kvcat_tiny_prefix": tiny.kvcat_tiny_prefix,
     "kvcat_smollm2_135m": smollm2.kvcat_smollm2_135m,
     "kvcat_qwen25_0p5b": qwen.kvcat_qwen25_0p5b,
     "kvcat_qwen25_1p5b": qwen.kvcat_qwen25_1p5b,

@@ -36,3 +36,12 @@ def kvcat_tiny(dir: Optional[str] = None, name: str = "kvcat_tiny") -> run.Parti
     out.trainer.limit_val_batches = 2
     out.log.ckpt.every_n_train_steps = 10
     return out
+
+
+@recipe("kvcat_tiny_prefix")
+def kvcat_tiny_prefix(dir: Optional[str] = None, name: str = "kvcat_tiny_prefix") -> run.Partial:
+    """kvcat_tiny with random masks for rows behind a cut alone, as a compressor meets a prefix; no routers."""
+    out = kvcat_tiny(dir=dir, name=name)
+    kvcat = out.model.config.kvcat
+    kvcat.policy, kvcat.mask_span = "random", "prefix"
+    return out

@@ -129,6 +129,12 @@ MODEL = [
         {"hierarchical_context_parallel_sizes": None},
     ),
     Refusal(
+        "context parallelism with masks behind a cut",
+        {"context_parallel_size": 2, "kvcat.policy": "random", "kvcat.mask_span": "prefix"},
+        ("on one rank alone", "set it to 1", "kvcat.mask_span=window"),
+        {"context_parallel_size": 1},
+    ),
+    Refusal(
         "expert parallelism",
         {"expert_model_parallel_size": 2},
         ("set it to 1",),

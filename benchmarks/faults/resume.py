@@ -70,19 +70,20 @@ def stops(
     return record
 
 
-def resume_exact(server: Server, folder: Path, layouts: list[str]) -> Record:
-    """10 straight steps against 5, stop, 5: bit for bit in float32."""
+def resume_exact(server: Server, folder: Path, layouts: list[str], **more) -> Record:
+    """10 straight steps against 5, stop, 5: bit for bit in float32. more: further overrides of every run."""
     record = Record()
     for layout in layouts:
-        whole = straight(server, folder / f"{layout}-10", 10, layout)
+        whole = straight(server, folder / f"{layout}-10", 10, layout, **more)
         place = folder / f"{layout}-5"
         run = server.run(
-            place, settings(10, layout, **{"log.ckpt.every_n_train_steps": 5}), ranks=ranks(layout)
+            place, settings(10, layout, **{"log.ckpt.every_n_train_steps": 5} | more), ranks=ranks(layout)
         )
         until(lambda run=run, place=place: not run.running or newest(place) >= 5, 240)
         run.kill()
         problems = ["" if newest(place) == 5 else f"newest checkpoint is of step {newest(place)}"]
-        resumed = server.run(place, settings(10, layout) | {"resume.mode": "must"}, ranks=ranks(layout))
+        again = settings(10, layout, **more) | {"resume.mode": "must"}
+        resumed = server.run(place, again, ranks=ranks(layout))
         codes = resumed.wait(300)
         problems += [f"exit codes {codes}: {resumed.tail(800)}" if any(codes) else ""]
         problems += [

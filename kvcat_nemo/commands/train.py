@@ -80,7 +80,17 @@ def plan(name, overrides, as_json):
             "parameters",
             f"{parts['total']:,} ({parts['routers']:,} of them in routers, which the export drops)",
         ),
-        ("policy", f"{out['policy']}; routers at layers {', '.join(map(str, out['router_layers'])) or '—'}"),
+        (
+            "policy",
+            f"{out['policy']}; routers at layers {', '.join(map(str, out['router_layers'])) or '—'}"
+            + (
+                "; for rows behind a cut alone, {:.3g} to {:.3g} of the slots before it kept".format(
+                    *out["prefix_keep"]
+                )
+                if out["prefix_keep"]
+                else ""
+            ),
+        ),
         (
             "layout",
             f"{layout['world_size']} processes = tensor {layout['tensor']} × pipeline {layout['pipeline']} "

@@ -9,15 +9,36 @@ heads of this rank, D head dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from kvcat_nemo.kernels import WindowSplit, announce, causal_attention, gated_attention, select_backend
+from kvcat_nemo.engine.shared_rows import FirstSpansShared
+from kvcat_nemo.kernels import (
+    WindowSplit,
+    announce,
+    causal_attention,
+    gated_attention,
+    select_backend,
+    span_gated_attention,
+)
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.policies import accumulated_attention, attention_gate
+from kvcat_nemo.method.spans import Spans
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What Megatron hands to core attention as `attention_bias`, the one argument of a layer's own that it hands on."""
+
+    gate: Tensor
+    """[B, T], or [B, T, G] for each of all ranks' KV heads."""
+    spans: Spans | None = None
+    """Which rows it applies to; None: every later one."""
 
 
 class GatedSelfAttention(SelfAttention):
@@ -35,22 +56,27 @@ class GatedSelfAttention(SelfAttention):
         attention_mask: Tensor | None,
         rotary_pos_emb=None,
         attn_mask_type=None,
-        attention_bias: Tensor | None = None,
+        attention_bias: Gate | None = None,
         packed_seq_params=None,
     ) -> Tensor:
+        spans = None if attention_bias is None else attention_bias.spans
+
         def replayed(query, key, value, documents, gate):
+            bias = None if gate is None else Gate(gate, spans)
             return self.core_attention(
-                query, key, value, documents, attention_bias=gate, packed_seq_params=packed_seq_params
+                query, key, value, documents, attention_bias=bias, packed_seq_params=packed_seq_params
             )
 
-        return tensor_parallel.checkpoint(replayed, False, query, key, value, attention_mask, attention_bias)
+        gate = None if attention_bias is None else attention_bias.gate
+        return tensor_parallel.checkpoint(replayed, False, query, key, value, attention_mask, gate)
 
 
 class GatedCoreAttention(MegatronModule):
     """Plain causal attention for the dense half of the batch, gated attention for the masked half.
 
-    The gate comes as `attention_bias`, the one per-layer tensor that Megatron hands through to core attention; without
-    it the whole batch is dense.
+    The gate comes as `attention_bias`; without it the whole batch is dense. Where it applies to rows behind a cut alone, the
+    rows before are the dense half's, whose keys, values and outputs the masked half gets bit for bit: fused kernels may
+    round a row otherwise in a call of another length.
     """
 
     def __init__(
@@ -79,10 +105,10 @@ class GatedCoreAttention(MegatronModule):
         value: Tensor,
         attention_mask: Tensor | None = None,
         attn_mask_type=None,
-        attention_bias: Tensor | None = None,
+        attention_bias: Gate | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """[T, 2B, H, D], [T, 2B, G, D] twice, gate [B, T], [B, T, all ranks' G] or None → [T, 2B, H·D]. Always causal.
+        """[T, 2B, H, D], [T, 2B, G, D] twice, the gate or None → [T, 2B, H·D]. Always causal.
 
         attention_mask: [n + 1] boundaries of the documents in the B windows, laid end to end; None: a window is one.
         """
@@ -90,6 +116,9 @@ class GatedCoreAttention(MegatronModule):
             raise ValueError("packed_seq_params: packed documents come as their boundaries (engine.model)")
         documents = attention_mask
         assert documents is None or documents.dim() == 1  # engine.model has seen to it
+        spans = None if attention_bias is None else attention_bias.spans
+        if spans is not None:
+            key, value = (FirstSpansShared.apply(x, spans) for x in (key, value))
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         # Resolved once for both halves: where a kernel takes one of them alone, `auto` must not mix two.
         self.backend = select_backend(
@@ -101,15 +130,20 @@ class GatedCoreAttention(MegatronModule):
             recent_window=self.config.kvcat.recent_window,
             packed=documents is not None,
             split=self.split is not None,
+            spans=spans is not None,
         )
         announce(self.backend, q)
         if attention_bias is None:
             out = self._dense(q, k, v, documents)
         else:
-            B = attention_bias.shape[0]
+            B = attention_bias.gate.shape[0]
             dense = self._dense(q[:B], k[:B], v[:B], documents)
-            out = torch.cat([dense, self._masked(q[B:], k[B:], v[B:], attention_bias, documents)])
-        return out.transpose(0, 1).reshape(query.shape[0], query.shape[1], -1)
+            masked = self._masked(q[B:], k[B:], v[B:], attention_bias, documents)
+            out = torch.cat([dense, masked])
+        out = out.transpose(0, 1)
+        if spans is not None:
+            out = FirstSpansShared.apply(out, spans)
+        return out.reshape(query.shape[0], query.shape[1], -1)
 
     def _dense(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, documents: Tensor | None) -> Tensor:
         q, k, v = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD))
@@ -119,25 +153,32 @@ class GatedCoreAttention(MegatronModule):
         return out.reshape(q_BTHD.shape)
 
     def _masked(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gate_BT: Tensor, documents: Tensor | None
+        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, bias: Gate, documents: Tensor | None
     ) -> Tensor:
-        kvcat = self.config.kvcat
+        kvcat, gate_BT = self.config.kvcat, bias.gate
         if kvcat.policy == "attention":
             gate_BT = self._attention_gate(q_BTHD, k_BTGD, documents)
         gate_BTG = gate_BT[..., None] if gate_BT.dim() == 2 else self._own_heads(gate_BT, k_BTGD.shape[2])
+        settings = {
+            "scale": self.scale,
+            "sinks": kvcat.sinks,
+            "gradient_cap": kvcat.gate_gradient_cap,
+            "backend": self.backend,
+        }
+        if bias.spans is not None:  # which know the documents
+            return span_gated_attention(
+                q_BTHD, k_BTGD, v_BTGD, gate_BTG, spans=bias.spans, first_spans=False, **settings
+            )
         q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
         out = gated_attention(
             q,
             k,
             v,
             gate,
-            scale=self.scale,
-            sinks=kvcat.sinks,
             recent_window=kvcat.recent_window,
-            gradient_cap=kvcat.gate_gradient_cap,
             cu_seqlens=documents,
             split=self.split,
-            backend=self.backend,
+            **settings,
         )
         return out.reshape(q_BTHD.shape)
 

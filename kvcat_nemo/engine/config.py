@@ -113,6 +113,11 @@ def _check_tensor_parallelism(config) -> None:
 def _check_context_parallelism(config, refuse) -> None:
     if config.context_parallel_size == 1:
         return
+    if config.kvcat.masks_prefix:
+        refuse(
+            "context_parallel_size",
+            "kvcat.mask_span=prefix needs all rows of one window on one rank alone; set it to 1, or kvcat.mask_span=window",
+        )
     ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
     if any(way not in (None, "all_gather") for way in ways):
         refuse(
@@ -147,6 +152,7 @@ def _check_attention(config, refuse) -> None:
             gated=config.kvcat.paired,
             recent_window=config.kvcat.recent_window,
             split=config.context_parallel_size > 1,
+            spans=config.kvcat.masks_prefix,
         )
 
 

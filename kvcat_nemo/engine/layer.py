@@ -1,8 +1,8 @@
 """A transformer layer of the paired pass: the first layer of each group owns a router.
 
 The gate of a group travels from layer to layer as Megatron's `context` (unused by decoder-only models), so that it is
-an input and an output of the layer like the hidden states. Packed documents come as their boundaries in place of Megatron's
-`attention_mask` (engine.model).
+an input and an output of the layer like the hidden states; `context_mask` says which rows gates apply to, where these are
+not all. Packed documents come as their boundaries in place of Megatron's `attention_mask` (engine.model).
 
 Shapes: T tokens of this rank's part of a window (all of it without sequence and context parallelism), B windows, 2B the
 paired batch [dense | masked], M model width.
@@ -10,15 +10,13 @@ paired batch [dense | masked], M model width.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from kvcat_nemo.engine.attention import Gate
 from kvcat_nemo.engine.collectives import (
     RouterLoss,
     copy_to_tensor_parallel,
@@ -26,26 +24,17 @@ from kvcat_nemo.engine.collectives import (
     window_mean,
     window_sum,
 )
+from kvcat_nemo.engine.group_stats import GroupStats, fixed_stats
 from kvcat_nemo.engine.segments import TokenSegments
+from kvcat_nemo.engine.shared_rows import FirstSpansShared
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.losses import budget_of_means
-from kvcat_nemo.method.policies import attention_gate
 from kvcat_nemo.method.router import Router, Routing
+from kvcat_nemo.method.spans import Spans
 
 PROBE_TOKENS = 256
 """First tokens of the last window on which the share of gates that an update flipped is measured."""
-
-
-@dataclass
-class GroupStats:
-    """What one group's mask did in one micro-batch; scalars without gradient."""
-
-    group: int
-    keep_rate: Tensor
-    probability: Tensor | None = None
-    budget: Tensor | None = None
-    flipped: Tensor | None = None
 
 
 class KVCatTransformerLayer(TransformerLayer):
@@ -69,12 +58,19 @@ class KVCatTransformerLayer(TransformerLayer):
         self._probe: tuple | None = None
         self._probe_due = False
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        **kwargs,
+    ):
         """One layer.
 
         Args:
             hidden_states: [T, 2B, M] (T/tp under sequence parallelism); context: the gates, [1 or R, B, T] ([1, B, T, G]
                 with a mask for each of all ranks' G KV heads), or None for a plain dense pass.
+            context_mask: the table of method.spans, where gates apply to rows behind a cut alone; None: to all rows.
             attention_mask (among the others): [n + 1] boundaries of packed documents, or None.
 
         Returns:
@@ -91,10 +87,15 @@ class KVCatTransformerLayer(TransformerLayer):
             hidden_states, gate = self.route(hidden_states, documents)
             context = gate[None]
         gate = context[self.group if self.config.kvcat.policy == "random" else 0]
+        spans = None if context_mask is None else Spans.from_table(context_mask, *gate.shape[:2])
         if self.router is None and self.begins_group and not self._replaying:
-            self.stats.append(GroupStats(self.group, self._fixed_keep_rate(gate, documents)))
-        kwargs["attention_bias"] = gate
+            split = self.self_attention.core_attention.split
+            self.stats.append(fixed_stats(self.group, self.config.kvcat, gate, documents, spans, split))
+        kwargs["attention_bias"] = Gate(gate, spans)
         hidden_states, _ = super().forward(hidden_states=hidden_states, context=None, **kwargs)
+        if spans is not None:
+            first = hidden_states.shape[0] * (self._tp_group.rank() if self._sequence_parallel else 0)
+            hidden_states = FirstSpansShared.apply(hidden_states, spans, first)
         return hidden_states, context
 
     def _begin_anew(self, angles_T11D: Tensor, documents: Tensor, rows: int, passes: int) -> Tensor:
@@ -183,19 +184,6 @@ class KVCatTransformerLayer(TransformerLayer):
     @property
     def _sequence_parallel(self) -> bool:
         return self.config.sequence_parallel and self._tp_group is not None and self._tp_group.size() > 1
-
-    def _fixed_keep_rate(self, gate_BT: Tensor, documents: Tensor | None) -> Tensor:
-        split = self.self_attention.core_attention.split
-        if self.config.kvcat.policy != "attention":
-            return window_mean(gate_BT, None if split is None else split.group)
-        keep = self.config.kvcat.target_keep_fraction
-        if documents is not None:
-            positions, _ = document_positions(gate_BT.numel(), documents)
-            return attention_gate(torch.zeros_like(gate_BT), keep, positions.view_as(gate_BT)).mean()
-        T = gate_BT.shape[1] * (1 if split is None else split.ranks)
-        return gate_BT.new_tensor(
-            math.ceil(keep * T) / T
-        )  # the mask is made inside attention, with a fixed count
 
     @torch.no_grad()
     def _flipped_by_last_update(

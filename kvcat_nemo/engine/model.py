@@ -11,7 +11,8 @@ from kvcat_nemo.engine.step import token_loss_weights
 from kvcat_nemo.kernels import WindowSplit
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.policies import prefix_ids, random_gate
+from kvcat_nemo.method.policies import prefix_ids, random_gate, random_prefix
+from kvcat_nemo.method.spans import Spans
 
 
 class KVCatGPTModel(GPTModel):
@@ -59,10 +60,16 @@ class KVCatGPTModel(GPTModel):
             )
         if labels is None or not kvcat.paired:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
-        gates = initial_gates(kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask)
+        gates, spans = initial_gates(
+            kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask
+        )
         twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
         return super().forward(
-            *twice, attention_mask, labels=labels, extra_block_kwargs={"context": gates}, **kwargs
+            *twice,
+            attention_mask,
+            labels=labels,
+            extra_block_kwargs={"context": gates, "context_mask": spans},
+            **kwargs,
         )
 
     def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
@@ -104,21 +111,36 @@ def document_boundaries(position_ids: Tensor) -> Tensor:
 
 def initial_gates(
     kvcat: KVCatConfig, input_ids: Tensor, split: WindowSplit | None = None, documents: Tensor | None = None
-) -> Tensor:
-    """Gates that enter the first layer of a stage: [R, B, T] draws of the random policy, else a placeholder of ones.
+) -> tuple[Tensor, Tensor | None]:
+    """Gates that enter the first layer of a stage, and the rows that they apply to.
 
     Args:
         split: input_ids are this rank's tokens of split windows; documents: as `document_boundaries` gives them.
+
+    Returns:
+        [R, B, T] draws of the random policy, else a placeholder of ones; and with mask_span=prefix method.spans' table, on
+        the CPU, for which a GPU is waited for.
     """
     B, T = input_ids.shape
     if kvcat.policy != "random":
-        return torch.ones(1, B, T, device=input_ids.device)
+        return torch.ones(1, B, T, device=input_ids.device), None
     if split is not None:
         input_ids = split.whole(input_ids)  # a slot's draw depends on the window up to it
     position_BT = None
     if documents is not None:
         position_BT = document_positions(input_ids.numel(), documents)[0].view(input_ids.shape)
     ids = prefix_ids(input_ids, position_BT)
-    draw = {"keep": kvcat.target_keep_fraction, "seed": kvcat.seed, "position_BT": position_BT}
-    draws = [random_gate(ids, group=group, **draw) for group in range(kvcat.num_groups)]
-    return torch.stack(draws if split is None else [split.own(gate) for gate in draws])
+    draw = {"seed": kvcat.seed, "position_BT": position_BT}
+    keep, spans = kvcat.target_keep_fraction, None
+    if kvcat.masks_prefix:
+        cut_BT, keep = random_prefix(
+            ids,
+            keep_min=kvcat.prefix_keep_min,
+            keep_max=kvcat.prefix_keep_max,
+            multiple=kvcat.prefix_cut_multiple,
+            **draw,
+        )
+        cuts = [row.nonzero()[:, 0].tolist() for row in cut_BT.cpu()]
+        spans = Spans.from_cuts(cuts, T, documents).table()
+    draws = [random_gate(ids, keep=keep, group=group, **draw) for group in range(kvcat.num_groups)]
+    return torch.stack(draws if split is None else [split.own(gate) for gate in draws]), spans

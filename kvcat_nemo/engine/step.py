@@ -14,7 +14,7 @@ from kvcat_nemo.kernels.overflow import watch
 from kvcat_nemo.kernels.token_loss import TOKEN_METRICS
 from kvcat_nemo.method.config import KVCatConfig
 
-GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped")
+GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped", "behind")
 
 
 def token_loss_weights(loss_mask_BT: Tensor, kvcat: KVCatConfig) -> Tensor:
@@ -63,8 +63,9 @@ def step_metrics(
 
     Returns:
         loss parts raw (`loss/…`) and weighted (`weighted/…`), their total, `ce_masked`, `top1_agreement`,
-        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `tokens`; of a paired batch `gate_overflow`, the calls
-        of gated attention (layers × micro-batches, all ranks) whose backward was done again (kernels/overflow.py).
+        `keep_rate` overall and per group, `probability/…`, `flipped/…`, `behind/…` (share of rows behind a cut, with
+        mask_span=prefix), `tokens`; of a paired batch `gate_overflow`, the calls of gated attention (layers × micro-batches, all
+        ranks) whose backward was done again (kernels/overflow.py).
     """
     token_names = TOKEN_METRICS if kvcat.paired else TOKEN_METRICS[:1]
     rows = kvcat.num_groups * len(GROUP_METRICS)

@@ -61,6 +61,7 @@ def select_backend(
     recent_window: int = 1,
     packed: bool = False,
     split: bool = False,
+    spans: bool = False,
 ) -> str:
     """Resolve `auto` and refuse what the backend cannot do.
 
@@ -68,7 +69,8 @@ def select_backend(
         name: one of BACKENDS or `auto`: `cpu` for tensors there; on CUDA the first of `te`, `flash` and `torch` that is
             installed and takes what the other arguments say.
         gated: whether gates take part, or plain causal attention is meant; recent_window: of the gated call.
-        packed: several documents in one window; split: one window on several ranks.
+        packed: several documents in one window; split: one window on several ranks; spans: gates apply to
+            rows behind a cut alone.
 
     Returns:
         a name of BACKENDS.
@@ -91,7 +93,7 @@ def select_backend(
 
     def check(candidate: str) -> None:
         chosen = kernel(candidate)
-        for widths, window, causal in _calls(chosen, head_dim, dtype, gated, recent_window, split):
+        for widths, window, causal in _calls(chosen, head_dim, dtype, gated, recent_window, split or spans):
             chosen.check(
                 head_dim_qk=widths[0],
                 head_dim_v=widths[1],
@@ -110,9 +112,9 @@ def select_backend(
 
 
 def _calls(
-    chosen: FusedKernel, head_dim: int, dtype: torch.dtype, gated: bool, recent_window: int, split: bool
+    chosen: FusedKernel, head_dim: int, dtype: torch.dtype, gated: bool, recent_window: int, chunks: bool
 ):
-    """(widths, window, causal) of the kernel calls that one attention makes."""
+    """(widths, window, causal) of the kernel calls that one attention makes. chunks: of queries, over earlier slots."""
     from kvcat_nemo.kernels.earlier import extra_columns
 
     plain = wide = chosen.widths(head_dim, head_dim)
@@ -120,7 +122,7 @@ def _calls(
         qk, v = extra_columns(dtype)
         wide = chosen.widths(head_dim + qk, head_dim + v)
     calls = [(wide, None, True)]
-    if split:
+    if chunks:
         calls.append((wide, None, False))
     if gated and recent_window > 1:
         calls.append((plain, recent_window, True))

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from kvcat_nemo.method.spans import Spans
+
 GATE_GRADIENT_CAP = 30.0
 """In its gate's gradient, a dropped slot's weight e^{s_ij}/Z_i is at most exp(30), all rows together.
 
@@ -80,13 +82,48 @@ def gated_attention_reference(
     Returns:
         [B, T, H, D] in q's dtype. Memory is O(T²).
     """
+    T, device = q_BTHD.shape[1], q_BTHD.device
+    sees = _sees(T, device, cu_seqlens)
+    free = always_visible(T, sinks, recent_window, device, cu_seqlens)
+    return _gated(q_BTHD, k_BTGD, v_BTGD, gate_BTG, sees, free, scale, gradient_cap)
+
+
+def span_gated_attention_reference(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    gate_BTG: Tensor,
+    *,
+    spans: Spans,
+    scale: float,
+    sinks: int = 0,
+    gradient_cap: float = GATE_GRADIENT_CAP,
+) -> Tensor:
+    """Gates that apply to rows behind a cut alone: the equation of the module with
+
+        g_ij = 1        where slot j lies in row i's span, or is one of the first `sinks` slots of its document
+             = gate_j   where slot j lies in an earlier span of row i's document
+             = 0        after row i, and in other documents
+
+    Args:
+        spans: see method.spans; others, the result and the gradients as gated_attention_reference.
+    """
+    T, device = q_BTHD.shape[1], q_BTHD.device
+    first_BT1, start_BT1 = (x[..., None] for x in spans.rows(device))
+    j = torch.arange(T, device=device)
+    sees = (j <= j[:, None]) & (j >= first_BT1)
+    free = sees & ((j >= start_BT1) | (j < first_BT1 + sinks))
+    sees, free = (x[:, None, None] for x in (sees, free))
+    return _gated(q_BTHD, k_BTGD, v_BTGD, gate_BTG, sees, free, scale, gradient_cap)
+
+
+def _gated(q_BTHD, k_BTGD, v_BTGD, gate_BTG, sees, free, scale: float, gradient_cap: float) -> Tensor:
+    """The module's equation. sees, free: [T, T] or [B, 1, 1, T, T] bool: slot j is visible to query i, whatever its gate."""
     B, T, H, D = q_BTHD.shape
     G = k_BTGD.shape[2]
     q = q_BTHD.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)
     k, v = (x.permute(0, 2, 1, 3)[:, :, None] for x in (k_BTGD, v_BTGD))
     s_BGNTT = (q @ k.transpose(-1, -2)) * scale
-    sees = _sees(T, q.device, cu_seqlens)
-    free = always_visible(T, sinks, recent_window, q.device, cu_seqlens)
     gate = gate_BTG.to(s_BGNTT.dtype).expand(B, T, G).permute(0, 2, 1)[:, :, None, None]
     g = torch.where(free, torch.ones_like(gate), gate) * sees
     level = (s_BGNTT + g.log()).logsumexp(-1, keepdim=True).detach()
@@ -98,7 +135,7 @@ def gated_attention_reference(
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).to(q_BTHD.dtype)
 
 
-def _log_weight(gap_BGNTT: Tensor, gated_TT: Tensor) -> Tensor:
+def _log_weight(gap_BGNTT: Tensor, gated: Tensor) -> Tensor:
     """[B, G, 1, 1, T]: log of e^gap summed over the queries to which the slot is gated, mean over the N heads; or −inf."""
-    total = gap_BGNTT.masked_fill(~gated_TT, float("-inf")).logsumexp((2, 3), keepdim=True)
+    total = gap_BGNTT.masked_fill(~gated, float("-inf")).logsumexp((2, 3), keepdim=True)
     return total - math.log(gap_BGNTT.shape[2])

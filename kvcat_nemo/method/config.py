@@ -1,7 +1,8 @@
 """What a KV-CAT run can choose. Defaults are the paper's (arXiv 2605.05971) where it says, ours where it does not."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 Policy = Literal["router", "random", "attention", "none"]
 
@@ -47,6 +48,19 @@ class KVCatConfig:
     """Whether a router's mask is shared by the KV heads (the paper's) or proposed for each, by a W_P of its own."""
     router_lr_mult: float = 1.0
     """Learning rate of the routers over that of the backbone."""
+
+    mask_span: Literal["window", "prefix"] = "window"
+    """Which queries a mask applies to: every later one (`window`, KV-CAT's), or those behind a cut alone (`prefix`): rows
+    before the cut compute a prefix with full attention, as every compressor meets it, and rows behind it read the prefix
+    through the mask, and one another plainly. The cut is drawn for each window. `random` alone."""
+    prefix_keep_min: float = 0.03
+    """Least fraction of a prefix's slots that is kept, in (0, 1]. It is drawn for each window, its logarithm uniformly:
+    compressors keep a few percent to some tens of percent, and each decade then gets its share of windows."""
+    prefix_keep_max: float = 0.4
+    """Largest fraction of a prefix's slots that is kept, in (0, 1], at least `prefix_keep_min`."""
+    prefix_cut_multiple: int = 1
+    """Cuts lie at multiples of so many tokens, 1 or more, counted from where the document begins; a document that is no longer
+    is not cut. A kernel that plans for each shape (cuDNN does) meets as many shapes as there are places for a cut."""
 
     sinks: int = 0
     """First slots that every query always sees."""
@@ -103,6 +117,21 @@ class KVCatConfig:
             self.mask_per == "token" or self.policy == "router",
             f"the policy {self.policy!r} makes one mask for all heads; give token",
         )
+        _one_of(self, "mask_span", ("window", "prefix"))
+        _check(
+            self,
+            "mask_span",
+            self.mask_span == "window" or self.policy in ("random", "none"),
+            f"gates of the policy {self.policy!r} hide a slot from every later query; give window, or policy=random",
+        )
+        _check(self, "prefix_keep_min", 0 < self.prefix_keep_min <= 1, "give a fraction above 0, up to 1")
+        _check(
+            self,
+            "prefix_keep_max",
+            self.prefix_keep_min <= self.prefix_keep_max <= 1,
+            f"give a fraction from prefix_keep_min={self.prefix_keep_min} to 1",
+        )
+        _check(self, "prefix_cut_multiple", self.prefix_cut_multiple >= 1, "give 1 token or more")
         _check(self, "loss_memory_mib", self.loss_memory_mib >= 0, "give 1 MiB or more, or 0 for the default")
         _check(self, "sinks", self.sinks >= 0, "give 0 or more slots")
         _check(
@@ -113,12 +142,23 @@ class KVCatConfig:
         )
         _check(
             self,
+            "recent_window",
+            self.recent_window == 1 or self.mask_span == "window",
+            "with mask_span=prefix a query sees all slots behind the cut; give 1",
+        )
+        _check(
+            self,
             "gate_gradient_cap",
             0 <= self.gate_gradient_cap <= 80,
             "give 0 to 80 logits (exp overflows float32 above)",
         )
         for name in ("distill_weight", "budget_weight", "anchor_weight"):
             _check(self, name, getattr(self, name) >= 0, "give a weight of 0 or more")
+
+    @property
+    def masks_prefix(self) -> bool:
+        """Whether masks apply to rows behind a cut alone."""
+        return self.paired and self.mask_span == "prefix"
 
     @property
     def paired(self) -> bool:
@@ -138,6 +178,14 @@ class KVCatConfig:
     def group_of_layer(self, layer: int, num_layers: int) -> int:
         """Index of the group that `layer` (counted from 0) belongs to."""
         return sum(start <= layer for start in self.group_starts(num_layers)) - 1
+
+
+def keep_target(settings: Mapping[str, Any]) -> float | None:
+    """The keep rate that a run aims at, of a KVCatConfig's fields as a run records them; None where there is no such number.
+
+    Records of before `mask_span` have masks for whole windows.
+    """
+    return None if settings.get("mask_span") == "prefix" else settings.get("target_keep_fraction")
 
 
 def _check(config: KVCatConfig, name: str, good: bool, fix: str) -> None:

@@ -46,6 +46,10 @@ def plan(recipe) -> dict[str, Any]:
         if config.kvcat.policy == "router"
         else [],
         "policy": config.kvcat.policy,
+        "mask_span": config.kvcat.mask_span,
+        "prefix_keep": [config.kvcat.prefix_keep_min, config.kvcat.prefix_keep_max]
+        if config.kvcat.masks_prefix
+        else None,
         "memory_per_gpu_bytes": memory_per_gpu(config, layout),
         "flops_per_step": flops_per_step(config, layout),
         "tokens_per_step": tokens,

@@ -14,6 +14,7 @@ from nemo.utils import logging
 
 from kvcat_nemo.engine.plan import flops_per_step
 from kvcat_nemo.manifest import manifest
+from kvcat_nemo.method.config import keep_target
 from kvcat_nemo.nemo.data_order import ORDER_FILE
 from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile, MLflowTracker, run_folder, write_atomically
 from kvcat_nemo.plots import plot_run
@@ -65,9 +66,7 @@ class KVCatRecords(pl.Callback):
         try:
             title = f"{folder.parent.name}: step {trainer.global_step:,} of {trainer.max_steps:,}"
             picture = folder / "losses.png"
-            plot_run(
-                MetricsFile.lines(files[0]), picture, title=title, target_keep=kvcat.target_keep_fraction
-            )
+            plot_run(MetricsFile.lines(files[0]), picture, title=title, target_keep=keep_target(vars(kvcat)))
             files.append(picture)
         except Exception as error:  # a picture must not end a training run
             logging.warning(f"kvcat: no picture of the run: {error}")

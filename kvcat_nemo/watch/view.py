@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kvcat_nemo.method.config import keep_target
 from kvcat_nemo.watch.state import History, Snapshot, duration
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -57,7 +58,7 @@ def render(run: Snapshot, width: int = 100) -> RenderableType:
             key=lambda k: int(k.rpartition("group")[2]),
         )
         if groups:
-            target = run.config.get("model", {}).get("kvcat", {}).get("target_keep_fraction")
+            target = keep_target(run.config.get("model", {}).get("kvcat", {}))
             title = "keep rate" if target is None else f"keep rate (target {target:g})"
             rows = [(k, f"router {k.rpartition('group')[2]}") for k in groups]
             parts.append(_figures(title, [("keep_rate", "mean"), *rows], run, line, low=0.0, high=1.0))

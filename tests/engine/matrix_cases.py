@@ -39,6 +39,7 @@ RECIPE = (
 ROUTED, ROUTED_UNTIED = "router, tied, q/k norms", "router, untied, qkv bias"
 PER_HEAD = "router per KV head"  # and the mixture of both KLs, and no gradient to dropped slots
 RANDOM, ATTENTION, NONE = "random, tied", "attention, untied", "none, untied"
+BEHIND = "random behind a cut, tied"
 
 FLOAT64 = "float64: sums over ranks in another order round at 1e-16, small models add up some hundred of them"
 FLOAT32 = "float32: sums over ranks in another order round at 6e-8, and a gradient is some hundred such sums"
@@ -181,6 +182,24 @@ CASES = [
     case("PP2 DP2, packed documents, attention masks", pp=2, dp=2, packed=True, tokens=24, model=ATTENTION),
     case("PP2, packed documents, recomputed", pp=2, packed=True, tokens=24, recompute=FULL),
     case("TP2 SP, packed documents, attention recomputed", tp=2, sp=True, packed=True, tokens=24, recompute=ATTN),
+    # Masks for rows behind a cut alone: rows before it are shared by both halves of the paired batch.
+    case("recomputed, masks behind a cut", model=BEHIND, recompute=FULL),
+    case("TP2, masks behind a cut", tp=2, model=BEHIND),
+    case("TP2 SP, masks behind a cut", tp=2, sp=True, model=BEHIND, short=True),
+    case("TP4 SP, masks behind a cut", tp=4, sp=True, model=BEHIND, tokens=24, **KV4),
+    case("TP2 SP, masks behind a cut, attention recomputed", tp=2, sp=True, model=BEHIND, recompute=ATTN),
+    case("PP2, masks behind a cut", pp=2, model=BEHIND, short=True),
+    case("PP4, masks behind a cut, groups across stages", pp=4, model=BEHIND),
+    case("PP2 VP2, masks behind a cut", pp=2, vp=2, config=OVERLAPPED_P2P, model=BEHIND, short=True),
+    case("PP2 VP2, masks behind a cut, outputs freed once sent", pp=2, vp=2, config=SEPARATE_P2P | FREED, model=BEHIND),
+    case("DP2, masks behind a cut", dp=2, model=BEHIND),
+    case("TP2 PP2 SP, masks behind a cut, recomputed", tp=2, pp=2, sp=True, model=BEHIND, recompute=FULL, short=True),
+    case("TP2 PP2 VP2 SP, masks behind a cut", tp=2, pp=2, vp=2, sp=True, config=OVERLAPPED_P2P, model=BEHIND, tokens=24),
+    case("TP2 PP2, packed documents, masks behind a cut", tp=2, pp=2, packed=True, tokens=24, model=BEHIND, short=True),
+    case("TP2 SP, packed documents, masks behind a cut, recomputed", tp=2, sp=True, packed=True, tokens=24, model=BEHIND, recompute=BLOCK),
+    case("TP2, bf16, masks behind a cut", tp=2, model=BEHIND, **HALF_SPLIT),
+    case("TP2 PP2 SP, masks behind a cut, trained", tp=2, pp=2, sp=True, model=BEHIND, **TRAINED),
+    case("PP2 DP2, float32, masks behind a cut, distributed optimizer, aligned, trained", pp=2, dp=2, model=BEHIND, **ALIGNED, **SINGLE_TRAINED),
     # Pipelines.
     case("PP2", pp=2, short=True),
     case("PP2, untied", pp=2, model=ROUTED_UNTIED),
@@ -270,13 +289,14 @@ FORMS = {
     "other micro-batch sizes": lambda c: "windows" in c.recipe,
     "recomputation": lambda c: "recompute" in c.options,
     "tied embeddings in a pipeline": lambda c: (
-        c.layout.get("pp", 1) > 1 and c.recipe["model"] in (ROUTED, RANDOM)
+        c.layout.get("pp", 1) > 1 and c.recipe["model"] in (ROUTED, RANDOM, BEHIND)
     ),
     "grouped KV heads, split over ranks": lambda c: (
         c.layout.get("tp", 1) > 1 and "num_query_groups" not in c.recipe.get("fields", {})
     ),
     "vocabulary that TP does not divide": lambda c: c.layout.get("tp", 1) > 1,
     "random masks": lambda c: c.recipe["model"] == RANDOM,
+    "masks behind a cut": lambda c: c.recipe["model"] == BEHIND,
     "masks per KV head": lambda c: c.recipe["model"] == PER_HEAD,
     "attention masks": lambda c: c.recipe["model"] == ATTENTION,
     "dense pass alone": lambda c: c.recipe["model"] == NONE,

@@ -38,6 +38,17 @@ MODELS = {
         True,
     ),
     "random, tied": ({"policy": "random"}, {}, True),
+    "random behind a cut, tied": (
+        {
+            "policy": "random",
+            "mask_span": "prefix",
+            "prefix_keep_min": 0.2,
+            "prefix_keep_max": 0.8,
+            "sinks": 1,
+        },
+        {},
+        True,
+    ),
     "attention, untied": ({"policy": "attention"}, {}, False),
     "none, untied": ({"policy": "none"}, {}, False),
 }
@@ -154,24 +165,34 @@ def recorded_masks(chunks):
                 core.register_forward_pre_hook(lambda *unused, number=number: running.append(number))
             )
             hooks.append(core.register_forward_hook(lambda *unused: running.pop() and None))
-    plain = attention.gated_attention
+    plain, behind = attention.gated_attention, attention.span_gated_attention
 
     def keep(q, k, v, gate_BTG, **settings):
         gate = gate_BTG.detach().clone()  # windows of packed documents come end to end
         masks.setdefault(running[-1], []).append((gate, torch.is_grad_enabled()))
         return plain(q, k, v, gate_BTG, **settings)
 
-    attention.gated_attention = keep
+    def keep_spans(q, k, v, gate_BTG, *, spans, **settings):
+        gate = coded(gate_BTG.detach()[..., 0], spans)[..., None]
+        masks.setdefault(running[-1], []).append((gate, torch.is_grad_enabled()))
+        return behind(q, k, v, gate_BTG, spans=spans, **settings)
+
+    attention.gated_attention, attention.span_gated_attention = keep, keep_spans
     try:
         yield masks
     finally:
-        attention.gated_attention = plain
+        attention.gated_attention, attention.span_gated_attention = plain, behind
         for hook in hooks:
             hook.remove()
 
 
+def coded(gate_BT, spans):
+    """Gates of 0 and 1, and where each row's span begins, as one number."""
+    return gate_BT + 2 * spans.rows(gate_BT.device)[1]
+
+
 def record_gates(chunks) -> dict[int, list]:
-    """Layer → gates that its attention gets, one per micro-batch, as the model runs."""
+    """Layer → gates that its attention gets, one per micro-batch, as the model runs; those behind a cut as `coded`."""
     from kvcat_nemo.engine.layer import kvcat_layers
 
     gates: dict[int, list] = {}
@@ -179,10 +200,11 @@ def record_gates(chunks) -> dict[int, list]:
         for layer in kvcat_layers(chunk):
 
             def keep(module, args, kwargs, layer=layer):
-                gate = kwargs["attention_bias"]
-                gates.setdefault(layer.layer_number, []).append(
-                    None if gate is None else gate.detach().clone()
-                )
+                bias = kwargs["attention_bias"]
+                gate = None if bias is None else bias.gate.detach().clone()
+                if gate is not None and bias.spans is not None:
+                    gate = coded(gate, bias.spans)
+                gates.setdefault(layer.layer_number, []).append(gate)
 
             layer.self_attention.core_attention.register_forward_pre_hook(keep, with_kwargs=True)
     return gates

@@ -5,7 +5,7 @@ A short form of the parallel matrix (matrix_cases); `make matrix` runs the whole
 
 import pytest
 import torch
-from matrix_cases import ATTENTION, CASES, NONE, RANDOM, ROUTED, ROUTED_UNTIED, case
+from matrix_cases import ATTENTION, BEHIND, CASES, NONE, RANDOM, ROUTED, ROUTED_UNTIED, case
 from matrix_run import difference, run_cases, run_ranks
 from small_models import build, enliven, microbatches, train_step, transformer_config
 
@@ -50,6 +50,27 @@ def test_the_reference_is_worth_comparing_with(results, model):
         weights = {"anchor": 1, "distill": 1, "budget": 0.1}
         total = sum(weight * figures[f"loss/{part}"] for part, weight in weights.items())
         assert figures["loss/total"] == pytest.approx(total, rel=1e-12)
+
+
+def test_the_reference_behind_a_cut_is_worth_comparing_with(results):
+    """Cuts at other places in other windows, slots shut and open before them."""
+    case = next(c for c in SHORT if c.recipe == {"model": BEHIND})
+    reference = results[case.name][1]
+    (figures,) = reference["figures"]
+    assert (
+        0.1 < figures["keep_rate"] < 0.9 and 0.2 < figures["behind"] < 0.8 and figures["loss/distill"] > 0.01
+    )
+    assert "loss/budget" not in figures and reference["norms"]["backbone"] > 0.1
+    cuts, prefixes = set(), []
+    for entries in reference["masks"].values():
+        for mask, _ in entries:
+            start, gate = (mask[..., 0] / 2).floor(), mask[..., 0] % 2  # small_models.coded
+            for row, gates in zip(start.tolist(), gate, strict=True):
+                cut = int(row[-1])
+                assert row == [0.0] * cut + [float(cut)] * (len(row) - cut) and 0 < cut < len(row)
+                cuts.add(cut)
+                prefixes.append(gates[:cut])
+    assert len(cuts) > 3 and 0.1 < torch.cat(prefixes).mean() < 0.9
 
 
 def test_training_moves(results):

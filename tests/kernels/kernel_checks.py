@@ -139,16 +139,30 @@ def check_gated(backend: str, shape, *, dtype=torch.float64, bound=1e-12, case=N
     from kvcat_nemo.kernels import gated_attention
     from kvcat_nemo.method.attention import gated_attention_reference
 
-    *tensors, do = gated_case(shape, dtype, **(case or {}))
     bounds = None if shape[-1] is None else torch.tensor(shape[-1], dtype=torch.int32)
+    settings["cu_seqlens"] = bounds
+    _compare(gated_attention, gated_attention_reference, backend, shape, dtype, bound, case, settings)
+
+
+def check_spans(backend: str, shape, *, dtype=torch.float64, bound=1e-12, case=None, **settings) -> None:
+    """kernels.span_gated_attention on that backend against the float64 oracle, another cut in each window."""
+    from kvcat_nemo.kernels import span_gated_attention
+    from kvcat_nemo.method.attention import span_gated_attention_reference
+    from kvcat_nemo.method.spans import Spans
+
+    settings["spans"] = Spans.from_cuts([[5, 11], [9]][: shape[0]], shape[1], shape[-1])
+    _compare(
+        span_gated_attention, span_gated_attention_reference, backend, shape, dtype, bound, case, settings
+    )
+
+
+def _compare(ours, oracle, backend: str, shape, dtype, bound, case, settings) -> None:
+    *tensors, do = gated_case(shape, dtype, **(case or {}))
     results = []
-    for function, chosen, wide in (
-        (gated_attention, {"backend": backend}, False),
-        (gated_attention_reference, {}, True),
-    ):
+    for function, chosen, wide in ((ours, {"backend": backend}, False), (oracle, {}, True)):
         leaves = [(x.double() if wide else x).detach().clone().requires_grad_() for x in tensors]
         scale = 8**-0.5
-        out = function(*leaves, scale=scale, cu_seqlens=bounds, **chosen, **settings)
+        out = function(*leaves, scale=scale, **chosen, **settings)
         results.append([out.detach(), *torch.autograd.grad((out * do.to(out.dtype)).sum(), leaves)])
     for name, value, expected in zip(("o", "dq", "dk", "dv", "dgate"), *results, strict=True):
         error = (value.double() - expected).norm() / expected.norm().clamp(min=1.0)

@@ -198,6 +198,14 @@ def test_gated_attention_against_the_oracle(machine, shape, settings):
     )
 
 
+@pytest.mark.parametrize("shape", kernel_checks.GATED)
+@pytest.mark.parametrize("machine", ARCHITECTURES)
+def test_gates_behind_a_cut_against_the_oracle(machine, shape):
+    with te_standin.Machine(ARCHITECTURES[machine]):
+        kernel_checks.check_spans("te", kernel_checks.GATED[shape], sinks=1)
+        kernel_checks.check_spans("te", kernel_checks.GATED[shape], case={"dominant": 500.0}, bound=1e-10)
+
+
 @pytest.mark.parametrize("case", [{"dominant": 60.0}, {"dominant": 500.0}, {"empty": True}], ids=str)
 def test_gated_attention_with_dominant_dropped_slots_and_empty_rows(case):
     with te_standin.Machine((9, 0)):
@@ -209,8 +217,14 @@ def test_gated_attention_in_bf16():
     with te_standin.Machine((9, 0)):
         for shape in kernel_checks.GATED.values():
             kernel_checks.check_gated("te", shape, dtype=torch.bfloat16, bound=1.5e-2)
+            kernel_checks.check_spans("te", shape, dtype=torch.bfloat16, bound=1.5e-2)
     widths = {launch["dims"] for launch in te_standin.launches}
-    assert widths == {(72, 72), (136, 136)}
+    assert widths == {
+        (72, 72),
+        (136, 136),
+        (64, 64),
+        (128, 128),
+    }  # the last two: a span's plain call on itself
 
 
 def test_plain_attention_is_not_padded():

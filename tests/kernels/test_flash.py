@@ -88,6 +88,17 @@ def test_gated_attention_against_the_oracle(packages, monkeypatch, shape, settin
     assert len(flash_standin.calls) == (8 if settings else 4)
 
 
+@pytest.mark.parametrize("shape", kernel_checks.GATED)
+def test_gates_behind_a_cut_against_the_oracle(packages, monkeypatch, shape):
+    packages(2, capability=(8, 0))
+    for name in ("device_type", "dtypes"):
+        monkeypatch.setattr(flash.FlashKernel, name, getattr(OnCpu, name))
+    backends.kernel.cache_clear()
+    kernel_checks.check_spans("flash", kernel_checks.GATED[shape], sinks=1)
+    kernel_checks.check_spans("flash", kernel_checks.GATED[shape], dtype=torch.bfloat16, bound=1.5e-2)
+    assert {call.split()[0] for call in flash_standin.calls} == {"flash2"}
+
+
 def test_check_accepts_what_fits(packages):
     packages(2, capability=(8, 0))
     OnCpu().check(**FITS)

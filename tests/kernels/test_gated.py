@@ -236,7 +236,8 @@ def test_causal_attention(dtype, packed):
     assert all(error(a, b) <= bound for a, b in zip(gated[:4], expected, strict=True))
 
 
-def test_memory_is_linear_in_tokens():
+def largest_tensor(call) -> int:
+    """Numbers of the largest tensor that any operator makes while `call` runs."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -249,14 +250,20 @@ def test_memory_is_linear_in_tokens():
                     self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.itemsize)
             return out
 
+    with Largest() as mode:
+        call()
+    return mode.numbers
+
+
+def test_memory_is_linear_in_tokens():
     def largest(T, backend, gap=0.0, **settings):
         *tensors, do = case(1, T, 2, 1, 2)
         tensors[3][:] = 1
         tensors[3][:, 3] = 0
         tensors[0][..., 0], tensors[1][:, 3, :, 0] = 1, gap
-        with Largest() as mode:
-            run(gated_attention, tensors, do, backend=backend, scale=1.0, **settings)
-        return mode.numbers
+        return largest_tensor(
+            lambda: run(gated_attention, tensors, do, backend=backend, scale=1.0, **settings)
+        )
 
     assert largest(1024, "oracle") >= 1024**2  # the measure does see such a matrix
     for settings in ({}, {"recent_window": 100}, {"gap": 300.0}):

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvcat_nemo.kernels import causal_attention, gated_attention
+from kvcat_nemo.kernels import causal_attention, gated_attention, span_gated_attention
 from kvcat_nemo.kernels.backends import kernel
 from kvcat_nemo.kernels.split_kernel import SplitKernel
 from kvcat_nemo.kernels.window_split import WindowSplit
-from kvcat_nemo.method.attention import gated_attention_reference
+from kvcat_nemo.method.attention import gated_attention_reference, span_gated_attention_reference
+from kvcat_nemo.method.spans import Spans
 
 BOUND = 1.5e-2
 
@@ -226,6 +227,18 @@ def test_packed_documents_of_other_lengths(host, share):
     *tensors, do = gated_case(replace(host, tokens=tokens))
     bounds = torch.tensor([0, 33, 34, tokens], dtype=torch.int32, device=host.device)
     compare(host, tensors, do, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("cuts", [[0.5], [0.1, 0.3, 0.9]], ids=str)
+def test_gates_behind_a_cut(host, cuts):
+    *tensors, do = gated_case(host)
+    spans = Spans.from_cuts([[int(cut * host.tokens) for cut in cuts]], host.tokens)
+    found = gradients(span_gated_attention, tensors, do, backend=host.backend, spans=spans)
+    exact = gradients(
+        span_gated_attention_reference, [x.cpu().double() for x in tensors], do.cpu(), spans=spans
+    )
+    for name, value, expected in zip(("o", "dq", "dk", "dv", "dgate"), found, exact, strict=True):
+        close(name, value, expected)
 
 
 def test_plain_attention(host):

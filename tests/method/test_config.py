@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcat_nemo.method.config import KVCatConfig
+from kvcat_nemo.method.config import KVCatConfig, keep_target
 
 BAD = [
     ("policy", "topk"),
@@ -20,6 +20,13 @@ BAD = [
     ("distill_temperature", 0.0),
     ("distill_forward_share", 1.5),
     ("distill_forward_share", -0.1),
+    ("mask_span", "segment"),
+    ("mask_span", "prefix"),  # of a router, the default policy
+    ("prefix_keep_min", 0.0),
+    ("prefix_keep_min", 1.5),
+    ("prefix_keep_max", 0.02),  # below the default's least fraction
+    ("prefix_keep_max", 1.01),
+    ("prefix_cut_multiple", 0),
     ("sinks", -1),
     ("recent_window", 0),
     ("gate_gradient_cap", -1.0),
@@ -72,3 +79,30 @@ def test_a_mask_per_kv_head_is_the_routers_alone():
     assert KVCatConfig(mask_per="kv_head").mask_per == "kv_head"
     with pytest.raises(ValueError, match="mask_per='kv_head'.*token"):
         KVCatConfig(policy="random", mask_per="kv_head")
+
+
+def test_masks_behind_a_cut_are_the_random_policys():
+    assert KVCatConfig(policy="random", mask_span="prefix").masks_prefix
+    control = KVCatConfig(
+        policy="none", mask_span="prefix"
+    )  # the equal-token control of such a run, by one override
+    assert not control.masks_prefix and not KVCatConfig(policy="random").masks_prefix
+    for policy in ("router", "attention"):
+        with pytest.raises(ValueError, match=f"mask_span='prefix'.*{policy}.*policy=random"):
+            KVCatConfig(policy=policy, mask_span="prefix")
+    with pytest.raises(ValueError, match="recent_window=4.*mask_span=prefix.*give 1"):
+        KVCatConfig(policy="random", mask_span="prefix", recent_window=4)
+    with pytest.raises(
+        ValueError, match=r"prefix_keep_max=0.1: give a fraction from prefix_keep_min=0.2 to 1"
+    ):
+        KVCatConfig(prefix_keep_min=0.2, prefix_keep_max=0.1)
+    equal = KVCatConfig(prefix_keep_min=0.2, prefix_keep_max=0.2)
+    assert equal.prefix_keep_min == equal.prefix_keep_max
+
+
+def test_the_keep_rate_that_records_show_a_run_to_aim_at():
+    assert keep_target(vars(KVCatConfig())) == 0.5 and keep_target({"target_keep_fraction": 0.3}) == 0.3
+    assert (
+        keep_target(vars(KVCatConfig(policy="random", mask_span="prefix"))) is None
+        and keep_target({}) is None
+    )

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from kvcat_nemo.method.policies import accumulated_attention, attention_gate, prefix_ids, random_gate
+from kvcat_nemo.method.policies import (
+    accumulated_attention,
+    attention_gate,
+    prefix_ids,
+    random_gate,
+    random_prefix,
+)
 
 TOKENS = torch.randint(0, 50_000, (64, 2048), generator=torch.Generator().manual_seed(0))
 
@@ -141,3 +147,81 @@ def test_accumulated_attention_of_documents_and_of_some_queries(block):
     packed = accumulated_attention(q, k, scale=0.5, block=block, position_BT=POSITIONS)
     for a, b, mass in zip(parts(q), parts(k), parts(packed), strict=True):
         torch.testing.assert_close(accumulated_attention(a, b, scale=0.5), mass, rtol=0, atol=1e-12)
+
+
+KEEP = {"keep_min": 0.03, "keep_max": 0.4}
+
+
+def prefix(tokens, position=None, seed=1, **keep):
+    return random_prefix(prefix_ids(tokens, position), seed=seed, position_BT=position, **KEEP | keep)
+
+
+SHORT = torch.randint(0, 50_000, (6000, 17), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_place_of_a_cut_is_as_likely_and_there_is_one():
+    cut, _ = prefix(SHORT)
+    assert (cut.sum(1) == 1).all() and not cut[:, 0].any()
+    counts = cut.sum(0)[1:]
+    expected = len(SHORT) / 16
+    assert (counts - expected).abs().max() < 4.5 * math.sqrt(expected)
+    assert (
+        float(((counts - expected) ** 2 / expected).sum()) < 37.7
+    )  # χ² of 15 degrees of freedom, one in a thousand
+
+
+def test_the_kept_fraction_is_log_uniform_between_its_bounds():
+    cut, keep = prefix(SHORT)
+    assert (keep == keep[:, :1]).all() and keep.min() >= 0.03 and keep.max() < 0.4
+    u = (keep[:, 0] / 0.03).log() / math.log(0.4 / 0.03)
+    ordered, places = u.sort().values, (torch.arange(len(u)) + 0.5) / len(u)
+    assert (ordered - places).abs().max() < 1.95 / math.sqrt(len(u))  # Kolmogorov-Smirnov, one in a thousand
+    assert correlation(keep[:, 0], cut.double().argmax(1).double()) < 4.5 / math.sqrt(len(u))
+    drawn = random_gate(prefix_ids(TOKENS), keep=prefix(TOKENS)[1], seed=1, group=0)
+    error = drawn.mean(1) - prefix(TOKENS)[1][:, 0]
+    assert error.abs().max() < 5 * 0.5 / math.sqrt(2048) and drawn.mean(1).std() > 0.05
+    assert (prefix(SHORT, keep_min=0.2, keep_max=0.2)[1] == 0.2).all()
+
+
+def test_cuts_depend_on_the_seed_and_the_window_alone():
+    first, state = prefix(SHORT), torch.get_rng_state()
+    order = torch.randperm(len(SHORT), generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(prefix(SHORT[order]), first, strict=True):
+        assert torch.equal(ours, theirs[order])
+    assert torch.equal(torch.get_rng_state(), state)
+    other = prefix(SHORT, seed=2)
+    assert correlation(other[1][:, 0], first[1][:, 0]) < 4.5 / math.sqrt(len(SHORT))
+    same = (other[0] & first[0]).any(1).double().mean()
+    assert abs(same - 1 / 16) < 4.5 * math.sqrt(1 / 16 / len(SHORT))
+
+
+def test_a_later_token_changes_neither_an_earlier_cut_nor_its_fraction():
+    cut, keep = prefix(SHORT)
+    changed = SHORT.clone()
+    changed[:, 9] += 1
+    after, after_keep = prefix(changed)
+    assert torch.equal(after[:, :10], cut[:, :10])
+    early = cut[:, :10].any(1)
+    assert torch.equal(after_keep[early], keep[early]) and 0.4 < early.double().mean() < 0.7
+    assert not torch.equal(after, cut)
+
+
+def test_each_packed_document_is_cut_as_if_it_were_alone():
+    lengths = [5, 1, 2, 9]
+    position = torch.cat([torch.arange(n) for n in lengths]).expand(len(SHORT), -1)
+    cut, keep = prefix(SHORT, position)
+    at = 0
+    for n in lengths:
+        alone, alone_keep = prefix(SHORT[:, at : at + n])
+        assert torch.equal(cut[:, at : at + n], alone) and torch.equal(keep[:, at : at + n], alone_keep)
+        assert (alone.sum(1) == (n > 1)).all()
+        at += n
+
+
+@pytest.mark.parametrize("multiple,places", [(4, [4, 8, 12, 16]), (16, [16]), (17, []), (100, [])])
+def test_cuts_at_multiples(multiple, places):
+    cut, _ = prefix(SHORT, multiple=multiple)
+    assert cut.any(0).nonzero()[:, 0].tolist() == places and (cut.sum(1) == bool(places)).all()
+    if len(places) > 1:
+        expected = len(SHORT) / len(places)
+        assert (cut.sum(0)[places] - expected).abs().max() < 4.5 * math.sqrt(expected)

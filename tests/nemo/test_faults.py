@@ -64,6 +64,18 @@ def test_ten_steps_are_five_and_five(server, tmp_path, layout):
     good(resume.resume_exact(server, tmp_path, [layout]))
 
 
+def test_masks_behind_a_cut_are_drawn_again_after_a_resume(server, tmp_path):
+    """Cuts and kept fractions are a function of seed and window: five and five steps are ten, every figure the same."""
+    kvcat = {"policy": "random", "mask_span": "prefix"}
+    good(
+        resume.resume_exact(
+            server, tmp_path, ["TP2"], **{f"model.config.kvcat.{k}": v for k, v in kvcat.items()}
+        )
+    )
+    shares = [x["behind"] for x in runs.lines(tmp_path / "TP2-10") if x["kind"] == "train"]
+    assert len(set(shares)) > 5 and all(0 < share < 1 for share in shares)
+
+
 def test_the_same_on_an_indexed_dataset(server, tmp_path):
     good(resume.resume_with_files(server, tmp_path / "files", ["DP2"]))
 

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.nemo
 
 NAMES = [
     "kvcat_tiny",
+    "kvcat_tiny_prefix",
     "kvcat_smollm2_135m",
     "kvcat_qwen25_0p5b",
     "kvcat_qwen25_1p5b",
