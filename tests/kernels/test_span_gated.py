@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_gated import DTYPES, LOCAL, NAMES, case, error, open_reference, plain_errors, run
 
 from kvcat_nemo.kernels import causal_attention, gated_attention, span_gated_attention
-from kvcat_nemo.kernels.algebra import HEADROOM
 from kvcat_nemo.kernels.cpu import CpuKernel
+from kvcat_nemo.kernels.overflow import HEADROOM
 from kvcat_nemo.method.attention import span_gated_attention_reference
 from kvcat_nemo.method.spans import Spans
 
