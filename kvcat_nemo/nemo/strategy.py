@@ -17,6 +17,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerMod
 from nemo.utils import logging
 
 from kvcat_nemo.engine import host
+from kvcat_nemo.engine.optimizer_state import torch_adam_resumes
 from kvcat_nemo.nemo.base import check_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
@@ -38,6 +39,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     _verify_hashes = True
 
     def connect(self, model) -> None:
+        torch_adam_resumes()
         if not host.is_cuda():
             self._fit_cpu(model)
         self._check(model)
@@ -49,7 +51,15 @@ class KVCatStrategy(nl.MegatronStrategy):
         if trainer.datamodule is None:
             return
         world_size = trainer.num_devices * trainer.num_nodes
-        checked_layout(copy.copy(model.config), self, trainer.datamodule, model.optim.config, world_size)
+        checked_layout(
+            copy.copy(model.config),
+            self,
+            trainer.datamodule,
+            model.optim.config,
+            world_size,
+            trainer.precision_plugin,
+            trainer.callbacks,
+        )
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
@@ -59,8 +69,10 @@ class KVCatStrategy(nl.MegatronStrategy):
         self.parallel_load = False
         self.pipeline_dtype = torch.float32
         self.ddp_config.overlap_grad_reduce = self.ddp_config.overlap_param_gather = False
-        # Its checkpoint layout expects the fused Adam of CUDA hosts; on the CPU every rank holds the whole state.
-        self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
+        self.ddp_config.average_in_collective = False  # gloo sums, and knows no average
+        # Every rank holds the whole state: nobody trains large models here. A test may ask for the form that GPU hosts save.
+        if os.environ.get("KVCAT_DISTRIBUTED_OPTIMIZER_ON_CPU") != "1":
+            self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
         # The progress printer gathers a table of timers from all ranks, which never ends on gloo when it is empty.
         self.timers = None
 
@@ -174,7 +186,9 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
         pipeline_dtype: torch.dtype | None = None,
         autocast_enabled: bool = False,
         grad_reduce_in_fp32: bool = True,
+        **others,
     ):
+        """Args: others: as NeMo's; nemo.settings says which are refused, and why."""
         if not host.is_cuda():
             precision, params_dtype, pipeline_dtype = "32", torch.float32, torch.float32
         super().__init__(
@@ -183,6 +197,7 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
             pipeline_dtype=pipeline_dtype,
             autocast_enabled=autocast_enabled,
             grad_reduce_in_fp32=grad_reduce_in_fp32,
+            **others,
         )
 
 
