@@ -1,8 +1,12 @@
-"""Lets a distributed optimizer that holds PyTorch's Adam resume: hosts without Transformer Engine and apex have no other.
+"""Lets Megatron's distributed optimizer save and load the state of a paired model. Three faults of Megatron-core 0.15 and 0.16:
 
-Megatron-core (0.15 and 0.16) writes such a state in the form `fully_reshardable`, and then cannot read it, twice over:
-- `_set_main_param_and_optimizer_states` asks the checkpoint for the step counter, which it keeps elsewhere;
-- `load_state_dict` gives all parameters one and the same step tensor, which Adam then counts up once for each of them.
+- *Parameters of two dtypes in one group.* Routers are float32 in a bf16 model. The optimizer puts a group's float32 parameters
+  before its bf16 ones, but numbers them in the order of the gradient buffers: a checkpoint asks for one parameter's moments
+  and gets another's. Where their sizes differ the save fails; where they are equal nothing is noticed.
+- *PyTorch's Adam*, which hosts without Transformer Engine and apex have. The form `fully_reshardable` is written, and then
+  cannot be read: loading asks the checkpoint for the step counter, which is kept elsewhere.
+- *The same:* loading gives all parameters one and the same step tensor, which Adam then counts up once for each of them; and
+  an optimizer that has made no step yet does not know its step at all.
 """
 
 from __future__ import annotations
@@ -12,21 +16,35 @@ import functools
 import torch
 
 
-def torch_adam_resumes() -> bool:
-    """Mend both; nothing is changed where Megatron has a fused Adam.
-
-    Returns:
-        whether Megatron's Adam is PyTorch's.
-    """
+def mend_distributed_optimizer() -> None:
+    """Mend the faults above, once per process; call it before an optimizer is built."""
     from megatron.core.optimizer import distrib_optimizer
 
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return False
     cls = distrib_optimizer.DistributedOptimizer
-    if getattr(cls, "_kvcat_torch_adam", False):
-        return True
-    cls._kvcat_torch_adam = True
-    put, load = cls._set_main_param_and_optimizer_states, cls.load_state_dict
+    if getattr(cls, "_kvcat_mended", False):
+        return
+    cls._kvcat_mended = True
+    _number_parameters_as_they_are_kept(cls)
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _keep_torch_adams_step(cls)
+
+
+def _number_parameters_as_they_are_kept(cls: type) -> None:
+    build = cls._build_optimizer_group_ranges.__func__
+
+    @functools.wraps(build)
+    def float32_first(klass, param_groups, gbuf_ranges):
+        numbers, groups = build(klass, param_groups, gbuf_ranges)
+        for index, group in enumerate(groups):
+            group["params"] = sorted(group["params"], key=lambda p: p.dtype != torch.float32)  # stable
+            numbers |= {parameter: (index, place) for place, parameter in enumerate(group["params"])}
+        return numbers, groups
+
+    cls._build_optimizer_group_ranges = classmethod(float32_first)
+
+
+def _keep_torch_adams_step(cls: type) -> None:
+    put, load, state_dict = cls._set_main_param_and_optimizer_states, cls.load_state_dict, cls.state_dict
 
     @functools.wraps(put)
     def put_all_but_the_step(self, model_param, tensors):
@@ -35,13 +53,26 @@ def torch_adam_resumes() -> bool:
         return put(self, model_param, tensors | {"step": state["step"]} if "step" in state else tensors)
 
     @functools.wraps(load)
-    def load_with_a_step_each(self, state_dict):
-        result = load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+    def load_with_a_step_each(self, state):
+        result = load(self, state)
+        for held in self.optimizer.state.values():
+            if isinstance(held.get("step"), torch.Tensor):
+                held["step"] = held["step"].clone()
         return result
+
+    @functools.wraps(state_dict)
+    def state_dict_of_a_known_step(self):
+        fresh = not self.optimizer.state
+        if fresh:  # for the call alone: Megatron allocates moments where an optimizer has no state
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32)}
+        try:
+            return state_dict(self)
+        finally:
+            if fresh:
+                self.optimizer.state.clear()
 
     cls._set_main_param_and_optimizer_states = put_all_but_the_step
     cls.load_state_dict = load_with_a_step_each
-    return True
+    cls.state_dict = state_dict_of_a_known_step

@@ -17,7 +17,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerMod
 from nemo.utils import logging
 
 from kvcat_nemo.engine import host
-from kvcat_nemo.engine.optimizer_state import torch_adam_resumes
+from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
 from kvcat_nemo.nemo.base import check_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
@@ -39,7 +39,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     _verify_hashes = True
 
     def connect(self, model) -> None:
-        torch_adam_resumes()
+        mend_distributed_optimizer()
         if not host.is_cuda():
             self._fit_cpu(model)
         self._check(model)
