@@ -70,7 +70,7 @@ def masks_differ(
     return out, share
 
 
-def _stored(folder: str | Path) -> dict[str, torch.Tensor]:
+def stored(folder: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint folder, whole."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -88,7 +88,7 @@ def _stored(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def checkpoint_differences(one: str | Path, other: str | Path) -> list[str]:
     """In words, every tensor (weights, master weights, moments) that is not the same to the last bit in both."""
-    ours, theirs = _stored(one), _stored(other)
+    ours, theirs = stored(one), stored(other)
     out = [f"{name} is in one of them alone" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = ours[name], theirs[name]

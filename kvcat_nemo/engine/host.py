@@ -156,4 +156,19 @@ def enable() -> bool:
         return barrier(group, async_op)  # gloo has no device-bound barriers
 
     torch.distributed.barrier = barrier_without_device_ids
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, _averaging(getattr(torch.distributed, name)))
     return True
+
+
+def _averaging(collective):
+    """A sum over ranks that also knows ReduceOp.AVG, which gloo does not: what is to be averaged is divided first."""
+
+    @functools.wraps(collective)
+    def reduce(output, *args, **kwargs):
+        if kwargs.get("op") == torch.distributed.ReduceOp.AVG:
+            kwargs["op"] = torch.distributed.ReduceOp.SUM
+            (args[0] if args else output).div_(torch.distributed.get_world_size(kwargs.get("group")))
+        return collective(output, *args, **kwargs)
+
+    return reduce

@@ -1,8 +1,10 @@
-"""Lets Megatron's distributed optimizer save and load the state of a paired model. Three faults of Megatron-core 0.15 and 0.16:
+"""Lets Megatron's distributed optimizer save and load the state of a paired model. Four faults of Megatron-core 0.15 and 0.16:
 
 - *Parameters of two dtypes in one group.* Routers are float32 in a bf16 model. The optimizer puts a group's float32 parameters
   before its bf16 ones, but numbers them in the order of the gradient buffers: a checkpoint asks for one parameter's moments
   and gets another's. Where their sizes differ the save fails; where they are equal nothing is noticed.
+- *Several buckets.* The form `fully_reshardable` joins the buckets' states without the padding between them, and cuts the
+  parameters out of it by places that count the padding: what lies behind a bucket of an odd size is saved shifted, silently.
 - *PyTorch's Adam*, which hosts without Transformer Engine and apex have. The form `fully_reshardable` is written, and then
   cannot be read: loading asks the checkpoint for the step counter, which is kept elsewhere.
 - *The same:* loading gives all parameters one and the same step tensor, which Adam then counts up once for each of them; and
@@ -25,6 +27,7 @@ def mend_distributed_optimizer() -> None:
         return
     cls._kvcat_mended = True
     _number_parameters_as_they_are_kept(cls)
+    _cut_parameters_without_padding(cls)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _keep_torch_adams_step(cls)
 
@@ -41,6 +44,35 @@ def _number_parameters_as_they_are_kept(cls: type) -> None:
         return numbers, groups
 
     cls._build_optimizer_group_ranges = classmethod(float32_first)
+
+
+def _cut_parameters_without_padding(cls: type) -> None:
+    form = cls.sharded_param_state_fully_reshardable
+
+    @functools.wraps(form)
+    def cut_without_padding(self, *args, **kwargs):
+        places = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _places_without_padding(buffer)
+            return form(self, *args, **kwargs)
+        finally:
+            for buffer, place in zip(self.buffers, places, strict=True):
+                buffer.param_index_map = place
+
+    cls.sharded_param_state_fully_reshardable = cut_without_padding
+
+
+def _places_without_padding(buffer) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """Parameter → (start, end, bucket) in the buckets' unpadded contents, one after the other; in the map's order."""
+    begins, at = [], 0
+    for bucket in buffer.buckets:
+        begins.append(at - bucket.offset)
+        at += bucket.numel_unpadded
+    return {
+        parameter: (start + begins[bucket], end + begins[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def _keep_torch_adams_step(cls: type) -> None:
