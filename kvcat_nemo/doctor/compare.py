@@ -25,7 +25,9 @@ def figures_differ(
     if len(lines) != len(expected):
         out.append(f"{len(lines)} steps, {len(expected)} expected")
     for number, (ours, theirs) in enumerate(zip(lines, expected, strict=False), 1):
-        names = [n for n in theirs if n.split("/")[0] not in (*DISCRETE, *TIMED) and isinstance(theirs[n], float)]
+        names = [
+            n for n in theirs if n.split("/")[0] not in (*DISCRETE, *TIMED) and isinstance(theirs[n], float)
+        ]
         if not names:
             out.append(f"step {number}: no figures")
         for name in names:

@@ -274,7 +274,9 @@ def _cases() -> dict[str, Callable[[KernelHost], object]]:
     out: dict[str, Callable] = {}
     for widths in WIDTHS:
         for window in (None, 64):
-            out[f"kernel {widths}, window {window}"] = make(kernel_against_float64, widths=widths, window=window)
+            out[f"kernel {widths}, window {window}"] = make(
+                kernel_against_float64, widths=widths, window=window
+            )
     for widths in SPLIT_WIDTHS:
         for window in (None, 64):
             out[f"split window {widths}, window {window}"] = make(

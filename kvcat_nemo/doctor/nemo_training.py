@@ -23,7 +23,9 @@ MASKS = "first_masks.pt"
 RUN = Path("runs") / "doctor"
 
 
-def job(folder: Path, *, shape: dict[str, Any], base: Path, steps: int, save_every: int, kill: bool = False) -> dict:
+def job(
+    folder: Path, *, shape: dict[str, Any], base: Path, steps: int, save_every: int, kill: bool = False
+) -> dict:
     """A run in `folder`/runs/doctor.
 
     Args:
@@ -128,7 +130,14 @@ def serve(jobs_file: str, device: str) -> None:
                 die_with_parent()
                 _as_process(one)
         else:
-            command = [sys.executable, "-m", "kvcat_nemo.doctor.nemo_training", jobs_file, device, str(number)]
+            command = [
+                sys.executable,
+                "-m",
+                "kvcat_nemo.doctor.nemo_training",
+                jobs_file,
+                device,
+                str(number),
+            ]
             pid = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent).pid
         code = _wait(pid, one)
         if code != (-signal.SIGKILL if one["kill"] else 0):
@@ -211,7 +220,12 @@ def _record_first_masks(path: Path) -> None:
     seen: set[int] = set()
 
     def take(module, _, routing):
-        if isinstance(module, Router) and module.training and torch.is_grad_enabled() and id(module) not in seen:
+        if (
+            isinstance(module, Router)
+            and module.training
+            and torch.is_grad_enabled()
+            and id(module) not in seen
+        ):
             seen.add(id(module))
             taken[len(taken)] = routing.p_BT.detach().float().cpu()
             torch.save(taken, path)

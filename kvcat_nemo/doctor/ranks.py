@@ -80,5 +80,34 @@ def run_ranks(
     ]
 
 
+def run_each(
+    jobs: dict[str, dict[str, Any]], processes: int, device: str, folder: Path, timeout: float = 300.0
+) -> dict[str, list[dict] | RanksFailed]:
+    """Every job's results by rank, or why it has none. The jobs share the processes; when one fails, each gets its own."""
+    try:
+        return dict(
+            zip(jobs, run_ranks(list(jobs.values()), processes, device, folder, timeout), strict=True)
+        )
+    except RanksFailed as error:
+        if len(jobs) == 1:
+            return dict.fromkeys(jobs, error)
+    out: dict[str, list[dict] | RanksFailed] = {}
+    for number, (name, job) in enumerate(jobs.items()):
+        out |= run_each({name: job}, processes, device, folder / f"alone-{number}", timeout)
+    return out
+
+
+def result_of(results: dict[str, list[dict] | RanksFailed], name: str, rank: int = 0) -> dict:
+    """A rank's result of a job of `run_each`.
+
+    Raises:
+        RanksFailed: when it has none.
+    """
+    found = results[name]
+    if isinstance(found, RanksFailed):
+        raise found
+    return found[rank]
+
+
 def tail(log: Path, lines: int = 25) -> str:
     return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])

@@ -74,7 +74,10 @@ def summed_up(name: str, checks: list[Check], seconds: float) -> PartResult:
     done = [check for check in checks if check.status == OK]
     skipped = [check for check in checks if check.status == SKIPPED]
     if failed:
-        status, text = FAILED, f"{len(failed)} of {len(checks)} checks failed: {failed[0].name}: {failed[0].text}"
+        status, text = (
+            FAILED,
+            f"{len(failed)} of {len(checks)} checks failed: {failed[0].name}: {failed[0].text}",
+        )
     elif not done:
         status, text = SKIPPED, skipped[0].text if skipped else "nothing was looked at"
     else:

@@ -17,7 +17,7 @@ def shape_of(name: str, device: str) -> dict[str, Any]:
     """A model of SHAPES with its windows; on a CPU, where the doctor is only tested, smaller."""
     if device == "cuda":
         return SHAPES[name] | {"tokens": 256, "vocab": 503}
-    return SHAPES[name] | {"hidden": 128, "heads": 2, "kv_heads": 1, "tokens": 64, "vocab": 128}
+    return SHAPES[name] | {"hidden": 128, "heads": 2, "kv_heads": 2, "tokens": 64, "vocab": 128}
 
 
 def make(shape: dict[str, Any], folder: Path) -> tuple[Path, Path]:

@@ -80,7 +80,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job["save_again"]:
         save(job, model, optimizer, job["save_again"])
     masks = _FirstMasks(model)
-    figures, seconds, profiled = [], [], None
+    figures, seconds, counted = [], [], None
     steps = range(job["first_step"], job["first_step"] + job["steps"])
     for step in steps:
         if is_cuda():
@@ -94,6 +94,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             optimizer.zero_grad()
             if is_cuda():
                 torch.cuda.synchronize()
+        if last:
+            counted = counts(profiled)
         if not updated:
             raise RuntimeError(f"step {step}: the optimizer left the update out")
         seconds.append(time.perf_counter() - began)
@@ -107,9 +109,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "masks": masks.taken,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda() else 0,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "counts": counts(profiled) if job["profile"] else None,
+        "counts": counted,
         "fused": {
-            name: bool(getattr(config, name)) for name in ("gradient_accumulation_fusion", "apply_rope_fusion")
+            name: bool(getattr(config, name))
+            for name in ("gradient_accumulation_fusion", "apply_rope_fusion")
         },
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
     }
@@ -319,7 +322,9 @@ class _FirstMasks:
         for module in model.modules():
             router = getattr(module, "router", None)
             if router is not None and hasattr(module, "group"):
-                router.register_forward_hook(lambda _, __, routing, group=module.group: self._take(group, routing))
+                router.register_forward_hook(
+                    lambda _, __, routing, group=module.group: self._take(group, routing)
+                )
 
     def _take(self, group: int, routing) -> None:
         if not self._done and group not in self.taken:
