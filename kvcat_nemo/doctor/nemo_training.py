@@ -29,7 +29,7 @@ def job(
     """A run in `folder`/runs/doctor.
 
     Args:
-        shape: layers, hidden, heads, kv_heads, head_dim, tied, tokens; base: the converted model it starts from.
+        shape: layers, hidden, heads, kv_heads, head_dim, tied, tokens, windows, vocab; base: the converted model it starts from.
         kill: end the run with SIGKILL once its first checkpoint is complete; the steps after that are slowed down for it.
     """
     config, strategy = "model.config", "trainer.strategy"
@@ -46,6 +46,8 @@ def job(
         f"{config}.seq_length": shape["tokens"],
         "data.seq_length": shape["tokens"],
         "data.vocab_size": shape["vocab"],
+        "data.micro_batch_size": shape["windows"],
+        "data.global_batch_size": 2 * shape["windows"],
         "optim.config.lr": 1e-4,
         "optim.lr_scheduler.min_lr": 1e-4,
         "optim.lr_scheduler.warmup_steps": 0,
