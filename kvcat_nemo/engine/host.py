@@ -122,6 +122,10 @@ def enable() -> bool:
     _keep_freed_memory()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if torch.version.cuda:
+        # A torch for CUDA on a machine without a GPU (a login node, an image's build): Megatron-core compiles something when it
+        # is imported, for the devices that it finds, and fails where there are none. Its build may fail, and is caught.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0")
 
     def nothing(*args, **kwargs):
         return None
