@@ -108,7 +108,7 @@ def main(job_file: str) -> None:
         for name in KVCatTransformerConfig.__dataclass_fields__
         if hasattr(plain, name)
     }
-    config = KVCatTransformerConfig(**fields | {"kvcat": KVCatConfig(policy="none")})
+    config = KVCatTransformerConfig(**fields | {"kvcat": KVCatConfig(policy="none", num_groups=1)})
     validate_model_config(config)
     model = KVCatGPTModel(
         config,

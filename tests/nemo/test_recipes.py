@@ -215,6 +215,13 @@ def test_every_setting_of_strategy_and_precision_is_looked_at(recipes):
         assert [name for name in names if model.verdict_on(name) is None] == []
 
 
+def test_the_page_of_settings_is_what_the_tables_say():
+    from benchmarks.settings_page import PAGE, render
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == render(page) and page.count("\n| `model.config.") > 50
+
+
 def test_data_parallelism_is_nemos(recipes):
     """What NeMo's recipes set stays, but for the one setting that the guard replaces."""
     from nemo.collections.llm.recipes import llama31_8b, qwen3_1p7b
