@@ -180,7 +180,8 @@ def check_run_settings(
         raise ValueError("trainer.strategy.ddp='pytorch': gradients are Megatron's; leave it out")
     check(ddp, DDP, "trainer.strategy.ddp")
     check(optimizer, OPTIMIZER, "optim.config")
-    check(getattr(precision, "dtype_config", precision), PRECISION, "trainer.plugins")
+    for plugin in precision if isinstance(precision, (list, tuple)) else (precision,):
+        check(getattr(plugin, "dtype_config", plugin), PRECISION, "trainer.plugins")
     for callback in callbacks or ():
         kind = fdl.get_callable(callback) if isinstance(callback, fdl.Buildable) else type(callback)
         if any(cls.__name__ == "MegatronCommOverlapCallback" for cls in inspect.getmro(kind)):

@@ -51,6 +51,14 @@ class KVCatStrategy(nl.MegatronStrategy):
         if trainer.datamodule is None:
             return
         world_size = trainer.num_devices * trainer.num_nodes
+        if not self.ckpt_optim_fully_reshardable and model.optim.config.use_distributed_optimizer:
+            from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+            if not HAVE_APEX_OR_TE:
+                raise ValueError(
+                    "trainer.strategy.ckpt_optim_fully_reshardable=False: without Transformer Engine and apex Adam is PyTorch's, and "
+                    "the first save would fail; set it to True, or optim.config.use_distributed_optimizer=False"
+                )
         checked_layout(
             copy.copy(model.config),
             self,

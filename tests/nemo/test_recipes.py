@@ -215,6 +215,16 @@ def test_every_setting_of_strategy_and_precision_is_looked_at(recipes):
         assert [name for name in names if model.verdict_on(name) is None] == []
 
 
+def test_precision_in_a_list_of_plugins_is_looked_at_too(recipes):
+    from kvcat_nemo.nemo.settings import check_run_settings
+
+    recipe = recipes["kvcat_tiny"]()
+    trainer = recipe.trainer
+    trainer.plugins.fp8 = "hybrid"
+    with pytest.raises(ValueError, match="trainer.plugins.fp8='hybrid'"):
+        check_run_settings(trainer.strategy, recipe.optim.config, [trainer.plugins], ())
+
+
 def test_the_page_of_settings_is_what_the_tables_say():
     from benchmarks.settings_page import PAGE, render
 
