@@ -27,10 +27,10 @@ COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter $(addsuffix %,$(COMPRESS_FOLDERS))
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench faults help image-test matrix setup study test quickstart lint clean
+.PHONY: bench faults help image-test matrix setup study test test-py312 quickstart lint clean
 
 help:  ## list what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */make \1\t/' | expand -t 17
 
 setup: $(STAMP) $(STAMP_TE) $(COMPRESS_STAMP)  ## make the environments that training and tests need (quick when nothing changed)
 	@echo "setup: $(VENV) and $(COMPRESS) are ready"
@@ -72,6 +72,20 @@ $(COMPRESS_STAMP):
 	    -e '.[evaluate,kvpress,dev]' >> $(COMPRESS_LOG) 2>&1 \
 	  || { tail -n 30 $(COMPRESS_LOG); echo "setup: pip failed; the whole log is $(COMPRESS_LOG)"; exit 1; }
 	@touch $@
+
+# The Python of the image nemo 26.02. By hand, not in CI: PyPI's torch for it is built for CUDA, several GB.
+PYTHON312 ?= $(shell command -v python3.12)
+VENV_312 ?= .venv-py312
+PY312_TESTS := $(or $(filter tests%,$(ARGS)),tests/kernels tests/engine tests/method)
+
+test-py312:  ## run the tests of kernels, engine and method on Python 3.12 (some GB the first time; not part of make test)
+	@test -n "$(PYTHON312)" || { echo "test-py312: no python3.12; name it: make test-py312 PYTHON312=/path/to/python3.12"; exit 1; }
+	@$(VENV_312)/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+	  || { echo "test-py312: virtual environment $(VENV_312)"; $(PYTHON312) -m venv --clear $(VENV_312); }
+	$(VENV_312)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile '$(TORCH)'
+	$(VENV_312)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt -e '.[train,evaluate,dev]'
+	$(VENV_312)/bin/python -m pip check
+	$(VENV_312)/bin/python -m pytest $(filter-out tests%,$(ARGS)) $(PY312_TESTS)
 
 # Both environments run, whatever the first one says; what ARGS selects need not exist in the second (pytest's exit 5).
 test: setup  ## run the tests, those of compress/, evaluate/ and models/ in both environments

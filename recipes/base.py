@@ -32,6 +32,15 @@ STUDIED = {
     "router_detach_input": True,  # or that budget loss would train the backbone too
 }
 
+DDP = {
+    "check_for_nan_in_grad": False,  # it ends one rank alone; the guard looks on behalf of all
+    "grad_reduce_in_fp32": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "average_in_collective": True,  # NCCL divides while it sums; a CPU host, whose gloo cannot, divides first
+}
+"""Data parallelism as NeMo's recipes have it, for those that leave it to the defaults."""
+
 
 def as_kvcat(
     recipe: run.Partial, config: type, *, base: str | None, paths: str | None, dir: str | None, name: str
@@ -52,13 +61,13 @@ def as_kvcat(
     trainer = recipe.trainer = run.Config(KVCatTrainer, **_arguments(recipe.trainer))
     trainer.accelerator = "auto"  # CUDA where it is, the CPU elsewhere: the recipe is the same
     trainer.strategy = run.Config(KVCatStrategy, **_arguments(trainer.strategy))
+    # NeMo's own where the recipe has some (a few have none), but for what is said here.
     trainer.strategy.ddp = run.Config(
         DistributedDataParallelConfig,
-        check_for_nan_in_grad=False,  # it ends one rank alone; the guard looks on behalf of all
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=True,
-        overlap_param_gather=True,
+        **(DDP | _ddp_arguments(trainer.strategy) | {"check_for_nan_in_grad": False}),
     )
+    # In any layout a run goes on from its checkpoints; NeMo's default form fits other numbers of data-parallel ranks alone.
+    trainer.strategy.ckpt_optim_fully_reshardable = True
     trainer.plugins = run.Config(KVCatPrecision, **_arguments(trainer.plugins or bf16_mixed()))
     trainer.logger = False  # the loggers are the log's
     trainer.strategy.ckpt_async_save = True  # on CUDA; a CPU host saves at once
@@ -104,6 +113,11 @@ def as_kvcat(
     )
     recipe.resume = run.Config(KVCatResume, base=base)
     return recipe
+
+
+def _ddp_arguments(strategy: run.Config) -> dict:
+    ddp = _arguments(strategy).get("ddp")
+    return _arguments(ddp) if isinstance(ddp, run.Config) else {}
 
 
 def _arguments(config: run.Config) -> dict:

@@ -238,4 +238,34 @@ RUN = [
         ("set it to False",),
         {f"{STRATEGY}.ddp.overlap_param_gather": False},
     ),
+    Refusal(
+        "tensor-parallel communication overlap",
+        {"model.config.tp_comm_overlap": True},
+        ("one window batch", "Set it to False"),
+        {"model.config.tp_comm_overlap": False},
+    ),
+    Refusal(
+        "FP8 linear layers",
+        {"trainer.plugins.fp8": "hybrid"},
+        ("one scale", "core attention, too, would stay in bf16", "set it to None"),
+        {"trainer.plugins.fp8": None},
+    ),
+    Refusal(
+        "CUDA graphs",
+        {"model.config.cuda_graph_impl": "local"},
+        ("mask", "set it to 'none'"),
+        {"model.config.cuda_graph_impl": "none"},
+    ),
+    Refusal(
+        "CPU offloading of activations",
+        {"model.config.cpu_offloading": True, "model.config.cpu_offloading_num_layers": 4},
+        ("set it to False", "recompute"),
+        {"model.config.cpu_offloading": False},
+    ),
+    Refusal(
+        "optimizer states on the host",
+        {"optim.config.optimizer_cpu_offload": True},
+        ("set it to False",),
+        {"optim.config.optimizer_cpu_offload": False},
+    ),
 ]

@@ -142,7 +142,22 @@ def _base_row(base: dict | None) -> list[tuple[str, str]]:
 @click.option("--disk-gb", default=10.0, help="Free disk expected.", show_default=True)
 @click.option("--shm-gb", default=1.0, help="Free shared memory expected.", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per check.")
-def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
+@click.option("--gpu", is_flag=True, help="Prove the GPUs: kernels, losses, training, resuming. Ten minutes.")
+@click.option("--parts", metavar="NAME,…", help="With --gpu: only these parts.")
+@click.option(
+    "--dry-run", is_flag=True, help="With --gpu: list the parts and their expected minutes, and stop."
+)
+@click.option(
+    "--report", type=click.Path(dir_okay=False), help="With --gpu: the report. [default: DIR/gpu-doctor.json]"
+)
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False),
+    help="With --gpu: a Hugging Face folder for the part `converted`; by default a random model.",
+)
+def doctor(
+    folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json, gpu, parts, dry_run, report, model
+):
     """Look whether this machine, or all machines of a job, can train; the exit code is 1 when something is broken.
 
     Says of each thing what was found and, if it is broken, what to do: versions of NeMo and Megatron-core that work
@@ -153,9 +168,14 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
     with GPUs, over NCCL. Ranks that have not answered after --timeout are named with their hosts; where nothing else is
     wrong, the exit code is 69. Rank 0 prints everything, the others what is broken with them.
 
+    With --gpu it proves this machine's GPUs instead, part by part, and writes a JSON report: 0 when every part is ok, 1 when
+    one failed, 3 when none failed but one could not run here (the report says why; with one GPU leave the parts for two out).
+
     \b
     Examples:
       kvcat train doctor
+      kvcat train doctor --gpu
+      kvcat train doctor --gpu --parts kernels,losses --report report.json
       kvcat train doctor --data data/corpus --checkpoint runs/first
       torchrun --nnodes 2 --nproc-per-node 8 … -m kvcat_nemo.cli train doctor --timeout 120
     In a Dockerfile:
@@ -167,6 +187,16 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
     import sys
     from pathlib import Path
 
+    if gpu:
+        sys.exit(_gpu_doctor(Path(folder), parts, dry_run, report, model, as_json))
+    for given, option in (
+        (parts, "--parts"),
+        (dry_run, "--dry-run"),
+        (report, "--report"),
+        (model, "--model"),
+    ):
+        if given:
+            raise click.UsageError(f"{option} goes with --gpu; add it")
     from kvcat_nemo.doctor import BROKEN, examine
     from kvcat_nemo.exit_codes import PEER_DIED
 
@@ -193,6 +223,46 @@ def doctor(folder, data, checkpoint, fast, timeout, disk_gb, shm_gb, as_json):
     if broken:
         click.echo(f"{broken} thing(s) broken on rank {rank}", err=True)
         sys.exit(PEER_DIED if elsewhere == broken else 1)
+
+
+def _gpu_doctor(folder, names, dry_run, report, model, as_json) -> int:
+    """The parts of `doctor --gpu`; returns the exit code."""
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from kvcat_nemo.doctor import gpu
+    from kvcat_nemo.doctor.report import exit_code, write
+
+    try:
+        chosen = gpu.chosen(names)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if dry_run:
+        for part in chosen:
+            reason = gpu.why_not(part, "cuda")
+            note = f"; skipped here: {reason}" if reason else ""
+            if as_json:
+                click.echo(json.dumps(vars(part) | {"skipped": reason}))
+            else:
+                click.echo(f"{part.name:<10}{part.minutes:5.1f} min  {part.text}{note}")
+        if not as_json:
+            click.echo(f"{'together':<10}{sum(part.minutes for part in chosen):5.1f} min")
+        return 0
+    out = Path(report) if report else folder / "gpu-doctor.json"
+    machine, results = gpu.machine(), []
+    with tempfile.TemporaryDirectory(prefix="kvcat-doctor-") as work:
+        say = (lambda line: click.echo(line, err=True)) if as_json else click.echo
+        for result in gpu.run_parts(chosen, Path(work), model=model and Path(model).resolve(), say=say):
+            results.append(result)
+            write(out, machine, results)
+            if as_json:
+                click.echo(json.dumps(result.as_dict(), default=str))
+            else:
+                click.echo(f"{result.status:<8}{result.name:<10}{result.seconds:6.0f} s  {result.text}")
+    code = exit_code(results)
+    click.echo(f"report: {out}; exit code {code}", err=as_json)
+    return code
 
 
 @command.command()

@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kvcat_nemo.engine import host
+from kvcat_nemo.engine.settings import check_model_settings
 from kvcat_nemo.engine.stages import validate_stages
 from kvcat_nemo.kernels import select_backend
 from kvcat_nemo.limits import check_model_sizes
@@ -43,36 +44,13 @@ def validate_model_config(config) -> None:
     def refuse(name: str, fix: str) -> None:
         raise ValueError(f"model.config.{name}={getattr(config, name)!r}: {fix}")
 
-    if config.attention_dropout:
-        refuse("attention_dropout", "the two passes must see the same attention; set it to 0.0")
-    if config.hidden_dropout:
-        refuse("hidden_dropout", "dropout would be the teacher's and the student's difference; set it to 0.0")
-    if config.calculate_per_token_loss:
-        refuse("calculate_per_token_loss", "the routers' loss is scaled per micro-batch; set it to False")
-    if getattr(config, "mtp_num_layers", None):
-        refuse("mtp_num_layers", "multi-token prediction is not supported with a paired pass; set it to None")
-    if config.num_moe_experts:
-        refuse("num_moe_experts", "mixture-of-experts models are not supported; use a dense model")
-    if getattr(config, "multi_latent_attention", False):
-        refuse(
-            "multi_latent_attention",
-            "KV slots of latent attention are not supported; use a model with plain or grouped heads",
-        )
+    check_model_settings(config)
     _check_context_parallelism(config, refuse)
-    if config.expert_model_parallel_size > 1:
-        refuse("expert_model_parallel_size", "dense models have no experts to spread; set it to 1")
     _check_tensor_parallelism(config)
     validate_stages(config)
-    if config.fp8:
-        refuse("fp8", "gated attention needs bf16 or float32; set it to None")
-    _check_attention(config, refuse)
+    _check_attention(config)
     if getattr(config, "position_embedding_type", None) == "rope":
         rope_of_settings(vars(config))  # refuses what it cannot read
-    if getattr(config, "defer_embedding_wgrad_compute", False):
-        refuse(
-            "defer_embedding_wgrad_compute",
-            "the output weight's gradient is made with the losses, without the logits that deferring needs; set it to False",
-        )
     norms = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
     if norms and importlib.util.find_spec("transformer_engine") is None:
         # Megatron-core 0.15's CheckpointWithoutOutput asks Transformer Engine for its FP8 state, FP8 or not.
@@ -80,15 +58,11 @@ def validate_model_config(config) -> None:
             "recompute_modules",
             "Megatron recomputes norms with Transformer Engine alone; leave layernorm out",
         )
-    if not kvcat.paired:
-        return
-    if config.recompute_granularity is not None and config.distribute_saved_activations:
+    if kvcat.paired and config.recompute_granularity is not None and config.distribute_saved_activations:
         refuse(
             "distribute_saved_activations",
             "gates are saved whole, not over ranks; set it to False, or use sequence parallelism",
         )
-    if getattr(config, "enable_cuda_graph", False):
-        refuse("enable_cuda_graph", "the layers' mask is an input that graphs do not carry; set it to False")
 
 
 def _check_tensor_parallelism(config) -> None:
@@ -127,17 +101,8 @@ def _check_context_parallelism(config, refuse) -> None:
         refuse("hierarchical_context_parallel_sizes", "ranks exchange in one group; set it to None")
 
 
-def _check_attention(config, refuse) -> None:
+def _check_attention(config) -> None:
     """Kernels compute plain causal softmax attention in one of their dtypes; anything else is refused."""
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp4"):
-        if getattr(config, name, None):
-            refuse(name, "gated attention needs bf16 or float32; set it to None or False")
-    if getattr(config, "attn_logit_softcapping", None):
-        refuse("attn_logit_softcapping", "no fused kernel caps logits and gates them; use a model without")
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        refuse("softmax_type", "the softmax over gated slots has no extra sink; set it to 'vanilla'")
-    if getattr(config, "window_size", None):
-        refuse("window_size", "gates are defined for attention over the whole context; set it to None")
     _check_environment(config)
     device = host.device()
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None

@@ -122,6 +122,10 @@ def enable() -> bool:
     _keep_freed_memory()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if torch.version.cuda:
+        # A torch for CUDA on a machine without a GPU (a login node, an image's build): Megatron-core compiles something when it
+        # is imported, for the devices that it finds, and fails where there are none. Its build may fail, and is caught.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0")
 
     def nothing(*args, **kwargs):
         return None
@@ -156,4 +160,19 @@ def enable() -> bool:
         return barrier(group, async_op)  # gloo has no device-bound barriers
 
     torch.distributed.barrier = barrier_without_device_ids
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, _averaging(getattr(torch.distributed, name)))
     return True
+
+
+def _averaging(collective):
+    """A sum over ranks that also knows ReduceOp.AVG, which gloo does not: what is to be averaged is divided first."""
+
+    @functools.wraps(collective)
+    def reduce(output, *args, **kwargs):
+        if kwargs.get("op") == torch.distributed.ReduceOp.AVG:
+            kwargs["op"] = torch.distributed.ReduceOp.SUM
+            (args[0] if args else output).div_(torch.distributed.get_world_size(kwargs.get("group")))
+        return collective(output, *args, **kwargs)
+
+    return reduce

@@ -12,6 +12,7 @@ from kvcat_nemo.engine.config import validate_model_config
 from kvcat_nemo.engine.plan import Layout, flops_per_step, memory_per_gpu, parameters
 from kvcat_nemo.limits import check_model_sizes, check_size
 from kvcat_nemo.nemo.base import check_base
+from kvcat_nemo.nemo.settings import check_run_settings
 
 
 def plan(recipe) -> dict[str, Any]:
@@ -31,8 +32,19 @@ def plan(recipe) -> dict[str, Any]:
             check_size(f"data.{name}", value, kind)
     devices = check_size("trainer.devices", trainer.devices, "workers")
     world_size = max(devices, 1) * check_size("trainer.num_nodes", trainer.num_nodes, "nodes")
-    config = fdl.build(recipe.model.config)
-    layout = checked_layout(config, trainer.strategy, recipe.data, recipe.optim.config, world_size)
+    try:
+        config = fdl.build(recipe.model.config)
+    except (AssertionError, NotImplementedError) as error:  # Megatron's own refusals
+        raise ValueError(f"model.config: {error}") from error
+    layout = checked_layout(
+        config,
+        trainer.strategy,
+        recipe.data,
+        recipe.optim.config,
+        world_size,
+        trainer.plugins,
+        trainer.callbacks,
+    )
     base = getattr(recipe.resume, "base", None)
     # A plan may be made where the base is not.
     compared = bool(base) and Path(base).is_dir() and check_base(base, config)
@@ -112,12 +124,15 @@ def check_trainer(trainer) -> None:
         refuse("val_check_interval", "give a number of steps of at least 1")
 
 
-def checked_layout(config, strategy, data, optimizer, world_size: int) -> Layout:
+def checked_layout(
+    config, strategy, data, optimizer, world_size: int, precision=None, callbacks=()
+) -> Layout:
     """The layout of a run whose parts fit together.
 
     Args:
         config: a model configuration; it gets the strategy's parallel sizes.
-        strategy, data, optimizer: the strategy, the data module and the optimizer's settings, built or still to be built.
+        strategy, data, optimizer, precision, callbacks: the strategy, the data module, the optimizer's settings, the precision
+            plugin and the trainer's callbacks, built or still to be built.
 
     Raises:
         ValueError: when a setting does not fit, naming the field, the value and the fix.
@@ -129,7 +144,11 @@ def checked_layout(config, strategy, data, optimizer, world_size: int) -> Layout
         setattr(config, name, value)
     group = strategy.microbatch_group_size_per_vp_stage
     config.microbatch_group_size_per_vp_stage = group or strategy.pipeline_model_parallel_size
-    _refuse_untested(strategy, optimizer)
+    check_run_settings(strategy, optimizer, precision, callbacks)
+    if config.kvcat.paired and _is_half(precision):
+        raise ValueError(
+            "trainer.plugins.precision='16-mixed': float16 cannot hold the weights of dropped slots; set it to 'bf16-mixed'"
+        )
     validate_model_config(config)
     layout = Layout(
         world_size=world_size,
@@ -163,28 +182,11 @@ PARALLEL_FIELDS = (
 """What a strategy decides about a model configuration, as far as checks go."""
 
 
-def _refuse_untested(strategy, optimizer) -> None:
-    ddp = getattr(strategy, "ddp_config", None) or getattr(
-        strategy, "ddp", None
-    )  # built, or still to be built
-    instances = strategy.num_distributed_optimizer_instances
-    if instances > 1:
-        raise ValueError(
-            f"trainer.strategy.num_distributed_optimizer_instances={instances}: gradient norms would count every instance; set it to 1"
-        )
-    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
-        if getattr(ddp, name, False):
-            raise ValueError(
-                f"trainer.strategy.ddp.{name}=True: sharded parameters are not supported; set it to False "
-                "(optim.config.use_distributed_optimizer=True shards the optimizer)"
-            )
-    if getattr(optimizer, "overlap_param_gather_with_optimizer_step", False):
-        raise ValueError(
-            "optim.config.overlap_param_gather_with_optimizer_step=True: the second half of the parameters would be gathered "
-            "during the next forward without a test that it is in time; set it to False"
-        )
-    if getattr(ddp, "overlap_param_gather", False) and not optimizer.use_distributed_optimizer:
-        raise ValueError(
-            "trainer.strategy.ddp.overlap_param_gather=True: only a distributed optimizer gathers parameters; set it to False, "
-            "or optim.config.use_distributed_optimizer=True"
-        )
+def _is_half(precision) -> bool:
+    """Whether a precision plugin, built or still to be built, is float16's."""
+    built = getattr(precision, "dtype_config", None)
+    return (
+        built.fp16
+        if built is not None
+        else str(getattr(precision, "precision", "")) in ("16", "16-mixed", "fp16-mixed")
+    )

@@ -17,6 +17,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerMod
 from nemo.utils import logging
 
 from kvcat_nemo.engine import host
+from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
 from kvcat_nemo.nemo.base import check_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
@@ -40,6 +41,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     _unverified = False
 
     def connect(self, model) -> None:
+        mend_distributed_optimizer()
         if not host.is_cuda():
             self._fit_cpu(model)
         self._check(model)
@@ -52,7 +54,23 @@ class KVCatStrategy(nl.MegatronStrategy):
             return
         check_trainer(trainer)
         world_size = trainer.num_devices * trainer.num_nodes
-        checked_layout(copy.copy(model.config), self, trainer.datamodule, model.optim.config, world_size)
+        if not self.ckpt_optim_fully_reshardable and model.optim.config.use_distributed_optimizer:
+            from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+            if not HAVE_APEX_OR_TE:
+                raise ValueError(
+                    "trainer.strategy.ckpt_optim_fully_reshardable=False: without Transformer Engine and apex Adam is PyTorch's, and "
+                    "the first save would fail; set it to True, or optim.config.use_distributed_optimizer=False"
+                )
+        checked_layout(
+            copy.copy(model.config),
+            self,
+            trainer.datamodule,
+            model.optim.config,
+            world_size,
+            trainer.precision_plugin,
+            trainer.callbacks,
+        )
         if hasattr(trainer.datamodule, "check_run"):
             trainer.datamodule.check_run(trainer, self._candidates)
 
@@ -64,8 +82,10 @@ class KVCatStrategy(nl.MegatronStrategy):
         self.parallel_load = False
         self.pipeline_dtype = torch.float32
         self.ddp_config.overlap_grad_reduce = self.ddp_config.overlap_param_gather = False
-        # Its checkpoint layout expects the fused Adam of CUDA hosts; on the CPU every rank holds the whole state.
-        self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
+        self.ddp_config.average_in_collective = False  # gloo sums, and knows no average
+        # Every rank holds the whole state: nobody trains large models here. A test may ask for the form that GPU hosts save.
+        if os.environ.get("KVCAT_DISTRIBUTED_OPTIMIZER_ON_CPU") != "1":
+            self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
         # The progress printer gathers a table of timers from all ranks, which never ends on gloo when it is empty.
         self.timers = None
 
@@ -188,7 +208,9 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
         pipeline_dtype: torch.dtype | None = None,
         autocast_enabled: bool = False,
         grad_reduce_in_fp32: bool = True,
+        **others,
     ):
+        """Args: others: as NeMo's; nemo.settings says which are refused, and why."""
         if not host.is_cuda():
             precision, params_dtype, pipeline_dtype = "32", torch.float32, torch.float32
         super().__init__(
@@ -197,6 +219,7 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
             pipeline_dtype=pipeline_dtype,
             autocast_enabled=autocast_enabled,
             grad_reduce_in_fp32=grad_reduce_in_fp32,
+            **others,
         )
 
 

@@ -5,22 +5,11 @@
 # and looked at again afterwards. On a base without torch, torch comes from constraints.txt.
 set -euo pipefail
 
-# Compiled against each other. megatron-core and nemo-toolkit are not: the pinned ones replace the base's.
-readonly PROTECTED='torch|torchvision|torchaudio|triton|pytorch-triton|transformer[-_]engine([-_].*)?|apex|flash[-_]attn([-_].*)?|grouped[-_]gemm|causal[-_]conv1d|mamba[-_]ssm|nvidia[-_].*[-_]cu1[0-9]'
-
 say() { printf 'image: %s\n' "$*"; }
 pip() { python -m pip "$@"; }
 
-protected() {
-  python - "$PROTECTED" << 'PYTHON'
-import importlib.metadata as metadata, re, sys
-
-names = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
-for name, version in sorted(names.items()):
-    if re.fullmatch(sys.argv[1], name, re.I):
-        print(f"{name}=={version}")
-PYTHON
-}
+# NAME==VERSION lines of what must stay as it is (protected.py says which).
+protected() { python launch/image/protected.py; }
 
 dependencies() {
   python -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"the base has Python {sys.version}; 3.11 or newer is needed")'
@@ -29,10 +18,10 @@ dependencies() {
   protected > /tmp/before.txt
   say "the base's own, never replaced: $(paste -sd' ' /tmp/before.txt)"
   # Our pins, but for what is protected; those are pinned to the versions that are there.
-  python - "$PROTECTED" /tmp/before.txt << 'PYTHON' > /tmp/constraints.txt
+  python - /tmp/before.txt << 'PYTHON' > /tmp/constraints.txt
 import re, sys
 
-pattern, before = sys.argv[1], open(sys.argv[2]).read().split()
+before = open(sys.argv[1]).read().split()
 present = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in before}
 for line in open("constraints.txt"):
     name = re.sub(r"[-_.]+", "-", line.partition("==")[0].strip()).lower()

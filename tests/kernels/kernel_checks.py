@@ -8,6 +8,9 @@ from __future__ import annotations
 import softmax_standin
 import torch
 
+from kvcat_nemo.doctor.kernel_oracle import random_case as case
+from kvcat_nemo.doctor.kernel_oracle import reference
+
 SHAPES = {  # B, T, H, G, D, E
     "one head": (1, 7, 1, 1, 8, 8),
     "heads": (2, 12, 4, 4, 16, 16),
@@ -17,37 +20,6 @@ SHAPES = {  # B, T, H, G, D, E
     "one token": (2, 1, 2, 2, 8, 8),
 }
 PACKED = [0, 5, 6, 13, 20]
-
-
-def case(shape, dtype=torch.float64, seed=0, strided=False):
-    """q, k, v, do of that shape; strided: as slices of a wider tensor in another order of dimensions."""
-    B, T, H, G, D, E = shape
-    rng = torch.Generator().manual_seed(seed)
-
-    def one(heads, width):
-        if strided:
-            return torch.randn(T, heads, B, width + 3, generator=rng, dtype=torch.float64)[
-                ..., :width
-            ].permute(2, 0, 1, 3)
-        return torch.randn(B, T, heads, width, generator=rng, dtype=torch.float64)
-
-    return [one(heads, width).to(dtype) for heads, width in ((H, D), (G, D), (G, E), (H, E))]
-
-
-def reference(q, k, v, do, *, scale, window=None, cu_seqlens=None):
-    """o, lse, dq, dk, dv by autograd over the dense softmax."""
-    leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
-    if cu_seqlens is None:
-        pieces = [tuple(x[row] for x in leaves) for row in range(q.shape[0])]
-    else:
-        pieces = [tuple(x[0, at] for x in leaves) for at in softmax_standin.documents(cu_seqlens)]
-    left = -1 if window is None else window - 1
-    outs, lses = zip(*(softmax_standin.forward(*piece, scale, left) for piece in pieces), strict=True)
-    if cu_seqlens is None:
-        o, lse = torch.stack(outs), torch.stack(lses)
-    else:
-        o, lse = torch.cat(outs)[None], torch.cat(lses, -1)[None]
-    return o.detach(), lse.detach(), *torch.autograd.grad((o * do.double()).sum(), leaves)
 
 
 def check(kernel, shape, *, dtype=torch.float64, window=None, packed=False, strided=False, bound=1e-12):

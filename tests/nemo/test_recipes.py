@@ -99,6 +99,8 @@ def test_unknown_override_gets_the_nearest_name(recipes, override, suggestion):
         "resume.mode=must",
         "optim.config.lr=0.001",
         "log.name=mine",
+        "trainer.plugins.fp8=hybrid",
+        "trainer.plugins.fp8_param_gather=True",
     ],
 )
 def test_known_override_is_taken(recipes, override):
@@ -233,6 +235,91 @@ def test_refused_runs_are_accepted_as_proposed(recipes, refusal):
     for name, value in refusal.fix.items():
         set_field(recipe, name, value)
     plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"tp_comm_overlap": True}, "MegatronCommOverlapCallback.tp_comm_overlap=True"),
+        ({"overlap_param_gather_with_optimizer_step": True}, "overlap_param_gather_with_optimizer_step=True"),
+        ({"defer_embedding_wgrad_compute": True}, "defer_embedding_wgrad_compute=True"),
+        ({"tp_comm_overlap": False, "bucket_size": 1000}, None),
+    ],
+)
+@pytest.mark.parametrize("built", [False, True])
+def test_what_nemos_overlap_callback_would_set_later_is_refused_now(recipes, arguments, said, built):
+    import fiddle as fdl
+    import nemo_run as run
+    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+    from kvcat_nemo.nemo.settings import check_run_settings
+
+    recipe = recipes["kvcat_qwen25_7b"]()
+    callback = run.Config(MegatronCommOverlapCallback, **arguments)
+    callbacks = [fdl.build(callback) if built else callback]
+    trainer = recipe.trainer
+    if said is None:
+        check_run_settings(trainer.strategy, recipe.optim.config, trainer.plugins, callbacks)
+        return
+    with pytest.raises(ValueError, match=said):
+        check_run_settings(trainer.strategy, recipe.optim.config, trainer.plugins, callbacks)
+
+
+def test_every_setting_of_strategy_and_precision_is_looked_at(recipes):
+    import dataclasses
+    import inspect
+
+    import fiddle as fdl
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from nemo import lightning as nl
+
+    from kvcat_nemo.engine import settings as model
+    from kvcat_nemo.nemo import settings
+    from kvcat_nemo.nemo.plan import PARALLEL_FIELDS
+
+    known = {*settings.PASSES, *settings.TESTED, *PARALLEL_FIELDS, "microbatch_group_size_per_vp_stage"}
+    for function, table in (
+        (nl.MegatronStrategy.__init__, settings.STRATEGY),
+        (DistributedDataParallelConfig.__init__, settings.DDP),
+        (nl.MegatronMixedPrecision.__init__, settings.PRECISION),
+    ):
+        names = set(inspect.signature(function).parameters) - {"self", "kwargs"}
+        assert names - known - set(table) == set()
+    for recipe in recipes.values():
+        config = fdl.build(recipe().model.config)
+        names = [field.name for field in dataclasses.fields(config)]
+        assert [name for name in names if model.verdict_on(name) is None] == []
+
+
+def test_precision_in_a_list_of_plugins_is_looked_at_too(recipes):
+    from kvcat_nemo.nemo.settings import check_run_settings
+
+    recipe = recipes["kvcat_tiny"]()
+    trainer = recipe.trainer
+    trainer.plugins.fp8 = "hybrid"
+    with pytest.raises(ValueError, match="trainer.plugins.fp8='hybrid'"):
+        check_run_settings(trainer.strategy, recipe.optim.config, [trainer.plugins], ())
+
+
+def test_the_page_of_settings_is_what_the_tables_say():
+    from benchmarks.settings_page import PAGE, render
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == render(page) and page.count("\n| `model.config.") > 50
+
+
+def test_data_parallelism_is_nemos(recipes):
+    """What NeMo's recipes set stays, but for the one setting that the guard replaces."""
+    from nemo.collections.llm.recipes import llama31_8b, qwen3_1p7b
+
+    for theirs, ours in ((llama31_8b, "kvcat_llama31_8b"), (qwen3_1p7b, "kvcat_qwen3_1p7b")):
+        wanted = dict(theirs.pretrain_recipe().trainer.strategy.ddp.__arguments__)
+        found = dict(recipes[ours]().trainer.strategy.ddp.__arguments__)
+        changed = {name for name in {*wanted, *found} if wanted.get(name) != found.get(name)}
+        assert changed == {"check_for_nan_in_grad"} and found["average_in_collective"] is True
+    for name in NAMES:
+        strategy = recipes[name]().trainer.strategy
+        assert strategy.ddp.average_in_collective and strategy.ckpt_optim_fully_reshardable, name
 
 
 def test_base_of_another_architecture_is_refused(recipes, tmp_path):
