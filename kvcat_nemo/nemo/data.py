@@ -144,7 +144,6 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
             tokenizer = AutoTokenizer(pretrained_model_name=str(tokenizer))
         split_shares(split)
         resolved = dataset_paths(paths)
-        self._index_folders = index_folders(resolved, index_mapping_dir)
         super().__init__(
             paths=resolved,
             tokenizer=tokenizer,
@@ -162,6 +161,7 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
             eod_mask_loss=eod_mask_loss,
         )
         self.base, self.paths, self.packed_documents = base, paths, packed_documents
+        self._index_folders = index_folders(resolved, index_mapping_dir)
         self.data_sampler = PairedDataSampler(
             seq_len=self.seq_length,
             micro_batch_size=self.micro_batch_size,
