@@ -64,7 +64,7 @@ def test_wrong_version(monkeypatch, tmp_path):
 
 def test_no_room(tmp_path):
     result = CliRunner().invoke(
-        main, ["train", "doctor", "--fast", "--dir", str(tmp_path), "--disk-gb", "1e9"]
+        main, ["train", "doctor", "--fast", "--dir", str(tmp_path), "--disk-gb", "1e7"]
     )
     assert result.exit_code == 1 and "BROKEN disk" in result.output and "GB wanted" in result.output
 

@@ -71,7 +71,7 @@ def base(linear, run):
 @pytest.mark.parametrize("said", SAID)
 def test_a_base_that_agrees_is_exported(run, base, said, tmp_path):
     SAID[said](run)
-    out = export_hf(run, tmp_path / "out", base=base)
+    out = export_hf(run, tmp_path / "out", base=base, unverified=True)
     assert read_model(out) == read_model(base)
     exported, original = tensors_of(out), tensors_of(base)
     assert exported.keys() == original.keys()
@@ -92,7 +92,7 @@ def test_a_base_of_another_function_is_refused(run, base, said, name, change, tm
     SAID[said](run)
     edit_config(base, **change)
     with pytest.raises(ValueError, match=rf"{name} is .* in .* and .* in .*config.json.*--base"):
-        export_hf(run, tmp_path / "out", base=base)
+        export_hf(run, tmp_path / "out", base=base, unverified=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -111,7 +111,7 @@ def test_a_base_of_another_function_is_refused(run, base, said, name, change, tm
 def test_a_function_that_config_json_cannot_say_is_refused(run, base, trained, tmp_path):
     _record(run, **trained)
     with pytest.raises(ValueError, match=rf"{next(iter(trained))} is .*exported with this base"):
-        export_hf(run, tmp_path / "out", base=base)
+        export_hf(run, tmp_path / "out", base=base, unverified=True)
 
 
 @pytest.mark.parametrize("rope", [None, LINEAR], ids=["plain", "linear"])
@@ -136,7 +136,7 @@ def test_the_export_of_a_base_of_transformers_5_is_read_right_by_4(tmp_path, rop
 def test_a_damaged_record_is_refused(run, base, tmp_path):
     (run / "checkpoints" / "step=3" / RECORD).write_text('{"function": 3}')
     with pytest.raises(ValueError, match="kvcat_model.json is damaged"):
-        export_hf(run, tmp_path / "out", base=base)
+        export_hf(run, tmp_path / "out", base=base, unverified=True)
 
 
 def test_an_imported_folder_says_what_it_is_itself(linear, base, tmp_path):

@@ -63,17 +63,13 @@ def test_what_is_fed_besides_the_continuation_counts(name, settings, message, fo
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["continuation", "gradient"])
-def test_a_field_that_is_missing_has_transformers_value(name, folder, windows, tmp_path):
+@pytest.mark.parametrize("value", [None, "60", 0, -1, 1.5])
+def test_a_model_must_say_how_much_it_reads(value, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     other = save_model(tmp_path / "other", max_position_embeddings=LIMIT)
-    del config["max_position_embeddings"]
-    (other / "config.json").write_text(json.dumps(config))
-    assert find_model(other).context == 2048
-    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "60"}))
-    given = {"models": [str(other)], "out": str(tmp_path / "out"), "windows": windows, "keep": ["0.25"]}
-    with pytest.raises(ValueError, match="max_position_embeddings = '60': must be a whole number above 0"):
-        protocol_class(name).of({**given, "prefix": 40, "continuation": 10}).check()
+    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": value}))
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        find_model(other)
 
 
 def kvcat(*words):
