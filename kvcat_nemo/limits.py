@@ -187,6 +187,8 @@ def check_upper(name: str, value: Any, shown: str | None = None) -> None:
         if isinstance(one, float) and not math.isfinite(one):
             raise ValueError(f"{shown}={one}: give a finite number")
         number = integer(one)
+        if isinstance(one, float) and name not in _KINDS:
+            continue  # a measure, not a count: nothing loops over it
         kind = _KINDS.get(name, "items")
         if number is not None and abs(number) > LIMITS[kind].high:
             raise ValueError(

@@ -75,6 +75,7 @@ def generate(folder, prompt, tokens, json_file):
     from kvcat_nemo.tokens import document_ids, end_ids, load, text_of
 
     try:
+        config = read_config(folder)
         tokenizer = load(folder)
         ids = document_ids(tokenizer, prompt)
         if not ids:

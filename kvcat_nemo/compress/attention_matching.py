@@ -223,7 +223,7 @@ def pieces_to_read(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
         ValueError: when the context leaves no positions behind it.
     """
     T = len(ids_T)
-    room = position_limit(model.config, T) - T
+    room = position_limit(model.config) - T
     if room < 1:
         raise ValueError(
             f"context of {T} tokens: the model has no positions left to read it again; shorten it or set queries=context"

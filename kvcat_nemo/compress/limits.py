@@ -1,8 +1,7 @@
 """How long a text a model may read: the one place where that is decided.
 
-max_position_embeddings is the limit. Two kinds of rotary embedding also change their frequencies with the length of the
-text, so that keys of a shorter one do not go with queries of a longer one: "dynamic" beyond max_position_embeddings, which
-the limit covers, and "longrope" beyond original_max_position_embeddings: a text that begins below it must end below it.
+max_position_embeddings is the limit. Models whose rotary frequencies change with the length of the text ("dynamic", "longrope")
+are refused before (kvcat_nemo.models, compress.attention.check_model).
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _FIELD = "max_position_embeddings"
-_ORIGINAL = "original_max_position_embeddings"
 
 
-def position_limit(config: Any, length: int = 0) -> int:
-    """Tokens that a text of `length` tokens may grow to.
+def position_limit(config: Any) -> int:
+    """Tokens that a text may have.
 
     Args:
         config: of a model of transformers, or the mapping in config.json (a field that is missing there has the value
@@ -31,12 +29,7 @@ def position_limit(config: Any, length: int = 0) -> int:
         raise ValueError(
             f"{_FIELD} = {limit!r}: must be a whole number above 0; correct the model's config.json"
         )
-    rope = _field(config, "rope_parameters") or _field(config, "rope_scaling") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "longrope":
-        return limit
-    marks = [_field(config, _ORIGINAL), rope.get(_ORIGINAL)]
-    border = min((x for x in marks if type(x) is int and x > 0), default=limit)
-    return border if length <= border else limit
+    return limit
 
 
 def check_positions(
@@ -52,18 +45,12 @@ def check_positions(
         ValueError: a row ends beyond its limit.
     """
     more = [new] * len(lengths) if isinstance(new, int) else list(new)
+    limit = position_limit(config)
     for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
-        limit = position_limit(config, length)
         if length + count > limit:
             where = f", row {row}" if len(lengths) > 1 else ""
-            whole = position_limit(config, limit + 1)
-            why = (
-                _FIELD
-                if limit == whole
-                else f"{_ORIGINAL}; beyond it longrope has other frequencies than the cache"
-            )
             size = f"{length} tokens" if not count else f"{length + count} tokens ({length} and {count} more)"
-            raise ValueError(f"{what} of {size}{where}: the model reads {limit} ({why}); {fix}")
+            raise ValueError(f"{what} of {size}{where}: the model reads {limit} ({_FIELD}); {fix}")
 
 
 def _field(config: Any, name: str) -> Any:

@@ -60,24 +60,20 @@ def token_ids(hf: Path) -> torch.Tensor:
     arch = load_architecture(hf)
     tokens = min(TOKENS, arch.seq_length)
     if any((hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        from transformers import AutoTokenizer
-
         from kvcat_nemo.conversion.verify import TEXT
+        from kvcat_nemo.tokens import document_ids, load
 
-        ids = AutoTokenizer.from_pretrained(str(hf), local_files_only=True)(TEXT)["input_ids"][:tokens]
-        return torch.tensor([ids])
+        return torch.tensor([document_ids(load(hf), TEXT)[:tokens]])
     return torch.randint(arch.vocab_size, (WINDOWS, tokens), generator=torch.Generator().manual_seed(4))
 
 
 @torch.no_grad()
 def transformers_logits(hf: Path, ids: torch.Tensor, device: str) -> torch.Tensor:
     """[windows, tokens, V], float32."""
-    from transformers import AutoModelForCausalLM
+    from kvcat_nemo.models.load import load_causal_lm
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(hf), dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
-    return model.eval().to(device)(ids.to(device), use_cache=False).logits.float().cpu()
+    model = load_causal_lm(hf, torch.float32, attn_implementation="eager")
+    return model.to(device)(ids.to(device), use_cache=False).logits.float().cpu()
 
 
 @torch.no_grad()
@@ -94,7 +90,7 @@ def main(job_file: str) -> None:
     from kvcat_nemo.engine.spec import has_transformer_engine, kvcat_block_spec
     from kvcat_nemo.method.config import KVCatConfig
 
-    job: dict[str, Any] = torch.load(job_file, weights_only=False)  # written by the parent
+    job: dict[str, Any] = torch.load(job_file, weights_only=True)
     torch.distributed.init_process_group(
         host.process_group_backend(), init_method=f"file://{job_file}.rendezvous", rank=0, world_size=1
     )

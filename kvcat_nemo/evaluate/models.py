@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ class ModelFolder:
         """Tokens that the model reads at most (max_position_embeddings)."""
         from kvcat_nemo.compress.limits import position_limit
 
-        return position_limit(self.config, sys.maxsize)
+        return position_limit(self.config)
 
     def check_reads(self, length: int, new: int, fix: str) -> None:
         """Refuse a text of `length` tokens with `new` more behind it that the model does not read.

@@ -19,7 +19,7 @@ from benchmarks import smoke  # noqa: E402
 
 ELSEWHERE = {"study": "tests/benchmarks/test_study.py", "faults": "tests/nemo/test_faults.py"}
 """They start NeMo or train for minutes: their smoke form runs in the tests that do so anyway."""
-HELPERS = {"turns", "smoke", "authors_standin", "parallel_page", "roofline_page"}
+HELPERS = {"turns", "smoke", "authors_standin", "parallel_page", "roofline_page", "settings_page"}
 
 
 def committed():

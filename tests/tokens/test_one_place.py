@@ -26,7 +26,9 @@ WORDS = {
         TOKENS: "the place",
         "benchmarks/study/model.py": "writes a model's configuration",
     },
-    r"\.max_position_embeddings\b(?!\()": {},  # limits.py, which reads it by a name of its own
+    r"\.max_position_embeddings\b(?!\()": {  # limits.py reads it by a name of its own
+        "conversion/arch.py": "hands on what the one reader of config.json read",
+    },
 }
 
 

@@ -125,7 +125,6 @@ def test_contexts_hold_token_ids(model):
             prefill(model, [row])
 
 
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 FILE = {"model_type": "llama", "max_position_embeddings": 100}
 
 
@@ -136,23 +135,10 @@ FILE = {"model_type": "llama", "max_position_embeddings": 100}
         ({"model_type": "llama"}, 0, 2048),  # what transformers takes for a config without the field
         ({**FILE, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 50, 100),
         ({**FILE, "rope_scaling": {"type": "linear", "factor": 4.0}}, 50, 100),
-        ({**FILE, "rope_scaling": {**LONGROPE, "original_max_position_embeddings": 32}}, 32, 32),
-        ({**FILE, "rope_scaling": {**LONGROPE, "original_max_position_embeddings": 32}}, 33, 100),
-        ({**FILE, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 32}}, 5, 32),
-        (
-            {
-                **FILE,
-                "rope_scaling": {**LONGROPE, "type": "longrope"},
-                "original_max_position_embeddings": 32,
-            },
-            5,
-            32,
-        ),
-        ({**FILE, "rope_scaling": LONGROPE}, 5, 100),
     ],
 )
 def test_the_limit_of_a_configuration(config, length, limit):
-    assert position_limit(config, length) == limit
+    assert position_limit(config) == limit
     check_positions(config, [length], limit - length, what="text", fix="cut it")
     with pytest.raises(ValueError, match=rf"text of {limit + 1} tokens .*reads {limit} \(.*\); cut it"):
         check_positions(config, [length], limit - length + 1, what="text", fix="cut it")
@@ -162,27 +148,3 @@ def test_the_limit_of_a_configuration(config, length, limit):
 def test_a_limit_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match="max_position_embeddings = .*: must be a whole number above 0"):
         position_limit({**FILE, "max_position_embeddings": value})
-
-
-def test_long_rope_keeps_a_cache_on_its_side():
-    size = 8  # half the head dim
-    rope = {
-        "rope_type": "longrope",
-        "short_factor": [1.0] * size,
-        "long_factor": [4.0] * size,
-        "original_max_position_embeddings": 20,
-        "rope_theta": 10000.0,
-    }
-    model = small_model(rope_scaling=rope, max_position_embeddings=80, original_max_position_embeddings=20)
-    short, long = prefill(model, [tokens(15)]).cache, prefill(model, [tokens(30)]).cache
-    generate(model, short, tokens(2), max_new_tokens=3)
-    with pytest.raises(
-        ValueError, match="the model reads 20 .*longrope has other frequencies than the cache"
-    ):
-        generate(model, short, tokens(2), max_new_tokens=4)
-    generate(model, long, tokens(2), max_new_tokens=8)
-    with pytest.raises(ValueError, match="padded context .*row 0: the model reads 20"):
-        prefill(model, [tokens(15), tokens(30)])
-    # What the limit is for: the same keys, turned by other frequencies as soon as the text is longer.
-    one, two = (prefill(model, [tokens(n)]).cache.layers[0].keys_BGSD for n in (20, 21))
-    assert not torch.allclose(one[:, :, 5], two[:, :, 5], atol=1e-3)
