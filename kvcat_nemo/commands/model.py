@@ -80,9 +80,7 @@ def generate(folder, prompt, tokens, json_file):
         ids = document_ids(tokenizer, prompt)
         if not ids:
             raise ValueError("--prompt '': give at least one character")
-        check_positions(
-            read_config(folder), [len(ids)], tokens, what="--prompt and --tokens", fix="give fewer"
-        )
+        check_positions(config, [len(ids)], tokens, what="--prompt and --tokens", fix="give fewer")
         model = load_causal_lm(folder)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
