@@ -186,6 +186,11 @@ def check_trained(weights: Path, base: Path) -> None:
     Raises:
         ValueError: names the first value that differs, both readings and the fix.
     """
+    if stored_function(weights) is None:
+        print(
+            f"note: nothing records the function that {weights} was trained in; {base / 'config.json'} is taken at its word",
+            file=sys.stderr,
+        )
     for difference in trained_differences(weights, base):
         raise ValueError(
             f"{weights}: {difference}: exported with this base, it would be another model than the trained one; give the "

@@ -100,7 +100,8 @@ def check_base(base: Path, *, unverified: bool = False) -> None:
 
 def our_names(folder: Path) -> set[str] | None:
     """What of a folder `convert` or `export` wrote; None when it carries no complete mark."""
-    if (names := sealed_names(folder)) is not None:
+    # A sealed training checkpoint is ours too, but nothing that a conversion may replace.
+    if (names := sealed_names(folder, kinds=("import", "export"))) is not None:
         return names
     if (folder / CARD).is_file() and (folder / "weights" / "metadata.json").is_file():
         # Imported before folders were sealed: the card was written last.
@@ -148,7 +149,7 @@ def published(
     """
     sources = list(sources)
     check_out(out, force=force, sources=sources)
-    with new_folder(out, our_names, sources=sources) as partial:
+    with new_folder(out, our_names, sources=sources, replace=force) as partial:
         yield partial
         seal(partial, kind=kind, **facts)
 

@@ -22,7 +22,7 @@ from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.pickles import check_common, check_format, check_index
 from kvcat_nemo.runs.standing import require_unchanged
 from kvcat_nemo.runs.vocabulary import recorded
-from kvcat_nemo.tokens import document_ids, load
+from kvcat_nemo.tokens import document_ids, has_tokenizer, load
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want "
@@ -211,8 +211,7 @@ def _prompt(ids: list[int]) -> int:
 
 def _token_ids(hf_dir: Path, arch: Architecture, text: str | None) -> tuple[list[int], str]:
     limit = min(_MAX_TEXT_TOKENS, arch.seq_length)
-    has_tokenizer = any((hf_dir / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    if not has_tokenizer:
+    if not has_tokenizer(hf_dir):
         if text is not None:
             raise ValueError(f"{hf_dir} has no tokenizer, so --text cannot be used; add its tokenizer files")
         generator = torch.Generator().manual_seed(0)

@@ -72,6 +72,7 @@ def generate(folder, prompt, tokens, json_file):
     from kvcat_nemo.compress.limits import check_positions
     from kvcat_nemo.models.config import read_config
     from kvcat_nemo.models.load import load_causal_lm
+    from kvcat_nemo.runs.standing import require_unchanged
     from kvcat_nemo.tokens import document_ids, end_ids, load, text_of
 
     try:
@@ -81,6 +82,7 @@ def generate(folder, prompt, tokens, json_file):
         if not ids:
             raise ValueError("--prompt '': give at least one character")
         check_positions(config, [len(ids)], tokens, what="--prompt and --tokens", fix="give fewer")
+        require_unchanged(folder)
         model = load_causal_lm(folder)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

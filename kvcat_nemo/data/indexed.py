@@ -118,7 +118,7 @@ def build_dataset(
         say(f"{out}: already built from the same texts, tokenizer and seed, re-used")
         return dataclasses.replace(existing, reused=True)
 
-    with threads(workers), new_folder(out, _our_names, sources=read) as folder:
+    with threads(workers), new_folder(out, _our_names, sources=read, replace=force) as folder:
         with _bar(progress, desc="tokenise", unit="char", unit_scale=True, total=plan.characters) as bar:
             documents = read_documents(files, ReadOptions(text_field, skip_bad))
             splits = _write(documents, plan, tokenizer, folder, bar)
@@ -212,7 +212,11 @@ def _dtype(tokenizer: DocumentTokenizer) -> type:
 def _our_names(out: Path) -> set[str] | None:
     """What of a folder was written here: the files of its manifest. None when that is missing or damaged."""
     try:
-        names = {MANIFEST, *json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]}
+        stored = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        files = stored["files"]
+        if not (isinstance(files, dict) and isinstance(stored["splits"], dict) and "tokenizer" in stored):
+            return None  # a manifest of somebody else's
+        names = {MANIFEST, *files}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     # The orders of windows, ours and Megatron's, are kept beside the data. They go with it: for other data they would be wrong.

@@ -81,12 +81,17 @@ def foreign_file(folder: Path, names: Collection[str]) -> Path | None:
 
 @contextlib.contextmanager
 def new_folder(
-    final: str | os.PathLike, ours: Ours | None = None, *, sources: Iterable[str | os.PathLike] = ()
+    final: str | os.PathLike,
+    ours: Ours | None = None,
+    *,
+    sources: Iterable[str | os.PathLike] = (),
+    replace: bool = True,
 ) -> Iterator[Path]:
     """Yield an empty temporary folder beside `final` that becomes `final`, on disk, when the block succeeds.
 
     Args:
         ours, sources: as `check_replaceable`, which is asked before the block and before a folder is replaced.
+        replace: False: a folder that appeared during the block (another process was faster) is not replaced.
 
     Raises:
         ValueError: as `check_replaceable`.
@@ -98,6 +103,8 @@ def new_folder(
         temporary.mkdir()
         yield temporary
         _flush(temporary)
+        if not replace and final.is_dir() and not empty(final):
+            raise ValueError(f"{final} appeared meanwhile; it is left as it is, and this result is not kept")
         check_replaceable(final, ours, sources=sources)
         _put(temporary, final, ours)
 

@@ -56,12 +56,12 @@ def compare_perplexity(
 def token_ids(hf: Path) -> torch.Tensor:
     """[windows, tokens]."""
     from kvcat_nemo.conversion.arch import load_architecture
+    from kvcat_nemo.tokens import document_ids, has_tokenizer, load
 
     arch = load_architecture(hf)
     tokens = min(TOKENS, arch.seq_length)
-    if any((hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if has_tokenizer(hf):
         from kvcat_nemo.conversion.verify import TEXT
-        from kvcat_nemo.tokens import document_ids, load
 
         return torch.tensor([document_ids(load(hf), TEXT)[:tokens]])
     return torch.randint(arch.vocab_size, (WINDOWS, tokens), generator=torch.Generator().manual_seed(4))

@@ -121,6 +121,10 @@ class EpochDataset(GPTDataset):
             with new_folder(folder) as temporary:
                 for part in PARTS:
                     np.save(temporary / f"{part}.npy", getattr(index, part))
+        except ValueError:
+            # Another run on the same data was faster: the name says the contents.
+            if not all((folder / f"{part}.npy").is_file() for part in PARTS):
+                raise
         except OSError as error:
             raise ValueError(
                 f"data.index_mapping_dir: the order of the windows cannot be written to {folder.parent} "

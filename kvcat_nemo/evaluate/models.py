@@ -94,7 +94,7 @@ def find_model(specification: str | Path) -> ModelFolder:
     described = parse_config(config, str(path / "config.json"))
     weights = find_weights(path)
     check_tied(path, weights, described.tied)
-    if not any((path / x).is_file() for x in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not tokens.has_tokenizer(path):
         raise ValueError(
             f"model {rest!r}: no tokenizer there; copy the base model's tokenizer files into the folder"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvcat_nemo.limits import check_config_fits_weights
 from kvcat_nemo.models.config import ModelConfig, parse_config, read_config
 from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
 from kvcat_nemo.models.rope import CONFIG_FIELDS
@@ -71,7 +72,10 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype = torch.float32, **opt
 
     raw = read_config(folder)
     expected = parse_config(raw, str(Path(folder) / "config.json"))
-    check_tied(folder, find_weights(folder), expected.tied)
+    weights = find_weights(folder)
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    check_config_fits_weights(raw, shapes, str(Path(folder) / "config.json"))
+    check_tied(folder, weights, expected.tied)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),

@@ -42,14 +42,21 @@ class KVCatResume(nl.AutoResume):
             raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
         if self.verify not in ("hashes", "sizes"):
             raise ValueError(f"resume.verify={self.verify!r}: choose hashes or sizes")
+        if self.base is None and self.restore_config is not None:
+            raise ValueError(
+                f"resume.restore_config={self.restore_config!r}: NeMo would load it without looking whether it is whole; "
+                "give resume.base=FOLDER instead"
+            )
         if self.base is not None:
             if not (Path(self.base) / "weights").is_dir():
                 raise ValueError(
                     f"resume.base={self.base!r}: no checkpoint there (no weights/). Make one: kvcat convert import HF_DIR {self.base}"
                 )
             require_base(self.base, unverified=self.unverified)
-            if model is not None:
-                check_base(self.base, model.config)
+            if model is not None and not check_base(self.base, model.config):
+                logging.warning(
+                    f"kvcat: {self.base} does not record the function of its model (rope, eps, activation …): not compared with the run's"
+                )
             self.restore_config = RestoreConfig(path=str(self.base), load_artifacts=False)
         self._candidates = self._find()
         found = self._candidates[0] if self._candidates else None
@@ -67,7 +74,10 @@ class KVCatResume(nl.AutoResume):
         super().setup(trainer, model)
         # Contents are compared when the process group is up, by all ranks together (KVCatStrategy.load_checkpoint).
         trainer.strategy.resume_from(
-            self._candidates, verify_hashes=self.verify == "hashes", unverified=self.unverified
+            self._candidates,
+            verify_hashes=self.verify == "hashes",
+            unverified=self.unverified,
+            foreign=bool(self.resume_from_path),
         )
         start = found or self.base
         logging.info(

@@ -1,5 +1,6 @@
 """NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
 from kvcat_nemo.nemo.verify import first_whole, whole_base
 from kvcat_nemo.processes import children_die_with_us
-from kvcat_nemo.runs.pickles import check_common, check_index
+from kvcat_nemo.runs.pickles import check_common, check_index, plain_values_only
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
 
@@ -39,6 +40,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     _candidates: tuple[Path, ...] = ()
     _verify_hashes = True
     _unverified = False
+    _foreign = False
 
     def connect(self, model) -> None:
         mend_distributed_optimizer()
@@ -108,8 +110,11 @@ class KVCatStrategy(nl.MegatronStrategy):
     def checkpoint_io(self, io) -> None:
         self._checkpoint_io = io
 
-    def resume_from(self, candidates: list[Path], *, verify_hashes: bool, unverified: bool = False) -> None:
-        """Checkpoints to resume from, the first choice first (KVCatResume)."""
+    def resume_from(
+        self, candidates: list[Path], *, verify_hashes: bool, unverified: bool = False, foreign: bool = False
+    ) -> None:
+        """Checkpoints to resume from, the first choice first (KVCatResume); foreign: they are not this run's own."""
+        self._foreign = foreign
         self._candidates, self._verify_hashes = tuple(candidates), verify_hashes
         self._unverified = unverified
 
@@ -132,7 +137,9 @@ class KVCatStrategy(nl.MegatronStrategy):
         weights = ckpt_to_weights_subdir(Path(checkpoint_path), is_saving=False)
         check_index(weights)
         check_common(weights)
-        loaded = super().load_checkpoint(weights, selective_restore)
+        # A run's own checkpoints hold what NeMo and Megatron pickled; a checkpoint from elsewhere may hold anything.
+        with plain_values_only() if self._foreign else contextlib.nullcontext():
+            loaded = super().load_checkpoint(weights, selective_restore)
         if not selective_restore:
             load_random_state(self.trainer, weights)
         return loaded
@@ -162,7 +169,7 @@ class KVCatStrategy(nl.MegatronStrategy):
             )
         path = Path(self.restore_config.path)
         check_base(path, self.lightning_module.config)
-        whole_base(path, hashes=self._verify_hashes)
+        whole_base(path, hashes=self._verify_hashes, unverified=self._unverified)
         weights = ckpt_to_weights_subdir(path, is_saving=False)
         check_index(weights)
         check_common(weights)
@@ -191,7 +198,8 @@ class KVCatStrategy(nl.MegatronStrategy):
                 f"{path} does not hold {len(missing)} of the model's parameters, such as {missing[0]}: it is not a checkpoint of this "
                 "model (for routers: kvcat.num_groups and kvcat.router_dim must be those of the run that saved it)"
             )
-        loaded = dist_checkpointing.load(wanted, str(weights))
+        with plain_values_only():
+            loaded = dist_checkpointing.load(wanted, str(weights))
         self.load_model_state_dict({"state_dict": loaded}, strict=True)
         routers = "routers and all" if has_routers else "routers start anew"
         logging.info(f"Started from the weights of {path} ({routers})")

@@ -44,13 +44,17 @@ def first_whole(candidates: list[Path], *, hashes: bool, unverified: bool = Fals
     )
 
 
-def whole_base(base: Path, *, hashes: bool) -> None:
-    """Compare a base's files with its seal; one without a seal was accepted before. A collective call.
+def whole_base(base: Path, *, hashes: bool, unverified: bool) -> None:
+    """Compare a base's files with its seal; one without a seal must have been accepted. A collective call.
 
     Raises:
         ValueError: on every rank, when a file differs.
     """
     if not is_sealed(base):
+        if not unverified:
+            raise ValueError(
+                f"{base} has no seal: nothing tells whether it is whole; set resume.unverified=True if you trust it"
+            )
         logging.warning(f"kvcat: {base} has no seal: not compared with anything (resume.unverified)")
         return
     wrong, _, seal = _examine(base, hashes)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcat_nemo.data.files import new_file
+from kvcat_nemo.models.function import RECORD
 from kvcat_nemo.runs.checkpoints import complete
 from kvcat_nemo.runs.manifest import BASE, BROKEN, SCORE, SEAL, UNFINISHED, contents
 from kvcat_nemo.runs.standing import Standing
@@ -78,7 +79,7 @@ def remove(path: Path) -> None:
 
 def _saved(name: str) -> bool:
     # What NeMo and this project write into a checkpoint.
-    return name.startswith(("weights/", "context/", ".hashes-")) or name == BASE
+    return name.startswith(("weights/", "context/", ".hashes-")) or name in (BASE, RECORD)
 
 
 def set_aside(path: Path) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -152,15 +152,21 @@ def read_seal(folder: str | Path) -> Seal:
         raise Damaged(f"{path}: not a seal ({error})") from None
 
 
-def sealed_names(folder: Path) -> set[str] | None:
+def sealed_names(folder: Path, kinds: Collection[str] = ()) -> set[str] | None:
     """What of a folder this project wrote: the files that its seal lists. None when it carries no complete mark.
 
     (Their contents are not looked at: a damaged folder is replaced, too.)
+
+    Args:
+        kinds: what the seal may be of (its fact "kind"); any kind when there are none.
     """
     try:
-        return {SEAL, SCORE, *read_seal(folder).files}
+        found = read_seal(folder)
     except ValueError:
         return None
+    if kinds and found.facts.get("kind") not in kinds:
+        return None
+    return {SEAL, SCORE, *found.files}
 
 
 def _parse(stored: dict) -> Seal:

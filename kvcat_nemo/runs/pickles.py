@@ -1,12 +1,13 @@
 """What may be in the index of a distributed checkpoint: `.metadata` is a pickle, and a pickle can run any code.
 
 torch and Megatron read it with `pickle.load`. Here it is read with the few classes that an index is made of. Whoever hands
-a checkpoint to Megatron asks `check_index` and `check_common` first. (Megatron reads the other pickles, common.pt and the
-objects inside the .distcp files, by `torch.load`, which since torch 2.6 takes tensors and plain values alone.)
+a checkpoint to Megatron asks `check_index` and `check_common` first. The objects inside the .distcp files are read by
+torch's own planner with `weights_only=False`: `plain_values_only` forbids that for checkpoints that this run did not write.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -248,3 +249,24 @@ def _fixed(weights: Path) -> Iterator[Path]:
     for name in (".metadata", "metadata.json", "common.pt"):
         if os.path.lexists(weights / name):
             yield weights / name
+
+
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def plain_values_only() -> Iterator[None]:
+    """Inside the block every torch.load of this process takes tensors and plain values alone, whatever it or the user says.
+
+    Byte buffers are allowed too: Transformer Engine keeps its extra state in them.
+    """
+    import torch
+
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([io.BytesIO]):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

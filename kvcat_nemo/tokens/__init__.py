@@ -2,7 +2,7 @@
 
 from kvcat_nemo.tokens.chat import ChatForm, chat_form
 from kvcat_nemo.tokens.ends import end_ids
-from kvcat_nemo.tokens.files import is_tokenizer_file, tokenizer_files
+from kvcat_nemo.tokens.files import has_tokenizer, is_tokenizer_file, tokenizer_files
 from kvcat_nemo.tokens.ids import (
     BOS,
     DEFAULT,
@@ -29,6 +29,7 @@ __all__ = [
     "documents_ids",
     "end_ids",
     "following_ids",
+    "has_tokenizer",
     "is_tokenizer_file",
     "load",
     "text_of",

@@ -31,6 +31,12 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in found)
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer: its definition, or the files that transformers makes one of."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+    return any((Path(folder) / name).is_file() for name in names)
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of this name, relative to its folder, is one of a tokenizer's."""
     return any(

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from kvcat_nemo.runs import checkpoints, keep
+from kvcat_nemo.models.function import RECORD
+from kvcat_nemo.runs import checkpoints, keep, manifest
 from kvcat_nemo.runs import manifest as seal
 
 
@@ -13,11 +14,16 @@ def make(folder, step):
     path = folder / f"step={step}"
     (path / "weights").mkdir(parents=True)
     (path / "weights" / "__0_0.distcp").write_bytes(bytes(step))
+    # Whatever a save writes beside the weights.
+    for name in (RECORD, manifest.BASE, "context/model.yaml", ".hashes-0.json"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("{}")
     seal.write_seal(path, step, seal.hash_files(path, seal.contents(path)))
     return path
 
 
 def steps(folder):
+    assert not list(folder.glob("*-broken")), "what a save writes is removed, not set aside"
     return sorted(f.step for f in checkpoints.complete(folder))
 
 

@@ -121,8 +121,11 @@ def write_report(sources: Sequence[str | Path], out: str | Path, *, title: str) 
     Raises:
         ValueError: as `read_results` and `sections_of`.
     """
-    results = [one for source in sources for one in read_results(source)]
     out = Path(out)
+    beside = out.with_suffix(".md")
+    if beside.exists() and not out.exists():
+        raise ValueError(f"--out {out}: {beside} would be written beside it, and exists; choose another name")
+    results = [one for source in sources for one in read_results(source)]
     texts = {out: html(results, title=title), out.with_suffix(".md"): markdown_text(results, title=title)}
     for path, text in texts.items():
         with new_file(path) as temporary:
