@@ -145,6 +145,18 @@ def test_a_file_that_comes_while_we_work_is_kept(tmp_path, capsys):
     assert state(out) == {"a": "old", "mark": "a", "late.txt": "mine"}
 
 
+def test_a_folder_that_appears_while_we_work_is_kept(tmp_path):
+    """Without --force, another process that was faster keeps its result."""
+    out = tmp_path / "out"
+    with (
+        pytest.raises(ValueError, match="appeared meanwhile"),
+        new_folder(out, ours, replace=False) as folder,
+    ):
+        (folder / "mark").write_text("")
+        make(out, a="theirs")
+    assert state(out) == {"a": "theirs", "mark": "a"}
+
+
 def test_a_file_that_comes_in_the_last_moment_is_kept(tmp_path, monkeypatch, capsys):
     out = make(tmp_path / "out", a="old")
     swap = publish._exchange

@@ -40,6 +40,12 @@ def _thesis(folder, config=True):
         (folder / "config.json").write_text("{}")
 
 
+def _checkpoint(folder):
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "__0_0.distcp").write_bytes(b"weeks of training")
+    return folder
+
+
 CASES = {
     # what is done first, the source, OUT, what the message says
     "a thesis beside a config.json": (lambda p: _thesis(p / "out"), "model", "out", "no complete mark"),
@@ -54,6 +60,9 @@ CASES = {
     "a sealed source": (lambda p: None, "exported", "exported", "which is read"),
     "another model": (lambda p: write_model(p / "theirs"), "model", "theirs", "no complete mark"),
     "a link to an import": (lambda p: (p / "out").symlink_to("imported"), "model", "out", "is a symbolic link"),
+    "a sealed training checkpoint": (
+        lambda p: seal(_checkpoint(p / "step=4"), 4, world_size=1), "model", "step=4", "no complete mark",
+    ),
     "a file": (lambda p: (p / "out").write_text("mine"), "model", "out", "is a file"),
     "within an import": (lambda p: None, "model", "imported/new", "lies within .*imported, which is sealed"),
 }  # fmt: skip
@@ -156,9 +165,16 @@ def test_a_dataset_of_other_tools_is_no_dataset_of_ours(out, tmp_path, monkeypat
         (folder / name).write_bytes(b"theirs")
     with pytest.raises(ValueError, match="no complete mark"):
         check_replaceable(folder, _our_names)
-    (folder / "manifest.json").write_text('{"version": 3}')  # of a browser extension, say
-    with pytest.raises(ValueError, match="no complete mark"):
-        check_replaceable(folder, _our_names)
+    for theirs in (
+        '{"version": 3}',
+        '{"files": ["train.bin", "train.idx"]}',
+        '{"files": {"train.bin": 1}}',
+        "[]",
+        "3",
+    ):
+        (folder / "manifest.json").write_text(theirs)  # of a browser extension, say
+        with pytest.raises(ValueError, match="no complete mark"):
+            check_replaceable(folder, _our_names)
 
 
 def test_a_seal_written_twice_is_the_same(tmp_path):

@@ -25,7 +25,7 @@ def _base(folder):
     from kvcat_nemo.nemo.verify import whole_base
 
     require_base(folder, unverified=False)
-    whole_base(folder, hashes=True)
+    whole_base(folder, hashes=True, unverified=False)
 
 
 READERS = {"base": _base, "checkpoint": _resume}

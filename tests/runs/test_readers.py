@@ -406,6 +406,44 @@ def test_what_is_not_sharded_runs_nothing(sealed, copy, made, out, tmp_path, mon
     assert told.exists()
 
 
+def test_an_object_shard_of_a_foreign_checkpoint_runs_nothing(tmp_path, monkeypatch):
+    """torch's planner reads object shards with weights_only=False, whatever the default."""
+    import io
+
+    import torch
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+    from kvcat_nemo.runs.pickles import plain_values_only
+
+    told = tmp_path / "told"
+    item = ReadItem(
+        LoadItemType.BYTE_IO,
+        MetadataIndex("x"),
+        torch.Size([0]),
+        MetadataIndex("x"),
+        torch.Size([0]),
+        torch.Size([0]),
+    )
+
+    def load(path):
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.state_dict = {}
+        planner.load_bytes(item, io.BytesIO(path.read_bytes()))
+        return planner.state_dict["x"]
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with plain_values_only():
+        with pytest.raises(Exception, match="Weights only load failed|weights_only"):
+            load(_saved(told, tmp_path))
+        torch.save({"extra": io.BytesIO(b"state"), "step": torch.tensor(3)}, tmp_path / "fine.pt")
+        assert load(tmp_path / "fine.pt")["extra"].read() == b"state"
+    assert not told.exists() and os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    load(_saved(told, tmp_path))  # or this test could not fail
+    assert told.exists()
+
+
 def _saved(told, tmp_path):
     import torch
 
