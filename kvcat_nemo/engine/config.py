@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -109,7 +110,7 @@ def _check_attention(config) -> None:
     # A trainer's precision may be set later; on CUDA it is bf16 or the first call says so.
     dtype = half or (config.params_dtype if device.type == "cpu" else torch.bfloat16)
     with _as_megatron_sets_it(config):
-        select_backend(
+        chosen = select_backend(
             config.kvcat.attention_backend,
             device=device,
             dtype=dtype,
@@ -118,6 +119,12 @@ def _check_attention(config) -> None:
             recent_window=config.kvcat.recent_window,
             split=config.context_parallel_size > 1,
             spans=config.kvcat.masks_prefix,
+        )
+    if chosen == "te" and config.kvcat.masks_prefix and config.kvcat.prefix_cut_multiple < 16:
+        warnings.warn(
+            f"model.config.kvcat.prefix_cut_multiple={config.kvcat.prefix_cut_multiple}: every cut gives attention calls of new lengths, and "
+            "cuDNN plans each length anew; 64 gives few lengths",
+            stacklevel=2,
         )
 
 

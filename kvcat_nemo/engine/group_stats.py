@@ -45,10 +45,11 @@ def fixed_stats(
     """
     if spans is None:
         return GroupStats(group, _keep_rate(kvcat, gate_BT, documents, split))
-    gated = spans.gated_BT()
-    slots = int(gated.sum())  # counted where the spans are: on the CPU
-    kept = (gate_BT * gated.to(gate_BT)).sum() / slots if slots else gate_BT.new_ones(())
-    return GroupStats(group, kept, behind=spans.behind_BT().to(gate_BT).mean())
+    slots = int(
+        spans.gated_BT().sum()
+    )  # counted on the CPU, where the spans are: a GPU would have to be waited for
+    kept = (gate_BT * spans.gated_BT(gate_BT.device)).sum() / slots if slots else gate_BT.new_ones(())
+    return GroupStats(group, kept, behind=gate_BT.new_full((), float(spans.behind_BT().float().mean())))
 
 
 def _keep_rate(

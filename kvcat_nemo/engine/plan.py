@@ -82,6 +82,12 @@ class Layout:
                 f"data.seq_length={self.seq_length}: {' and '.join(filter(None, why))}, for which it must be a multiple of "
                 f"{unit}; use {-(-self.seq_length // unit) * unit}"
             )
+        kvcat = getattr(config, "kvcat", None)
+        if kvcat is not None and kvcat.masks_prefix and kvcat.prefix_cut_multiple >= self.seq_length:
+            raise ValueError(
+                f"model.config.kvcat.prefix_cut_multiple={kvcat.prefix_cut_multiple}: no window of data.seq_length={self.seq_length} would "
+                f"ever be cut, and nothing masked; give less than {self.seq_length}"
+            )
         if not config.virtual_pipeline_model_parallel_size:
             return
         # The schedule runs micro-batches of a chunk in groups, by default as many as there are stages.

@@ -11,6 +11,7 @@ Shapes: B windows, T tokens of a window, C cuts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -111,11 +112,14 @@ class Spans:
         first, start = values.repeat_interleave(lengths, 0).view(self.windows, self.tokens, 2).unbind(-1)
         return first.to(device), start.to(device)
 
+    # Kept for each device: every layer asks, and a copy from the host makes it wait for a GPU. Nobody writes into them.
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def behind_BT(self, device=None) -> Tensor:
         """[B, T] bool: rows behind a cut."""
         first, start = self.rows()
         return (start > first).to(device)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def gated_BT(self, device=None) -> Tensor:
         """[B, T] bool: slots that some row sees through their gate."""
         out = torch.zeros(self.windows, self.tokens, dtype=torch.bool)
@@ -123,6 +127,7 @@ class Spans:
             out[s.window, s.first : s.start] = True
         return out.to(device)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def sinks_BT(self, sinks: int, device=None) -> Tensor:
         """[B, T] bool: the first `sinks` slots of each document."""
         first, _ = self.rows()

@@ -1,5 +1,7 @@
 """Masks for rows behind a cut alone: rows before it are the dense half's bit for bit, and what that means for the losses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_models import MODELS, VOCAB, build, enliven, packed_positions, transformer_config
@@ -204,3 +206,19 @@ def test_cuts_are_those_of_the_window_wherever_it_lies():
         assert alone.behind[0].start == cuts[b] and torch.equal(gate[:, 0], gates[:, b])
     _, other = spans_of(model_of(kvcat={"seed": 7}), tokens)
     assert [s.start for s in other.behind] != cuts
+
+
+@pytest.mark.parametrize("multiple", [64, 100])
+def test_cuts_that_no_window_could_have_are_refused(multiple):
+    from kvcat_nemo.engine.plan import Layout
+    from kvcat_nemo.method.config import KVCatConfig
+
+    layout = Layout(1, 1, 1, False, False, micro_batch_size=1, global_batch_size=1, seq_length=64)
+    config = SimpleNamespace(
+        kvcat=KVCatConfig(policy="random", mask_span="prefix", prefix_cut_multiple=multiple),
+        virtual_pipeline_model_parallel_size=None,
+    )
+    with pytest.raises(ValueError, match=f"prefix_cut_multiple={multiple}: no window of data.seq_length=64"):
+        layout.check(config)
+    config.kvcat.prefix_cut_multiple = 63
+    layout.check(config)
