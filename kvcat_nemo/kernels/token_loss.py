@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+import weakref
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from kvcat_nemo.kernels.token_sweep import TOKEN_METRICS, Settings, Vocabulary, 
 __all__ = ["LOSS_KERNELS", "TOKEN_METRICS", "check_labels", "select_loss_kernel", "token_losses"]
 
 LOSS_KERNELS = ("auto", "torch", "triton")
+
+AUTO_DEVICES = {"cuda"}
+"""Types of devices on which `auto` may take Triton."""
 
 logger = logging.getLogger("kvcat_nemo.losses")
 
@@ -88,28 +92,53 @@ class _TokenLosses(torch.autograd.Function):
         return dh, dw, None, None, None, None, None
 
 
-@functools.cache
-def select_loss_kernel(name: str, device: torch.device) -> str:
-    """Resolve `auto`: "triton" or "torch". Says once when a CUDA device falls back to "torch", and why.
+def select_loss_kernel(name: str, device: torch.device, group=None) -> str:
+    """Resolve `auto`: "triton" or "torch". Says once when a device of AUTO_DEVICES falls back to "torch", and why.
+
+    Args:
+        group: processes between which the vocabulary is split, or None. Both forms exchange tensors of their own shapes, as
+            often as they have chunks, so all processes of a group must take the same: "triton" only where each can. The first
+            call for a group and device is a collective call.
 
     Raises:
-        ValueError: for an unknown name, or for "triton" where it cannot be used.
+        ValueError: for an unknown name, or for "triton" where it cannot be used (in every process of the group).
     """
     if name not in LOSS_KERNELS:
         raise ValueError(f"loss_kernel={name!r}: choose one of {', '.join(LOSS_KERNELS)}")
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
+    if name == "torch" or (name == "auto" and device.type not in AUTO_DEVICES):
         return "torch"
-    try:
-        from kvcat_nemo.kernels.row_losses_triton import failure
-    except ImportError as error:
-        why = f"Triton is not installed ({error})"
-    else:
-        why = failure(device)
+    why = _triton_failure(device)
+    if group is not None and group.size() > 1:
+        agreed = _agreed.setdefault(group, {})
+        if device not in agreed:
+            usable = torch.tensor(int(not why), device=device)
+            torch.distributed.all_reduce(usable, op=torch.distributed.ReduceOp.MIN, group=group)
+            agreed[device] = bool(usable)
+        if not agreed[device]:
+            why = why or "another process that holds a part of the vocabulary cannot use it"
     if why and name == "triton":
         raise ValueError(f"loss_kernel=triton cannot be used on {device}: {why}; use auto or torch")
     if why:
-        logger.warning("CE + KL by PyTorch's operations, not by Triton, on %s: %s", device, why)
+        _say_once(device, why)
     return "torch" if why else "triton"
+
+
+_agreed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""Process group → device → whether each of its processes can use Triton there."""
+
+
+@functools.cache
+def _triton_failure(device: torch.device) -> str:
+    try:
+        from kvcat_nemo.kernels.row_losses_triton import failure
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return failure(device)
+
+
+@functools.cache
+def _say_once(device: torch.device, why: str) -> None:
+    logger.warning("CE + KL by PyTorch's operations, not by Triton, on %s: %s", device, why)
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -188,7 +217,7 @@ def token_losses(
     check_labels(labels_BT, vocab_size)
     vocabulary = Vocabulary.of(group, sequence_parallel, len(weight_VM), vocab_size)
     memory = int((memory_mib or LOSS_MEMORY_MIB["cpu" if weight_VM.device.type == "cpu" else "cuda"]) * 2**20)
-    triton = select_loss_kernel(kernel, weight_VM.device) == "triton"
+    triton = select_loss_kernel(kernel, weight_VM.device, group) == "triton"
     settings = Settings(vocabulary, paired, float(temperature), float(forward_share), memory, triton)
     labels = labels_BT.transpose(0, 1).contiguous()
     weights = None if loss_weights is None else loss_weights.detach().transpose(1, 2).contiguous()

@@ -44,10 +44,12 @@ def test_the_cases_of_the_plain_form(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_a_split_vocabulary(tmp_path):
+@pytest.mark.parametrize("kernel,count", [("triton", 20), ("unequal", 4)])
+def test_a_split_vocabulary(tmp_path, kernel, count):
+    """Of "unequal" processes one cannot use Triton: all that share a vocabulary take the other form."""
     ranks = [
         subprocess.Popen(
-            [PYTHON, HERE / "token_loss_ranks.py", tmp_path, str(rank), "4", "triton"],
+            [PYTHON, HERE / "token_loss_ranks.py", tmp_path, str(rank), "4", kernel],
             env=environment() | {"PYTHONWARNINGS": "ignore"},
             stderr=subprocess.PIPE,
             text=True,
@@ -62,9 +64,22 @@ def test_a_split_vocabulary(tmp_path):
     assert [rank.returncode for rank in ranks] == [0] * 4, "\n---\n".join(logs)
     for rank in range(4):
         cases = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(cases) == 20
+        assert len(cases) == count
         for name, distances in cases.items():
             assert max(distances) < 1e-12, (rank, name, distances)
+
+
+def test_the_small_cases_that_a_run_tries_first():
+    program = HERE / "loss_small_cases.py"
+    done = subprocess.run([PYTHON, program], capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found.pop("as it is") == ""
+    assert found.pop("cannot be compiled in bf16") == "RuntimeError: no such type"
+    for name, text in found.items():
+        assert "differs from the plain form" in text, (name, text)
+    assert found["bf16 gradients 2 % too large"].startswith("torch.bfloat16, dense")
+    assert len(found) == 4
 
 
 def test_the_choice_of_a_kernel():

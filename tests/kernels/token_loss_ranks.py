@@ -1,7 +1,7 @@
 """Rank program of test_token_loss_split: python token_loss_ranks.py FOLDER RANK WORLD_SIZE [KERNEL].
 
 Runs the losses over a vocabulary split between 2 and between 4 ranks, and compares metrics and gradients with those of
-one process.
+one process. KERNEL "unequal": `auto`, where Triton serves the CPU in all processes but rank 1.
 """
 
 import json
@@ -22,6 +22,10 @@ def main(folder, rank, world_size, kernel="auto"):
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     pairs = [torch.distributed.new_group([first, first + 1]) for first in range(0, world_size, 2)]
     groups = {2: pairs[rank // 2], 4: torch.distributed.group.WORLD}
+    few, unequal = kernel in ("triton", "unequal"), kernel == "unequal"
+    if unequal:
+        check_choice(rank, groups)
+        kernel = "auto"
     errors = {}
     for ranks, sequence_parallel, known, paired, (temperature, share), dtype in product(
         (2, 4),
@@ -33,8 +37,10 @@ def main(folder, rank, world_size, kernel="auto"):
     ):
         if not paired and (temperature, share) != (1, 1):
             continue
-        if kernel == "triton" and (known != sequence_parallel or dtype == torch.float32):
+        if few and (known != sequence_parallel or dtype == torch.float32):
             continue  # a fifth of the cases: Triton's interpreter is slow
+        if unequal and (not paired or temperature != 1 or share != 1):
+            continue
         rng = torch.Generator().manual_seed(ranks)
         passes = 1 + paired
         hidden = torch.randn(T, passes * B, M, generator=rng, dtype=torch.float64).to(dtype)
@@ -70,6 +76,26 @@ def main(folder, rank, world_size, kernel="auto"):
         ]
     Path(folder, f"{rank}.json").write_text(json.dumps(errors))
     torch.distributed.destroy_process_group()
+
+
+def check_choice(rank, groups):
+    """Rank 1 cannot use Triton: neither can those that share a vocabulary with rank 1, and the others can."""
+    from kvcat_nemo.kernels import row_losses_triton, token_loss
+
+    token_loss.AUTO_DEVICES = {"cpu"}
+    row_losses_triton.failure = lambda device: "no image for this device" if rank == 1 else ""
+    cpu = torch.device("cpu")
+    for ranks, expected in ((2, "torch" if rank < 2 else "triton"), (4, "torch")):
+        for _ in range(2):
+            assert token_loss.select_loss_kernel("auto", cpu, groups[ranks]) == expected
+    alone = token_loss.select_loss_kernel("auto", cpu)
+    assert alone == ("torch" if rank == 1 else "triton")
+    try:
+        token_loss.select_loss_kernel("triton", cpu, groups[4])
+    except ValueError as error:
+        assert ("no image" if rank == 1 else "another process") in str(error)
+    else:
+        raise AssertionError("loss_kernel=triton was taken")
 
 
 if __name__ == "__main__":

@@ -7,4 +7,4 @@ from kvcat_nemo.kernels import token_loss
 
 @pytest.fixture(autouse=True)
 def triton_form(monkeypatch):
-    monkeypatch.setattr(token_loss, "select_loss_kernel", lambda name, device: "triton")
+    monkeypatch.setattr(token_loss, "select_loss_kernel", lambda name, device, group=None: "triton")
