@@ -148,14 +148,14 @@ def serve(jobs_file: str, device: str) -> None:
 
 
 def _wait(pid: int, one: dict[str, Any]) -> int:
-    from kvcat_nemo.data.seal import survey
+    from kvcat_nemo.runs.checkpoints import complete
 
     checkpoints = Path(one["folder"]) / RUN / "checkpoints"
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if one["kill"] and checkpoints.is_dir() and any(not c.why_not for c in survey(checkpoints)):
+        if one["kill"] and checkpoints.is_dir() and complete(checkpoints):
             os.killpg(pid, signal.SIGKILL)  # the writer of checkpoints, too
         time.sleep(0.05)
 
