@@ -119,9 +119,9 @@ def serve(jobs_file: str, device: str) -> None:
     """Run the jobs of a file, each in a process of its own."""
     jobs = json.loads(Path(jobs_file).read_text())
     if device == "cpu":
-        from nemo.collections import llm  # noqa: F401
+        from kvcat_nemo.recipes import RECIPES  # first: it prepares the host for NeMo
 
-        from kvcat_nemo.recipes import RECIPES
+        from nemo.collections import llm  # noqa: F401  # isort: skip
 
         RECIPES["kvcat_tiny"]()  # whatever is imported late
     for number, one in enumerate(jobs):
