@@ -294,3 +294,45 @@ def test_without_a_gpu_every_part_says_so(tmp_path):
 def test_options_that_do_not_fit(arguments, said):
     found = invoke(*arguments)
     assert found.exit_code == 2 and said in found.output
+
+
+# --- weights of other layers ---
+
+
+class WithExtraState(torch.nn.Linear):
+    """A layer as Transformer Engine's, whose state has one entry more."""
+
+    def get_extra_state(self):
+        return torch.zeros(1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"0._extra_state": torch.zeros(1)}, None),
+        ({"1.weight": None}, "the model misses 1.weight: the checkpoint is another model's"),
+        ({"2.weight": torch.zeros(1)}, "the model does not know 2.weight: the checkpoint is another"),
+        ({f"{i}.weight": torch.zeros(1) for i in range(2, 7)}, "2.weight, 3.weight, 4.weight and 2 more: "),
+    ],
+)
+def test_weights_that_other_layers_wrote(change, said):
+    """The CPU's layers write no extra states; whatever else is missing or too much is said."""
+    from kvcat_nemo.doctor.weights import load_into
+
+    state = {
+        f"{i}.{name}": torch.ones(2) if name == "bias" else torch.ones(2, 2)
+        for i in (0, 1)
+        for name in ("weight", "bias")
+    }
+    state = {name: x for name, x in (state | change).items() if x is not None}
+    model = torch.nn.Sequential(WithExtraState(2, 2), WithExtraState(2, 2))
+    if said is None:
+        load_into(model, state)
+        assert all(torch.equal(x, torch.ones_like(x)) for x in model.parameters())
+        return
+    with pytest.raises(ValueError, match=said):
+        load_into(model, state)
