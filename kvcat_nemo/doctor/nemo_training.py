@@ -52,6 +52,8 @@ def job(
         "optim.lr_scheduler.min_lr": 1e-4,
         "optim.lr_scheduler.warmup_steps": 0,
         f"{strategy}.ckpt_async_save": True,
+        # Bit-equal resuming is asked for: kernels that add in any order would hide a fault, or be taken for one.
+        "trainer.deterministic": True,
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps,
         "log.ckpt.every_n_train_steps": save_every,
@@ -78,7 +80,7 @@ def run_jobs(jobs: list[dict[str, Any]], device: str, folder: Path, timeout: flo
         "NEMORUN_HOME": str(folder / ".nemo_run"),
         "COLUMNS": "200",
         "TERM": "dumb",
-        # Bit-equal resuming is asked for: kernels that add in any order would hide a fault, or be taken for one.
+        # trainer.deterministic asks it of PyTorch; Transformer Engine's own layers ask this variable.
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
