@@ -1,8 +1,11 @@
 """`kvcat train doctor --gpu`: every part on the CPU (all but the launch of GPU kernels), and what the report makes of it."""
 
+import dataclasses
+import functools
 import json
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -38,9 +41,81 @@ def test_kernels(host, monkeypatch):
 
 
 def test_losses(host):
-    checks = ran(host, "losses")
-    assert len(checks) == 4
-    assert all(0 < check.figures["d weight"] < 1e-2 for check in checks.values())
+    result = report.run_part("losses", parts.losses, host)
+    assert result.status == OK, (result.text, result.checks)
+    checks = {check.name: check for check in result.checks}
+    assert checks.pop("forms that runs take").figures == {"losses": "torch", "columns": "torch"}
+    by_torch = [check for name, check in checks.items() if name.startswith("torch: ")]
+    assert len(by_torch) == 4 and all(0 < check.figures["d weight"] < 1e-2 for check in by_torch)
+    others = [check for name, check in checks.items() if not name.startswith("torch: ")]
+    assert len(others) == 6  # four cases, and each module's own
+    assert all(c.status == SKIPPED and c.text == "Triton's kernels run on CUDA alone" for c in others)
+
+
+@pytest.mark.parametrize("why", ["", "dense: differs from the plain form by 0.1"])
+def test_triton_that_runs_would_not_take_is_a_failure(host, monkeypatch, why):
+    module = types.SimpleNamespace(failure=lambda device: why)
+    monkeypatch.setattr(parts, "_triton", lambda host, name: module)
+    found = report.checked("row_losses_triton", lambda: parts._triton_works(host, "row_losses_triton"))
+    assert (found.status, why in found.text) == (FAILED if why else OK, True)
+
+
+def test_a_case_runs_with_the_kernel_that_its_name_says(host, monkeypatch):
+    from kvcat_nemo.kernels import token_loss
+
+    asked, right = [], token_loss.token_losses
+    monkeypatch.setattr(parts, "_triton", lambda *_: None)
+    monkeypatch.setattr(
+        token_loss,
+        "token_losses",
+        lambda *x, kernel, **y: asked.append(kernel) or right(*x, kernel="torch", **y),
+    )
+    monkeypatch.setattr(parts, "_triton_works", lambda *_: None)
+    assert all(check.status == OK for check in parts.losses(host))
+    assert asked == ["torch"] * 4 + ["triton"] * 4
+
+
+@pytest.mark.parametrize(
+    ("refuses", "auto", "status", "said"),
+    [
+        (True, "torch", SKIPPED, "te: no kernel for head dims (136, 136) (auto: torch)"),
+        (True, None, FAILED, "auto: no kernel fits"),
+        (False, "torch", FAILED, "an illegal value inside the kernel"),
+    ],
+)
+def test_a_kernel_that_refuses_a_width_is_skipped_where_auto_has_another(
+    host, monkeypatch, refuses, auto, status, said
+):
+    asked = []
+
+    def case(host, D):
+        raise ValueError("an illegal value inside the kernel")
+
+    def select(name, **wanted):
+        asked.append(wanted)
+        if name == "auto" and auto is None:
+            raise ValueError("auto: no kernel fits")
+        if name != "auto" and refuses:
+            raise ValueError("te: no kernel for head dims (136, 136)")
+        return auto if name == "auto" else name
+
+    monkeypatch.setattr(kernel_cases, "CASES", {"gates D 128, plain": functools.partial(case, D=128)})
+    monkeypatch.setattr(kernel_cases, "select_backend", select)
+    (check,) = parts.kernels(host)
+    assert check.status == status and said in check.text, check
+    assert asked[0]["head_dim"] == 128 and asked[0]["gated"]
+
+
+GATED = ("gate", "every", "dropped", "a dropped", "packed", "memory", "which")
+
+
+def test_what_a_case_asks_of_a_kernel():
+    """Every case's question is one that select_backend can answer; the CPU's kernel serves all of them."""
+    for name, case in kernel_cases.CASES.items():
+        wanted = kernel_cases.asked_of(case)
+        assert kernel_cases.select_backend("cpu", device="cpu", dtype=torch.bfloat16, **wanted) == "cpu"
+        assert wanted["packed"] == name.startswith("packed") and wanted["spans"] == ("cut" in name)
+        assert wanted["split"] == name.startswith("split") and wanted["gated"] == name.startswith(GATED)
 
 
 @pytest.mark.slow
@@ -192,6 +267,25 @@ def test_exit_code(statuses, code):
     assert report.exit_code([result(status) for status in statuses]) == code
 
 
+@pytest.mark.parametrize(
+    ("statuses", "code"), [([OK], 0), ([SKIPPED], 3), ([FAILED], 1), ([], 3), ([OK, SKIPPED], 3)]
+)
+def test_a_part_for_more_gpus_than_there_are_does_not_count(statuses, code):
+    more = dataclasses.replace(result(SKIPPED), expected=False)
+    assert report.exit_code([*map(result, statuses), more]) == code
+
+
+@pytest.mark.parametrize(("found", "code"), [(0, 3), (1, 0), (2, 0)])
+def test_all_parts_of_a_machine(monkeypatch, tmp_path, found, code):
+    """With one GPU the plain command can end with 0; the parts for two are there, and skipped."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(gpu, "_in_a_process", lambda part, *_: PartResult(part.name, OK, "", 0.0))
+    results = list(gpu.run_parts(list(gpu.PARTS), tmp_path, say=lambda _: None))
+    assert [r.name for r in results] == list(gpu.NAMES) and report.exit_code(results) == code
+    assert sum(r.status == SKIPPED for r in results) == {0: len(gpu.PARTS), 1: 2, 2: 0}[found]
+
+
 def test_a_part_of_skipped_checks_is_no_pass():
     def part(host):
         yield Check("te", SKIPPED, "transformer_engine is not installed")
@@ -229,7 +323,7 @@ def test_errors_of_checks():
 def test_a_part_in_a_process_of_its_own(tmp_path):
     said = []
     (found,) = gpu.run_parts(gpu.chosen("losses"), tmp_path, device="cpu", say=said.append)
-    assert found.status == OK and len(found.checks) == 4
+    assert found.status == OK and len(found.checks) == 11
     assert said[0].startswith("[1/1] losses") and any("paired, temperature 2" in line for line in said)
 
 
@@ -294,3 +388,45 @@ def test_without_a_gpu_every_part_says_so(tmp_path):
 def test_options_that_do_not_fit(arguments, said):
     found = invoke(*arguments)
     assert found.exit_code == 2 and said in found.output
+
+
+# --- weights of other layers ---
+
+
+class WithExtraState(torch.nn.Linear):
+    """A layer as Transformer Engine's, whose state has one entry more."""
+
+    def get_extra_state(self):
+        return torch.zeros(1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"0._extra_state": torch.zeros(1)}, None),
+        ({"1.weight": None}, "the model misses 1.weight: the checkpoint is another model's"),
+        ({"2.weight": torch.zeros(1)}, "the model does not know 2.weight: the checkpoint is another"),
+        ({f"{i}.weight": torch.zeros(1) for i in range(2, 7)}, "2.weight, 3.weight, 4.weight and 2 more: "),
+    ],
+)
+def test_weights_that_other_layers_wrote(change, said):
+    """The CPU's layers write no extra states; whatever else is missing or too much is said."""
+    from kvcat_nemo.doctor.weights import load_into
+
+    state = {
+        f"{i}.{name}": torch.ones(2) if name == "bias" else torch.ones(2, 2)
+        for i in (0, 1)
+        for name in ("weight", "bias")
+    }
+    state = {name: x for name, x in (state | change).items() if x is not None}
+    model = torch.nn.Sequential(WithExtraState(2, 2), WithExtraState(2, 2))
+    if said is None:
+        load_into(model, state)
+        assert all(torch.equal(x, torch.ones_like(x)) for x in model.parameters())
+        return
+    with pytest.raises(ValueError, match=said):
+        load_into(model, state)

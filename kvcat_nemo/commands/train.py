@@ -169,7 +169,8 @@ def doctor(
     wrong, the exit code is 69. Rank 0 prints everything, the others what is broken with them.
 
     With --gpu it proves this machine's GPUs instead, part by part, and writes a JSON report: 0 when every part is ok, 1 when
-    one failed, 3 when none failed but one could not run here (the report says why; with one GPU leave the parts for two out).
+    one failed, 3 when none failed but one could not run here (the report says why). On a machine with one GPU the parts for
+    two are listed as skipped, and do not count.
 
     \b
     Examples:

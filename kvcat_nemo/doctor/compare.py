@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from kvcat_nemo.tracking.metrics_file import TIMED
+
 BOUND = 1e-2
 """Of a figure, relative where it exceeds 1: bf16 against float32 over ten steps."""
 
 DISCRETE = ("flipped", "top1_agreement")
 """Shares of some hundred tokens, of which a single near-tie moves them by more than the bound."""
-
-TIMED = ("tokens_per_second", "step_seconds", "tflops_per_gpu", "mfu", "peak_memory_bytes", "time")
 
 
 def figures_differ(

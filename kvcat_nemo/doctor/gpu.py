@@ -69,6 +69,14 @@ def chosen(names: str | None) -> list[Part]:
     return [part for part in PARTS if part.name in wanted]
 
 
+def is_expected(part: Part, device: str) -> bool:
+    """Whether a machine of this many GPUs is expected to run a part: of one GPU not those for two, of none all."""
+    import torch
+
+    found = torch.cuda.device_count() if device == "cuda" and torch.cuda.is_available() else 0
+    return not found or part.gpus <= found
+
+
 def why_not(part: Part, device: str) -> str | None:
     """Why a part cannot run here, or None. What packages it lacks it says itself."""
     import torch
@@ -131,7 +139,8 @@ def run_parts(
         head = f"[{number}/{len(parts)}] {part.name}"
         reason = why_not(part, device)
         if reason is not None:
-            yield PartResult(part.name, SKIPPED, reason, 0.0, [Check(part.name, SKIPPED, reason)])
+            checks = [Check(part.name, SKIPPED, reason)]
+            yield PartResult(part.name, SKIPPED, reason, 0.0, checks, is_expected(part, device))
             continue
         say(f"{head}: {part.text} (about {part.minutes:g} min)")
         yield _in_a_process(part, folder, device, model, say, 60 * part.minutes * timeout_factor + 60)

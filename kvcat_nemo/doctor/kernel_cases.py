@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcat_nemo.doctor.kernel_oracle import random_case, reference
-from kvcat_nemo.kernels import causal_attention, gated_attention, span_gated_attention
+from kvcat_nemo.kernels import causal_attention, gated_attention, select_backend, span_gated_attention
 from kvcat_nemo.kernels.backends import BACKENDS, kernel
 from kvcat_nemo.kernels.split_kernel import SplitKernel
 from kvcat_nemo.kernels.window_split import WindowSplit
@@ -198,9 +198,11 @@ def packed_documents(host, tokens=None, **settings) -> None:
 
 
 def gates_behind_a_cut(host, cuts) -> None:
-    """Cuts as fractions of the window."""
+    """Cuts as fractions of the window, or as whole tokens: from its start, or (negative) from its end."""
     *tensors, do = gated_case(host)
-    spans = Spans.from_cuts([[int(cut * host.tokens) for cut in cuts]], host.tokens)
+    T = host.tokens
+    places = [cut % T if isinstance(cut, int) else int(cut * T) for cut in cuts]
+    spans = Spans.from_cuts([places], T)
     found = gradients(span_gated_attention, tensors, do, backend=host.backend, spans=spans)
     exact = gradients(span_gated_attention_reference, [x.double() for x in tensors], do, spans=spans)
     for name, value, expected in zip(("o", "dq", "dk", "dv", "dgate"), found, exact, strict=True):
@@ -308,13 +310,50 @@ def _cases() -> dict[str, Callable[[KernelHost], object]]:
         out[f"packed documents, {name}"] = make(packed_documents, **settings)
     for which in (0, 1):
         out[f"packed documents, {'short' if not which else 'long'}"] = make(_packed_of, which=which)
-    for cuts in ((0.5,), (0.1, 0.3, 0.9)):
+    # One slot before the cut, one row behind it, and both in one window: the smallest calls that a cut makes.
+    for cuts in ((0.5,), (0.1, 0.3, 0.9), (1,), (-1,), (1, -1)):
         out[f"gates behind a cut at {', '.join(map(str, cuts))}"] = make(gates_behind_a_cut, cuts=cuts)
     out["plain attention"] = plain_attention
     out["memory grows with the tokens"] = memory_grows_with_the_tokens
     for D in (64, 128):
         out[f"which backend ran, D {D}"] = make(ran_on_the_expected_backend, D=D)
     return out
+
+
+def asked_of(case: Callable) -> dict[str, object]:
+    """What `select_backend` would be asked for a case's attention, beside backend, device and dtype."""
+    function = getattr(case, "func", case)
+    settings = getattr(case, "keywords", {})
+    widths = settings.get("widths", (72, 72) if function is backward_believes_what_it_is_given else (64, 64))
+    bare = function in (kernel_against_float64, every_rank_of_a_split_window)
+    return {
+        "head_dim": settings.get("D", max(widths)),
+        "gated": not bare and function not in (plain_attention, backward_believes_what_it_is_given),
+        "recent_window": settings.get("recent_window", 1),
+        "packed": function in (packed_documents, _packed_of),
+        "split": function is every_rank_of_a_split_window,
+        "spans": function is gates_behind_a_cut,
+    }
+
+
+def run_case(host: KernelHost, case: Callable) -> object:
+    """Run a case; a kernel that refuses its attention by name is no failure where `auto` trains with another one.
+
+    Raises:
+        LookupError: with the refusal.
+        Wrong, ValueError, …: what the case raises otherwise; and `auto`'s refusal when no kernel serves.
+    """
+    try:
+        return case(host)
+    except ValueError:
+        wanted = {"device": host.device, "dtype": torch.bfloat16} | asked_of(case)
+        try:
+            select_backend(host.backend, **wanted)
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            raise
+    raise LookupError(f"{refusal} (auto: {select_backend('auto', **wanted)})")
 
 
 def _packed_of(host, which: int) -> None:

@@ -52,6 +52,8 @@ def job(
         "optim.lr_scheduler.min_lr": 1e-4,
         "optim.lr_scheduler.warmup_steps": 0,
         f"{strategy}.ckpt_async_save": True,
+        # Bit-equal resuming is asked for: kernels that add in any order would hide a fault, or be taken for one.
+        "trainer.deterministic": True,
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps,
         "log.ckpt.every_n_train_steps": save_every,
@@ -78,7 +80,7 @@ def run_jobs(jobs: list[dict[str, Any]], device: str, folder: Path, timeout: flo
         "NEMORUN_HOME": str(folder / ".nemo_run"),
         "COLUMNS": "200",
         "TERM": "dumb",
-        # Bit-equal resuming is asked for: kernels that add in any order would hide a fault, or be taken for one.
+        # trainer.deterministic asks it of PyTorch; Transformer Engine's own layers ask this variable.
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
@@ -119,9 +121,9 @@ def serve(jobs_file: str, device: str) -> None:
     """Run the jobs of a file, each in a process of its own."""
     jobs = json.loads(Path(jobs_file).read_text())
     if device == "cpu":
-        from nemo.collections import llm  # noqa: F401
+        from kvcat_nemo.recipes import RECIPES  # first: it prepares the host for NeMo
 
-        from kvcat_nemo.recipes import RECIPES
+        from nemo.collections import llm  # noqa: F401  # isort: skip
 
         RECIPES["kvcat_tiny"]()  # whatever is imported late
     for number, one in enumerate(jobs):
@@ -148,14 +150,14 @@ def serve(jobs_file: str, device: str) -> None:
 
 
 def _wait(pid: int, one: dict[str, Any]) -> int:
-    from kvcat_nemo.data.seal import survey
+    from kvcat_nemo.runs.checkpoints import complete
 
     checkpoints = Path(one["folder"]) / RUN / "checkpoints"
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if one["kill"] and checkpoints.is_dir() and any(not c.why_not for c in survey(checkpoints)):
+        if one["kill"] and checkpoints.is_dir() and complete(checkpoints):
             os.killpg(pid, signal.SIGKILL)  # the writer of checkpoints, too
         time.sleep(0.05)
 

@@ -7,6 +7,7 @@ with small shapes, where only the launch of GPU kernels is missing.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import statistics
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def agree(*differences: list[str]) -> None:
 
 def kernels(host: Host) -> Iterator[Check]:
     """Every case of kernel_cases.py on every attention kernel that is installed."""
-    from kvcat_nemo.doctor.kernel_cases import CASES, HOSTS
+    from kvcat_nemo.doctor.kernel_cases import CASES, HOSTS, run_case
     from kvcat_nemo.kernels.backends import PACKAGES
 
     for backend, where in HOSTS.items():
@@ -68,26 +69,64 @@ def kernels(host: Host) -> Iterator[Check]:
             yield Check(backend, SKIPPED, f"{package} is not installed")
             continue
         for name, case in CASES.items():
-            yield checked(f"{backend}: {name}", functools.partial(case, where))
+            yield checked(f"{backend}: {name}", functools.partial(run_case, where, case))
 
 
 # --- (b) losses ---
 
 
 def losses(host: Host) -> Iterator[Check]:
-    """CE and KL from hidden states in bf16, and their gradients, against the method's functions in float64."""
-    for name, settings in {
-        "paired": {},
-        "paired, one sweep": {"known": True},
-        "paired, temperature 2": {"temperature": 2.0},
-        "plain": {"paired": False},
-    }.items():
-        yield checked(name, functools.partial(_loss_case, host, **settings))
+    """CE and KL from hidden states in bf16, and their gradients, against the method's functions in float64.
+
+    By PyTorch's operations and by Triton's kernels; and which of them, and of the forms of attention's columns, runs take here.
+    """
+    yield checked("forms that runs take", functools.partial(_chosen_forms, host))
+    for name in ("row_losses_triton", "columns_triton"):
+        yield checked(name, functools.partial(_triton_works, host, name))
+    for kernel in ("torch", "triton"):
+        for name, settings in {
+            "paired": {},
+            "paired, one sweep": {"known": True},
+            "paired, temperature 2": {"temperature": 2.0},
+            "plain": {"paired": False},
+        }.items():
+            yield checked(f"{kernel}: {name}", functools.partial(_loss_case, host, kernel, **settings))
+
+
+def _chosen_forms(host: Host) -> dict[str, str]:
+    from kvcat_nemo.kernels.columns_choice import columns_for
+    from kvcat_nemo.kernels.token_loss import select_loss_kernel
+
+    device = torch.device(host.device)
+    columns = columns_for(device).__name__.rpartition(".")[2]
+    return {
+        "losses": select_loss_kernel("auto", device),
+        "columns": "triton" if columns == "columns_triton" else "torch",
+    }
+
+
+def _triton(host: Host, module: str):
+    """A module of Triton kernels. Skip where none can run: then PyTorch's operations are what runs take."""
+    if not host.cuda:
+        raise Skip("Triton's kernels run on CUDA alone")
+    try:
+        return importlib.import_module(f"kvcat_nemo.kernels.{module}")
+    except ImportError as error:
+        raise Skip(f"Triton is not installed ({error})") from error
+
+
+def _triton_works(host: Host, module: str) -> None:
+    """A small case, by Triton's kernels and by PyTorch's operations: where it fails, runs silently take the slower form."""
+    why = _triton(host, module).failure(torch.device(host.device))
+    if why:
+        raise Differs(f"runs take PyTorch's operations here: {why}")
 
 
 def _loss_case(
-    host: Host, paired: bool = True, temperature: float = 1.0, known: bool = False
+    host: Host, kernel: str, paired: bool = True, temperature: float = 1.0, known: bool = False
 ) -> dict[str, float]:
+    if kernel == "triton":
+        _triton(host, "row_losses_triton")
     from kvcat_nemo.kernels.token_loss import token_losses
     from kvcat_nemo.method.losses import distillation, next_token_ce
 
@@ -108,6 +147,7 @@ def _loss_case(
 
     def ours(h, w):
         options = {"loss_weights": weights if known else None, "memory_mib": 64 if host.cuda else 0.1}
+        options["kernel"] = kernel
         return token_losses(h, w, labels, paired=paired, temperature=temperature, **options)[:passes]
 
     def differentiate(function, *leaves):

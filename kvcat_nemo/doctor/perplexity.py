@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvcat_nemo.doctor.ranks import RanksFailed, environment, tail
+from kvcat_nemo.doctor.weights import load_weights
 from kvcat_nemo.processes import die_with_parent
 
 WINDOWS, TOKENS = 4, 256
@@ -82,7 +83,7 @@ def main(job_file: str) -> None:
     from kvcat_nemo.engine import host
 
     host.enable()
-    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core import parallel_state, tensor_parallel
 
     from kvcat_nemo.conversion.arch import apply_rope, load_architecture, transformer_config
     from kvcat_nemo.engine.config import KVCatTransformerConfig, validate_model_config
@@ -118,8 +119,7 @@ def main(job_file: str) -> None:
     )
     apply_rope(model, arch)
     model.to(host.device()).to(torch.bfloat16).eval()
-    state = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
-    model.load_state_dict(dist_checkpointing.load(state, str(base / "weights")), strict=False)
+    load_weights(model, base / "weights")
     ids = job["ids"].to(host.device())
     place = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
     torch.save(model(ids, place).float().cpu(), Path(job_file).with_suffix(".logits"))

@@ -35,6 +35,8 @@ class PartResult:
     text: str
     seconds: float
     checks: list[Check] = field(default_factory=list)
+    expected: bool = True
+    """Whether this machine is expected to run it; False: a part for more GPUs than the machine has."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,12 +100,16 @@ def run_part(name: str, function: Callable[..., Iterator[Check]], *arguments: An
 
 
 def exit_code(results: list[PartResult]) -> int:
-    """0: every part is ok; 1: one failed; INCOMPLETE: none failed, but one was skipped, or there was none."""
+    """0: every part is ok; 1: one failed; INCOMPLETE: none failed, but one was skipped, or there was none.
+
+    Parts that are not expected of the machine do not count.
+    """
     from kvcat_nemo.exit_codes import INCOMPLETE
 
     if any(result.status == FAILED for result in results):
         return 1
-    return 0 if results and all(result.status == OK for result in results) else INCOMPLETE
+    expected = [result for result in results if result.expected]
+    return 0 if expected and all(result.status == OK for result in expected) else INCOMPLETE
 
 
 def write(path: Path, machine: dict[str, Any], results: list[PartResult]) -> None:

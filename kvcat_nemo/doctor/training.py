@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from kvcat_nemo.doctor.weights import load_weights
+
 VOCAB = 503
 """A prime: padded in every layout but one process'."""
 
@@ -210,12 +212,7 @@ def _start(job: dict[str, Any], model) -> None:
         Path(job["start"]).mkdir(parents=True)
         dist_checkpointing.save(model.sharded_state_dict(), job["start"])
     elif job["start"]:
-        model.load_state_dict(dist_checkpointing.load(_loadable(model.sharded_state_dict()), job["start"]))
-
-
-def _loadable(state: dict) -> dict:
-    """Without Transformer Engine's extra states, which the CPU's layers do not write."""
-    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        load_weights(model, job["start"])
 
 
 def _optimizer(job: dict[str, Any], config, chunk):

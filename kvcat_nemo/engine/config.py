@@ -1,7 +1,6 @@
 """What a Megatron configuration must look like for a paired pass, checked before any process group starts."""
 
 import contextlib
-import importlib.util
 import math
 import os
 import warnings
@@ -53,7 +52,7 @@ def validate_model_config(config) -> None:
     if getattr(config, "position_embedding_type", None) == "rope":
         rope_of_settings(vars(config))  # refuses what it cannot read
     norms = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
-    if norms and importlib.util.find_spec("transformer_engine") is None:
+    if norms and not host.installed("transformer_engine"):
         # Megatron-core 0.15's CheckpointWithoutOutput asks Transformer Engine for its FP8 state, FP8 or not.
         refuse(
             "recompute_modules",

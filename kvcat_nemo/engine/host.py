@@ -2,7 +2,8 @@
 
 Megatron-core and NeMo are written for CUDA. `enable()` lets their unchanged code run on a machine without one:
 it answers `torch.cuda` bookkeeping for the CPU, sends `device="cuda"` and `.cuda()` to the CPU, and points
-Megatron's random-state tracker at the CPU generator. Where CUDA is available it changes nothing at all, so
+Megatron's random-state tracker at the CPU generator. Transformer Engine and apex are hidden, since Megatron takes their
+optimizers and norms wherever they are installed, and those are CUDA kernels. Where CUDA is available it changes nothing at all, so
 there is a single code path. Call it once per process, before Megatron-core is imported.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import resource
 import sys
@@ -101,6 +103,47 @@ def _keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+_CUDA_ALONE = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+_hidden: set[str] = set()
+"""Of those, the installed ones that this process cannot import."""
+
+
+def installed(package: str) -> bool:
+    """Whether a package is installed, hidden by enable() or not: what a plan for GPUs asks."""
+    return package in _hidden or importlib.util.find_spec(package) is not None
+
+
+def _hide_cuda_packages() -> None:
+    """Let Megatron and NeMo find no package whose functions are CUDA kernels."""
+    for name in _CUDA_ALONE:
+        if name not in sys.modules:
+            if importlib.util.find_spec(name) is not None:
+                _hidden.add(name)
+            sys.modules[name] = None  # import raises ModuleNotFoundError, find_spec answers None
+    # `nemo llm` may have imported Megatron before it looks for recipes: what it took then is replaced.
+    optimizers = [
+        module
+        for name in ("", ".optimizer", ".clip_grads", ".distrib_optimizer")
+        if (module := sys.modules.get(f"megatron.core.optimizer{name}")) is not None
+    ]
+    if not optimizers:
+        return
+    from megatron.core import utils
+
+    own = {
+        "Adam": torch.optim.AdamW,
+        "SGD": torch.optim.SGD,
+        "USING_PYTORCH_OPTIMIZER": True,
+        "HAVE_APEX_OR_TE": False,
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+    }
+    for module in optimizers:
+        for name in own.keys() & vars(module).keys():
+            setattr(module, name, own[name])
+
+
 def _answer(names: str, make) -> None:
     # One function object per name: torch.compile's tables refuse two names for one object.
     for name in names.split():
@@ -147,6 +190,7 @@ def enable() -> bool:
     # Megatron decorates small fusions with torch.compile; on the CPU they run as written.
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
     _CudaNamesMeanCpu().__enter__()
+    _hide_cuda_packages()
 
     import megatron.core.tensor_parallel.random as megatron_random
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.determinism import deterministic
 from kvcat_nemo.kernels.flash_packages import available, functions
 
 MAX_WIDTH = 256
@@ -166,7 +167,7 @@ class FlashKernel:
         tensors = [do, q, k, v, o]
         lse = lse_BHT
         call = _settings(scale, window, causal)
-        call["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        call["deterministic"] = deterministic()
         if length is not None:
             tensors, lse = [x[0] for x in tensors], lse_BHT[0]
             call |= _packing(cu_seqlens, length)

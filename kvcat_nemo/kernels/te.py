@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.determinism import deterministic
 from kvcat_nemo.kernels.flash import left_of, longest
-from kvcat_nemo.kernels.te_selection import Choice, Selection, call, deterministic, engine, parameters
+from kvcat_nemo.kernels.te_selection import Choice, Selection, call, engine, parameters
 
 
 class TransformerEngineKernel:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kvcat_nemo.kernels.determinism import deterministic
 from kvcat_nemo.kernels.flash import FlashKernel, left_of
 from kvcat_nemo.kernels.flash_packages import available
 
@@ -82,12 +83,6 @@ def call(function, required: dict[str, Any], optional: dict[str, Any]):
     """Call by name; of the optional ones those which this version knows."""
     known = {name: value for name, value in optional.items() if name in parameters(function)}
     return function(**required, **known)
-
-
-def deterministic() -> bool:
-    """Transformer Engine's own rule for its attention module."""
-    forbidden = os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"
-    return forbidden or torch.are_deterministic_algorithms_enabled()
 
 
 def _install() -> str:

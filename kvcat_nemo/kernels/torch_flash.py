@@ -12,20 +12,24 @@ What gated attention relies on, and where the sources do it (aten/src/ATen/nativ
 - one width for q, k and v, a multiple of 8 up to 256, the last dimension contiguous; H a multiple of G;
 - what stands for the random state has had two forms (a seed and an offset; a pair and an unused tensor): both are
   handed back in the places they came from, and without dropout nobody reads them;
-- determinism is torch.use_deterministic_algorithms' (attention_backward.cu), and not under its warn_only.
+- determinism is torch.use_deterministic_algorithms' (attention_backward.cu), and not under its warn_only: backward runs
+  under it where kernels/determinism.py says so.
 
 Shapes: B batch, T tokens, H query heads, G KV heads, D width of queries and keys, E width of values.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.determinism import deterministic
 from kvcat_nemo.kernels.flash import MAX_WIDTH, left_of, longest, one_width
 
 OLDEST = (2, 9)
@@ -183,17 +187,35 @@ class TorchKernel:
         tensors, lse = [do, q, k, v, o], lse_BHT
         if length is not None:
             tensors, lse = [x[0] for x in tensors], lse[0]
-        grads = torch.ops.aten._flash_attention_backward(
-            *tensors,
-            lse.contiguous(),
-            *_bounds(q_BTHD, k_BTGD, cu_seqlens, length),
-            0.0,
-            causal,
-            *random_state,
-            **_settings(scale, window, causal),
-        )
+        with _one_order():
+            grads = torch.ops.aten._flash_attention_backward(
+                *tensors,
+                lse.contiguous(),
+                *_bounds(q_BTHD, k_BTGD, cu_seqlens, length),
+                0.0,
+                causal,
+                *random_state,
+                **_settings(scale, window, causal),
+            )
         dq, dk, dv = grads if length is None else (x[None] for x in grads)
         return dq[..., :D], dk[..., :D], dv[..., :E]
+
+
+@contextlib.contextmanager
+def _one_order() -> Iterator[None]:
+    """PyTorch's operator asks PyTorch's setting alone: it is set for the call where another one asks for determinism."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if not deterministic() or before == (True, False):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _bounds(q_BTHD: Tensor, k_BTGD: Tensor, cu_seqlens: Tensor | None, length: int | None) -> tuple:

@@ -183,7 +183,9 @@ PARALLEL_FIELDS = (
 
 
 def _is_half(precision) -> bool:
-    """Whether a precision plugin, built or still to be built, is float16's."""
+    """Whether a precision plugin, or one of a trainer's list of plugins, built or still to be built, is float16's."""
+    if isinstance(precision, (list, tuple)):
+        return any(map(_is_half, precision))
     built = getattr(precision, "dtype_config", None)
     return (
         built.fp16

@@ -11,7 +11,7 @@ from typing import Any
 
 import fiddle as fdl
 
-from kvcat_nemo.engine.settings import ONE_SCALE, Refused, check
+from kvcat_nemo.engine.settings import MODEL, ONE_SCALE, Refused, check
 
 NO_FSDP = "sharded parameters are not supported; set it to {}"
 FSDP = NO_FSDP.format("False") + " (optim.config.use_distributed_optimizer=True shards the optimizer)"
@@ -38,10 +38,8 @@ DDP: dict[str, Refused] = {
     "use_custom_fsdp": Refused(FSDP),
     "fp8_param_gather": Refused(ONE_SCALE + "set it to False"),
     "reuse_grad_buf_for_mxfp8_param_ag": Refused(ONE_SCALE + "set it to False"),
-    "num_distributed_optimizer_instances": Refused(
-        "gradient norms would count every instance; set it to 1", (1, None)
-    ),
-    "delay_wgrad_compute": Refused("weight gradients are due when a stage's backward ends; set it to False"),
+    "num_distributed_optimizer_instances": STRATEGY["num_distributed_optimizer_instances"],
+    "delay_wgrad_compute": MODEL["delay_wgrad_compute"],
 }
 
 PRECISION: dict[str, Refused] = {
@@ -150,14 +148,9 @@ TESTED: dict[str, str] = {
 
 
 CALLBACK: dict[str, Refused] = {
-    "tp_comm_overlap": Refused(
-        "Transformer Engine's user buffers have one fixed shape, and NeMo makes it of one window batch and config.seq_length; a "
-        "paired pass sends two of the data's length. Set it to False: tensor and sequence parallelism work without"
-    ),
+    "tp_comm_overlap": MODEL["tp_comm_overlap"],
     "overlap_param_gather_with_optimizer_step": OPTIMIZER["overlap_param_gather_with_optimizer_step"],
-    "defer_embedding_wgrad_compute": Refused(
-        "the output weight's gradient is made with the losses, without the logits that deferring needs; set it to False"
-    ),
+    "defer_embedding_wgrad_compute": MODEL["defer_embedding_wgrad_compute"],
 }
 """Of MegatronCommOverlapCallback, which writes its settings over the checked ones when the run has begun."""
 

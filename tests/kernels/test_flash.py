@@ -68,6 +68,26 @@ def test_flash_attention_3_on_hopper_alone(packages, packed):
     assert {call.split()[0] for call in flash_standin.calls} == {"flash2"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("nothing", False), ("PyTorch", True), ("the variable", True)]
+)
+@pytest.mark.parametrize("generation", [2, 3])
+def test_determinism_reaches_the_functions(packages, monkeypatch, generation, asked, expected):
+    packages(2, 3, capability=(9, 0) if generation == 3 else (8, 0))
+    module, given = flash.functions(generation), []
+    backward = module._flash_attn_backward
+    monkeypatch.setattr(
+        module, "_flash_attn_backward", lambda *x, **y: given.append(y["deterministic"]) or backward(*x, **y)
+    )
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0" if asked == "the variable" else "1")
+    torch.use_deterministic_algorithms(asked == "PyTorch")
+    try:
+        kernel_checks.check(OnCpu(), kernel_checks.SHAPES["heads"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert given == [expected] * 2
+
+
 def test_strided_inputs_and_bf16(packages):
     packages(2)
     kernel_checks.check(OnCpu(), kernel_checks.SHAPES["GQA"], strided=True)

@@ -63,7 +63,9 @@ def test_rows_of_the_oldest_versions_statistics():
     assert {tokens: rounded(tokens) for tokens in rows} == rows
 
 
-@pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine is loaded here")
+@pytest.mark.skipif(
+    sys.modules.get("transformer_engine") is not None, reason="Transformer Engine is loaded here"
+)
 def test_without_transformer_engine_the_error_says_so(monkeypatch):
     def missing(name):
         raise te_selection.importlib.metadata.PackageNotFoundError(name)

@@ -87,11 +87,18 @@ def test_plain_attention_is_not_padded(gpu):
     assert [call["width"] for call in torch_standin.calls] == [64]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("off", False), ("on", True), ("warn", False)])
-def test_determinism_is_pytorchs_own(gpu, mode, expected):
+@pytest.mark.parametrize(
+    ("mode", "variable", "expected"),
+    [("off", "1", False), ("on", "1", True), ("warn", "1", True), ("off", "0", True)],
+)
+def test_determinism_reaches_the_operator(gpu, monkeypatch, mode, variable, expected):
+    """PyTorch's operator asks for PyTorch's setting, without warn_only; afterwards the setting is what it was."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", variable)
     torch.use_deterministic_algorithms(mode != "off", warn_only=mode == "warn")
     try:
         kernel_checks.check(TorchKernel(), kernel_checks.SHAPES["heads"])
+        assert torch.are_deterministic_algorithms_enabled() == (mode != "off")
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == (mode == "warn")
     finally:
         torch.use_deterministic_algorithms(False)
     assert [c["deterministic"] for c in torch_standin.calls[1:]] == [expected] * 2

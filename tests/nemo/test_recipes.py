@@ -301,6 +301,26 @@ def test_precision_in_a_list_of_plugins_is_looked_at_too(recipes):
         check_run_settings(trainer.strategy, recipe.optim.config, [trainer.plugins], ())
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+def test_float16_is_refused_in_every_form_of_plugins(recipes, listed, built):
+    """What `trainer.plugins` may be: one plugin or several, as a recipe has them and as a trainer gets them."""
+    from types import SimpleNamespace
+
+    import fiddle as fdl
+
+    from kvcat_nemo.nemo.plan import checked_layout
+
+    recipe = recipes["kvcat_tiny"]()
+    precision = recipe.trainer.plugins
+    precision.precision = "16-mixed"
+    if built:  # as on CUDA; a CPU host's plugin is always float32
+        precision = SimpleNamespace(dtype_config=SimpleNamespace(fp16=True))
+    given = (fdl.build(recipe.model.config), recipe.trainer.strategy, recipe.data, recipe.optim.config, 1)
+    with pytest.raises(ValueError, match="trainer.plugins.precision='16-mixed'"):
+        checked_layout(*given, [precision] if listed else precision)
+
+
 def test_the_page_of_settings_is_what_the_tables_say():
     from benchmarks.settings_page import PAGE, render
 
