@@ -1,19 +1,12 @@
 """A fused kernel over spans: rows behind a cut see all earlier slots of their document. Part of kernels/span_gated.py.
 
-Spans of a document are halved again and again: the rows of the later half see the slots of the earlier half, in one call that
-is not causal. So most rows are in long calls, which kernels compute faster than many short ones, and every pair of a row and a
-slot of an earlier span is in exactly one call. Eight spans of n rows take calls of 4n × 4n, 2 of 2n × 2n and 4 of n × n.
-`SpanKernel` makes of these calls one that has the interface of a `FusedKernel`, so that kernels/earlier.py gives it its columns
-for gates.
+A span's rows are one call that is not causal, on the slots from the document's first to the span's. `SpanKernel` makes of
+these calls one that has the interface of a `FusedKernel`, so that kernels/earlier.py gives it its columns for gates.
 
 Shapes: as in kernels/protocol.py.
 """
 
 from __future__ import annotations
-
-import functools
-import itertools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,41 +17,6 @@ from kvcat_nemo.kernels.protocol import FusedKernel
 from kvcat_nemo.method.spans import Span, Spans
 
 
-class Call(NamedTuple):
-    """Rows that see slots of earlier spans."""
-
-    window: int
-    rows: tuple[int, int]
-    slots: tuple[int, int]
-    first: bool
-    """Whether these rows are in no call before."""
-
-    @property
-    def places(self) -> tuple[slice, slice, slice]:
-        """(window, rows, slots), as slices, so that dimensions stay."""
-        return slice(self.window, self.window + 1), slice(*self.rows), slice(*self.slots)
-
-
-@functools.lru_cache(maxsize=64)
-def calls_of(spans: Spans) -> tuple[Call, ...]:
-    """The calls in which the rows of every span meet the slots of all earlier spans of their document."""
-    out: list[Call] = []
-
-    def halve(group: list[Span], seen: bool) -> None:
-        if len(group) < 2:
-            return
-        middle = len(group) // 2
-        b, cut = group[0].window, group[middle].start
-        later = group[middle:]
-        out.append(Call(b, (cut, group[-1].end), (group[0].start, cut), not seen))
-        halve(group[:middle], seen)
-        halve(later, True)
-
-    for _, document in itertools.groupby(spans.spans, key=lambda s: (s.window, s.first)):
-        halve(list(document), False)
-    return tuple(out)
-
-
 class SpanKernel:
     """See `protocol.FusedKernel`. Rows of a document's first span see no slot: their output is 0, their lse −∞.
 
@@ -66,7 +24,7 @@ class SpanKernel:
     """
 
     def __init__(self, kernel: FusedKernel, spans: Spans):
-        self.kernel, self.calls = kernel, calls_of(spans)
+        self.kernel, self.behind = kernel, spans.behind
         self.name, self.takes_key_bias = kernel.name, kernel.takes_key_bias
         self.check, self.widths = kernel.check, kernel.widths
 
@@ -76,20 +34,13 @@ class SpanKernel:
         wide = torch.promote_types(q_BTHD.dtype, torch.float32)
         lse = q_BTHD.new_full((q_BTHD.shape[0], *q_BTHD.shape[2:0:-1]), float("-inf"), dtype=wide)
         saved = []
-        for call in self.calls:
-            b, rows, slots = call.places
+        for span in self.behind:
+            b, rows, slots = _places(span)
             bias = {} if key_bias_BTG is None else {"key_bias_BTG": key_bias_BTG[b, slots]}
-            o, lse_call, kept = self.kernel.forward(
+            o, lse_span, kept = self.kernel.forward(
                 q_BTHD[b, rows], k_BTGD[b, slots], v_BTGE[b, slots], scale=scale, causal=False, **bias
             )
-            if call.first:  # of its rows
-                out[b, rows], lse[b, :, rows] = o, lse_call
-            else:
-                before = lse[b, :, rows]
-                both = torch.logaddexp(before, lse_call)
-                shares = [(x - both).exp().transpose(1, 2)[..., None] for x in (before, lse_call)]
-                out[b, rows] = (out[b, rows] * shares[0] + o * shares[1]).to(out.dtype)
-                lse[b, :, rows] = both
+            out[b, rows], lse[b, :, rows] = o, lse_span
             saved.append(kept)
         return out, lse, saved
 
@@ -97,10 +48,10 @@ class SpanKernel:
         self, do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, saved, *, scale, cu_seqlens=None
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(q_BTHD.dtype, torch.float32)
-        dq = torch.zeros_like(q_BTHD, dtype=wide)
+        dq = torch.zeros_like(q_BTHD)
         dk, dv = torch.zeros_like(k_BTGD, dtype=wide), torch.zeros_like(v_BTGE, dtype=wide)
-        for call, kept in zip(self.calls, saved, strict=True):
-            b, rows, slots = call.places
+        for span, kept in zip(self.behind, saved, strict=True):
+            b, rows, slots = _places(span)
             grads = self.kernel.backward(
                 do_BTHE[b, rows],
                 q_BTHD[b, rows],
@@ -112,10 +63,10 @@ class SpanKernel:
                 scale=scale,
                 causal=False,
             )
-            dq[b, rows] += grads[0]
+            dq[b, rows] = grads[0]
             dk[b, slots] += grads[1]
             dv[b, slots] += grads[2]
-        return dq.to(q_BTHD.dtype), dk, dv
+        return dq, dk, dv
 
 
 class EarlierSpans(Earlier):
