@@ -78,7 +78,7 @@ def test_a_server_killed_and_started_again(server, tmp_path, caplog, monkeypatch
     job.box.do(lambda: job.run.log_files([tmp_path / "killed" / "kvcat" / "metrics.jsonl"]))
     job.box.do(lambda: job.run.end("FINISHED"))
     assert job.box.close(30) == 0
-    assert job.slowest < 0.02  # seconds
+    assert job.slowest < 1  # seconds: a step that asked the killed server would wait for its time-out
     assert len(warnings(caplog)) == 1 and "training goes on" in warnings(caplog)[0]
     client = client_of(server.url)
     run = client.get_run(job.run.run_id)
