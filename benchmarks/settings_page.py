@@ -34,7 +34,7 @@ def tables() -> dict[str, str]:
 
 
 def render(page: str) -> str:
-    """The page with its blocks made anew."""
+    """The page with the text of its blocks written again."""
     for name, text in tables().items():
         pattern = rf"(<!-- settings: {name} -->\n).*?(<!-- end -->)"
         page = re.sub(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)

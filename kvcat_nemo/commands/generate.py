@@ -112,7 +112,9 @@ def _after(cache_file, cache, tokenizer, chat_template) -> str:
     if made is not None and not (
         isinstance(made, dict) and all(isinstance(made.get(x), str) for x in ("name", "sha256", "after"))
     ):
-        raise ValueError(f"{cache_file}: damaged cache file (ids.chat_template = {made!r}); write it anew")
+        raise ValueError(
+            f"{cache_file}: damaged cache file (ids.chat_template = {made!r}); compress the text again"
+        )
     if chat_template == NONE or (chat_template is None and made is None):
         return ""
     if made is None:

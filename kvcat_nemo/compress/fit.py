@@ -126,7 +126,7 @@ def _alike(there: Any, now: list[float], dtype: Any, own_dtype: str) -> bool:
 def _digest(model: PreTrainedModel) -> str | None:
     """sha256 of numbers from every weight; None where weights are elsewhere (meta device).
 
-    Taken anew at each call: weights may be trained in place without a trace.
+    Computed again at each call: weights may be trained in place without a trace.
     """
     head, taken = [], []
     for name, x in sorted(model.named_parameters()):

@@ -91,13 +91,13 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> KVCache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(
-            f"{path}: cut off, damaged, or no safetensors file ({error}); write it anew"
+            f"{path}: cut off, damaged, or no safetensors file ({error}); compress the text again"
         ) from error
     try:
         description = json.loads(header["cache"])
         return _cache(description, tensors)
     except (KeyError, TypeError, IndexError, RuntimeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: damaged cache file ({error!r}); write it anew") from error
+        raise ValueError(f"{path}: damaged cache file ({error!r}); compress the text again") from error
 
 
 def pack(layer: LayerCache) -> dict[str, Tensor]:

@@ -141,7 +141,8 @@ def _put(temporary: Path, final: Path, ours: Ours | None) -> None:
         kept = final.with_name(f"{final.name}.replaced-{os.getpid()}")
         os.rename(old, kept)
         print(
-            f"note: the former {final} got files of others meanwhile; it is kept as {kept}", file=sys.stderr
+            f"note: somebody wrote files into the old {final} during the work; the old folder is kept as {kept}",
+            file=sys.stderr,
         )
     else:
         shutil.rmtree(old, ignore_errors=True)

@@ -122,7 +122,7 @@ def _check_attention(config) -> None:
     if chosen == "te" and config.kvcat.masks_prefix and config.kvcat.prefix_cut_multiple < 16:
         warnings.warn(
             f"model.config.kvcat.prefix_cut_multiple={config.kvcat.prefix_cut_multiple}: every cut gives attention calls of new lengths, and "
-            "cuDNN plans each length anew; 64 gives few lengths",
+            "cuDNN makes a plan for each length; 64 gives few lengths",
             stacklevel=2,
         )
 
