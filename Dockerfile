@@ -33,7 +33,7 @@ ENV HOME=/home/kvcat \
 USER 10001:10001
 WORKDIR /home/kvcat
 # As the user who will run it: TE, apex, Megatron and every recipe, or the build fails.
-RUN python /opt/kvcat/launch/image/smoke.py
+RUN python /opt/kvcat/launch/image/versions.py
 
 HEALTHCHECK --interval=10m --timeout=3m --start-period=5m --retries=2 CMD ["kvcat", "train", "doctor", "--fast"]
 CMD ["kvcat", "--help"]

@@ -18,6 +18,8 @@ from kvcat_nemo.method.attention import document_positions
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MULTIPLE = 4
 """Widths are padded to a multiple of this: 68 ran as fast as 66 in float32 and faster in bf16."""
+LONG_CALL = 768
+"""Rows from which the operator takes its larger blocks (PyTorch 2.9)."""
 SMALLEST_BLOCK = 64
 """Queries of a block of the sliding window, at least."""
 
@@ -49,6 +51,12 @@ class CpuKernel:
     ):
         if window is not None and window < q_BTHD.shape[1]:
             return self._window_forward(q_BTHD, k_BTGD, v_BTGE, scale, window, cu_seqlens)
+        if cu_seqlens is None and not causal and _stacks(q_BTHD, k_BTGD):
+            k, v = (x.transpose(1, 2) for x in (k_BTGD, v_BTGE))
+            q = _stacked(q_BTHD, k.shape[1])
+            mask = None if key_bias_BTG is None else key_bias_BTG.transpose(1, 2)[:, :, None]
+            o, lse = _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+            return _unstacked(o, q_BTHD), lse.unflatten(2, (-1, q_BTHD.shape[1])).flatten(1, 2), None
         if cu_seqlens is None:
             q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGE))
             mask = None if key_bias_BTG is None else _rows_alike(key_bias_BTG, q.shape[1])
@@ -83,6 +91,12 @@ class CpuKernel:
             return self._window_backward(
                 do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE, lse_BHT, scale, window, cu_seqlens
             )
+        if cu_seqlens is None and not causal and _stacks(q_BTHD, k_BTGD):
+            k, v = (x.transpose(1, 2) for x in (k_BTGD, v_BTGE))
+            do, q, o = (_stacked(x, k.shape[1]) for x in (do_BTHE, q_BTHD, o_BTHE))
+            lse = lse_BHT.unflatten(1, (k.shape[1], -1)).flatten(2).contiguous()
+            dq, dk, dv = _backward(do, q, k, v, o, lse, 0.0, False, scale=scale)
+            return _unstacked(dq, q_BTHD), dk.transpose(1, 2), dv.transpose(1, 2)
         if cu_seqlens is None:
             do, q, k, v, o = (x.transpose(1, 2) for x in (do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE))
             grads = _backward(do, q, k, v, o, lse_BHT, 0.0, causal, scale=scale)
@@ -124,6 +138,26 @@ class CpuKernel:
 def _rows_alike(bias_BTG: Tensor, heads: int) -> Tensor:
     """[B, H, 1, T] mask: the operator takes a dimension of one as one that all share."""
     return bias_BTG.transpose(1, 2).repeat_interleave(heads // bias_BTG.shape[2], 1)[:, :, None]
+
+
+def _stacks(q_BTHD: Tensor, k_BTGD: Tensor) -> bool:
+    """Whether the rows of a KV head's query heads become rows of one head: the same function where every row sees every slot.
+
+    The operator takes blocks of 256 rows in calls of at least LONG_CALL rows, and of 64 below, where AMX's products in 16
+    bits take up to twice the time. float32 and longer calls lose a little by stacking.
+    """
+    T, repeats = q_BTHD.shape[1], q_BTHD.shape[2] // k_BTGD.shape[2]
+    return q_BTHD.dtype.itemsize == 2 and T < LONG_CALL <= repeats * T
+
+
+def _stacked(x_BTHD: Tensor, groups: int) -> Tensor:
+    """[B, G, H/G · T, D]."""
+    return x_BTHD.transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _unstacked(x_BGRD: Tensor, like_BTHD: Tensor) -> Tensor:
+    """Inverse of `_stacked`: [B, T, H, D]."""
+    return x_BGRD.unflatten(2, (-1, like_BTHD.shape[1])).flatten(1, 2).transpose(1, 2)
 
 
 def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_gated import DTYPES, LOCAL, NAMES, case, error, open_reference, plain_errors, run
 
-from kvcat_nemo.kernels import causal_attention, gated_attention, span_gated_attention
+from kvcat_nemo.kernels import causal_attention, cpu, gated_attention, span_gated_attention
 from kvcat_nemo.kernels.cpu import CpuKernel
 from kvcat_nemo.kernels.overflow import HEADROOM
 from kvcat_nemo.method.attention import span_gated_attention_reference
@@ -50,6 +50,30 @@ def test_errors_are_at_most_twice_the_plain_kernels(name, dtype):
         assert error(value, other) <= 2 * allowed + oracle, (what, error(value, other) / allowed)
     hidden = (tensors[3] == 0) & settings["spans"].gated_BT()[..., None]
     assert inputs.get("gate") == "soft" or expected[4][hidden].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biased"])
+def test_stacked_heads_are_the_same_function(bias):
+    """In 16 bits a short call stacks the heads of a KV head as rows (kernels/cpu.py): errors against float64 stay the same."""
+    n, m, kernel = 256, 300, CpuKernel()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (
+        torch.empty(2, t, heads, 16).normal_(generator=generator)
+        for t, heads in ((n, 6), (m, 2), (m, 2), (n, 6))
+    )
+    beta = torch.empty(2, m, 2).uniform_(-2, 0, generator=generator) if bias else None
+
+    def call(dtype):
+        x = [t.to(dtype) for t in (q, k, v, do)]
+        extra = {} if beta is None else {"key_bias_BTG": beta.to(dtype)}
+        o, lse, saved = kernel.forward(*x[:3], scale=0.25, causal=False, **extra)
+        grads = () if bias else kernel.backward(x[3], *x[:3], o, lse, saved, scale=0.25, causal=False)
+        return [y.double() for y in (o, lse, *grads)]
+
+    assert cpu._stacks(q.bfloat16(), k) and not cpu._stacks(q, k)
+    for ours, exact in zip(call(torch.bfloat16), call(torch.float64), strict=True):
+        assert ours.shape == exact.shape
+        assert (ours - exact).norm() <= 2**-7 * exact.norm()
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

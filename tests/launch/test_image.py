@@ -8,7 +8,7 @@ import pytest
 IMAGE = Path(__file__).parents[2] / "launch" / "image"
 sys.path.insert(0, str(IMAGE))
 import protected  # noqa: E402
-import smoke  # noqa: E402
+import versions  # noqa: E402
 
 
 def install(folder: Path, name: str, version: str, module: str | None = None) -> Path:
@@ -45,21 +45,21 @@ def test_what_is_protected(tmp_path):
 
 
 def test_another_version_than_the_pinned_is_named(tmp_path):
-    wanted = smoke.pins(IMAGE.parents[1] / "constraints.txt")
+    wanted = versions.pins(IMAGE.parents[1] / "constraints.txt")
     assert wanted["megatron-core"] == "0.15.3" and wanted["nemo-toolkit"] == "2.7.3"
     found = protected.installed([str(install(tmp_path, "megatron-core", "0.16.0"))])
-    assert smoke.wrong_pin("megatron-core", found, wanted) == (
+    assert versions.wrong_pin("megatron-core", found, wanted) == (
         "megatron-core 0.16.0 is installed, constraints.txt has 0.15.3"
     )
-    assert smoke.wrong_pin("nemo-run", found, wanted) == "nemo-run is not installed"
+    assert versions.wrong_pin("nemo-run", found, wanted) == "nemo-run is not installed"
     right = protected.installed([str(install(tmp_path / "right", "megatron-core", "0.15.3"))])
-    assert smoke.wrong_pin("megatron-core", right, wanted) is None
-    assert all(package in wanted for package in smoke.PINNED.values())
+    assert versions.wrong_pin("megatron-core", right, wanted) is None
+    assert all(package in wanted for package in versions.PINNED.values())
 
 
 def test_a_copy_elsewhere_that_hides_the_package_is_named(tmp_path):
     place = install(tmp_path / "venv", "megatron-core", "0.15.3", "megatron")
     distribution = protected.installed([str(place)])["megatron-core"]
-    assert smoke.wrong_file("megatron", str(place / "megatron.py"), distribution) is None
-    text = smoke.wrong_file("megatron", "/opt/megatron-lm/megatron.py", distribution)
+    assert versions.wrong_file("megatron", str(place / "megatron.py"), distribution) is None
+    text = versions.wrong_file("megatron", "/opt/megatron-lm/megatron.py", distribution)
     assert "another copy hides it" in text and "/opt/megatron-lm" in text and "PYTHONPATH" in text
