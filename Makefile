@@ -12,7 +12,7 @@ VENV := .venv
 KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
 STAMP := $(VENV)/.setup-$(KEY)
 # Transformer Engine without its CUDA extension breaks `import megatron.core`: it has an environment of its own, which
-# sees .venv's packages and serves the tests of kernels/te.py alone. Each supported version has a folder there.
+# sees .venv's packages and serves the tests of kernels/fused/te.py alone. Each supported version has a folder there.
 VENV_TE := .venv-te
 STAMP_TE := $(VENV_TE)/.setup-$(KEY)-$(shell cksum < constraints-te.txt | tr ' ' '-')
 LOG := $(VENV)/setup.log

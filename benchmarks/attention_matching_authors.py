@@ -101,7 +101,7 @@ class Authors:
         from models.llama import LlamaForCausalLM
         from transformers import AutoTokenizer
 
-        from kvcat_nemo.models.config import read_model
+        from kvcat_nemo.models.hf_config import read_model
         from kvcat_nemo.models.load import check_loaded, hf_config
 
         os.chdir(code)  # their configurations are files below the folder they are started in
@@ -293,7 +293,7 @@ def main(argv=None) -> None:
         torch.set_num_threads(1)
         run(told.code, told.model, told.windows, told.out, told.plans)
         return
-    from kvcat_nemo.manifest import manifest
+    from kvcat_nemo.runs.provenance import manifest
 
     page = {
         "code": f"the authors' public code, github adamzweiger/compaction at {COMMIT}",

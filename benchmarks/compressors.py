@@ -22,8 +22,8 @@ import torch
 from smoke import add_option, shrink, tiny_model
 
 from kvcat_nemo.compress import Budget, make, prefill
-from kvcat_nemo.manifest import manifest
 from kvcat_nemo.models.load import load_causal_lm
+from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tokens import document_ids, load
 
 ROOT = Path(__file__).resolve().parent.parent

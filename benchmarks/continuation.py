@@ -17,7 +17,7 @@ from typing import Any
 
 from smoke import add_option, shrink
 
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.common.files import new_file
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (

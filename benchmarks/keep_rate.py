@@ -28,7 +28,7 @@ import torch
 from smoke import add_option, shrink
 from torch import Tensor
 
-from kvcat_nemo.engine import host
+from kvcat_nemo.engine import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.05
@@ -100,7 +100,7 @@ def batches(data: bytes, steps: int, windows: int, tokens: int, seed: int):
 
 def start_single_process() -> None:
     """A process group of one, which Megatron's modules ask for."""
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
@@ -113,8 +113,8 @@ def start_single_process() -> None:
 
 
 def build_model(kvcat: dict, args) -> torch.nn.Module:
-    from kvcat_nemo.engine.config import KVCatTransformerConfig, validate_model_config
-    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig, validate_model_config
+    from kvcat_nemo.engine.paired_model import KVCatGPTModel
     from kvcat_nemo.engine.spec import kvcat_block_spec
     from kvcat_nemo.method.config import KVCatConfig
 

@@ -8,7 +8,7 @@ weight. Writes one JSON with a manifest and a picture.
     python benchmarks/loss.py --only small --rounds 5 --out /tmp/loss.json --plot /tmp/loss.png
     python benchmarks/loss.py --plot-only                # draw the picture again from the JSON
 
-Forms: `fused` kernels.token_loss with the tokens' weights known, as training calls it; `two_sweeps` the same without
+Forms: `fused` kernels.losses.token_loss with the tokens' weights known, as training calls it; `two_sweeps` the same without
 them; `plain` method.losses on logits; `torch` torch.nn.functional.linear_cross_entropy in its chunked form (CE alone).
 """
 
@@ -45,7 +45,7 @@ def form(name: str, hidden, weight, labels, paired: bool, memory_mib: float):
     import torch
     from torch.nn import functional as F
 
-    from kvcat_nemo.kernels.token_loss import token_losses
+    from kvcat_nemo.kernels.losses.token_loss import token_losses
     from kvcat_nemo.method.losses import kl_teacher_student, next_token_ce
 
     hidden.grad = weight.grad = None
@@ -173,7 +173,7 @@ def main(argv=None) -> None:
     if args.worker:
         return worker(*args.worker, args.memory_mib)
     if not args.plot_only:
-        from kvcat_nemo.kernels.token_loss import LOSS_MEMORY_MIB
+        from kvcat_nemo.kernels.losses.token_loss import LOSS_MEMORY_MIB
 
         require_linux()
         began = time.time()

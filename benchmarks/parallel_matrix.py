@@ -22,8 +22,8 @@ from matrix_cases import CASES, Case  # noqa: E402
 from matrix_run import Difference, difference, run_cases  # noqa: E402
 from smoke import Child, add_option, script, shrink  # noqa: E402
 
-from kvcat_nemo.data.files import new_file  # noqa: E402
-from kvcat_nemo.manifest import git_revision, manifest  # noqa: E402
+from kvcat_nemo.common.files import new_file  # noqa: E402
+from kvcat_nemo.runs.provenance import git_revision, manifest  # noqa: E402
 
 SMOKE = next(c.name for c in CASES if c.short and c.processes == 2)
 OUT = ROOT / "benchmarks" / "parallel_matrix.json"

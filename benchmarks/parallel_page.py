@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests")]
 from matrix_cases import CASES, FORMS  # noqa: E402
 from refusals import LAYOUT, MODEL, RUN  # noqa: E402
 
-from kvcat_nemo.data.files import new_file  # noqa: E402
+from kvcat_nemo.common.files import new_file  # noqa: E402
 
 PAGE = ROOT / "docs" / "parallelism.md"
 REPORT = ROOT / "benchmarks" / "parallel_matrix.json"

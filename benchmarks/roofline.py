@@ -81,7 +81,7 @@ class Model:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Head dim with the columns of gates in bf16 (kernels/algebra.py): as stored, and as a kernel computes it.
+        """Head dim with the columns of gates in bf16 (kernels/attention/gated_function.py): as stored, and as a kernel computes it.
 
         Stored: a multiple of 8. Computed: rounded as flash-attn's tiles are, to 32, above 128 to 64.
         """
@@ -125,7 +125,7 @@ def attention(m: Model, s: int, N: int, dims: int, computed: int) -> Part:
 
 
 def gates(m: Model, N: int) -> Part:
-    """What surrounds the kernel: the kernels of kernels/columns_triton.py, each reading and writing its tensors once."""
+    """What surrounds the kernel: the kernels of kernels/attention/columns_triton.py, each reading and writing its tensors once."""
     E = m.padded[0]
     q, kv = N * m.heads * m.head_dim, N * m.groups * m.head_dim
     wide_q, wide_kv = N * m.heads * E, N * m.groups * E
@@ -152,15 +152,15 @@ def router(m: Model, N: int, micro: float) -> Part:
 
 
 LOSS_MEMORY_MIB = 2048
-"""kernels.token_loss.LOSS_MEMORY_MIB on a GPU."""
+"""kernels.losses.token_loss.LOSS_MEMORY_MIB on a GPU."""
 
 
 def logit_bytes(passes: int, triton: bool) -> int:
     """Bytes that cross the memory bus for one logit of each pass, the products' own included."""
     products = passes * (BF16 + 2 * BF16)  # written by one, read by two
-    if triton:  # kernels/row_losses_triton.py: read; read and written
+    if triton:  # kernels/losses/row_losses_triton.py: read; read and written
         return products + passes * (BF16 + 2 * BF16)
-    # kernels/row_losses.py, operation by operation: widened, its maximum, less the maximum, exp, its sum, times a number,
+    # kernels/losses/row_losses.py, operation by operation: widened, its maximum, less the maximum, exp, its sum, times a number,
     # narrowed.
     each = (BF16 + FP32) + FP32 + 2 * FP32 + 2 * FP32 + FP32 + 2 * FP32 + (FP32 + BF16)
     # Of a pair: gap = x − y; gap·p and its sum; q − p.
@@ -169,9 +169,9 @@ def logit_bytes(passes: int, triton: bool) -> int:
 
 
 def loss(m: Model, N: int, passes: int, memory_mib: int = LOSS_MEMORY_MIB, triton: bool = True) -> Part:
-    """Logits, CE (and KL) and their gradients in one sweep of kernels/token_loss.py."""
+    """Logits, CE (and KL) and their gradients in one sweep of kernels/losses/token_loss.py."""
     V, M = m.vocabulary, m.width
-    # Bytes of a row in a chunk of that memory, as kernels/token_sweep.py counts them on a GPU.
+    # Bytes of a row in a chunk of that memory, as kernels/losses/token_sweep.py counts them on a GPU.
     row = V * passes * BF16 if triton else V * (passes * (FP32 + BF16) + (passes == 2) * FP32)
     rows = min(max(memory_mib * 2**20 // row, 1), N)
     chunks = N / rows

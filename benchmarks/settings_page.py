@@ -10,8 +10,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
 def tables() -> dict[str, str]:
     """Name of a block of the page → its text."""
-    from kvcat_nemo.engine import settings as model
-    from kvcat_nemo.nemo import settings as run
+    from kvcat_nemo.engine import megatron_settings as model
+    from kvcat_nemo.nemo import trainer_settings as run
 
     refused = ["| field | accepted | why, and what to do |", "|---|---|---|"]
     for where, table in (

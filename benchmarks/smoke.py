@@ -37,7 +37,13 @@ SCRIPTS = (
     "parallel_matrix",
 )
 """Those that run here. study and faults start NeMo: their own `--smoke` is run where NeMo is imported anyway."""
-IMPORTS = ("torch", "transformers", "matplotlib.pyplot", "kvcat_nemo.engine.model", "kvcat_nemo.compress")
+IMPORTS = (
+    "torch",
+    "transformers",
+    "matplotlib.pyplot",
+    "kvcat_nemo.engine.paired_model",
+    "kvcat_nemo.compress",
+)
 """What costs seconds, once for all of them."""
 
 
@@ -161,9 +167,9 @@ def main(argv: list[str] | None = None) -> int:
         if name not in SCRIPTS:
             parser.error(f"{name}: not known; choose among {', '.join(SCRIPTS)}")
     sys.path[:0] = [str(FOLDER), str(ROOT)]
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     for name in IMPORTS:
         importlib.import_module(name)
     out = {}

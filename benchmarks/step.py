@@ -160,9 +160,9 @@ def start_single_process() -> None:
     """A process group of one, which Megatron's modules ask for."""
     import torch
 
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
@@ -182,8 +182,8 @@ def build_model(form: str, layers: int | None, tokens: int, checkpoint: Path):
 
     from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
     from kvcat_nemo.conversion.exporting import model_prefix
-    from kvcat_nemo.engine.config import KVCatTransformerConfig, validate_model_config
-    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig, validate_model_config
+    from kvcat_nemo.engine.paired_model import KVCatGPTModel
     from kvcat_nemo.engine.spec import kvcat_block_spec
     from kvcat_nemo.method.config import KVCatConfig
 

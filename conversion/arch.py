@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcat_nemo.conversion.layout import check_layout, padded_vocab_size
-from kvcat_nemo.models.config import parse_config
+from kvcat_nemo.models.hf_config import parse_config
 from kvcat_nemo.models.rope import RopeScaling
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
         ValueError: for an architecture or an option that the conversion would not carry over faithfully, and as
-            kvcat_nemo.models.config; the message names the field and its value.
+            kvcat_nemo.models.hf_config; the message names the field and its value.
     """
     _refuse_options(config)
     model = parse_config(config)
@@ -142,9 +142,9 @@ def transformer_config(
         ValueError: as `check_layout`.
     """
     check_layout(arch, tensor_model_parallel_size, pipeline_model_parallel_size)
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -172,7 +172,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         attention_softmax_in_fp32=True,
-        use_cpu_initialization=not host.is_cuda(),
+        use_cpu_initialization=not hardware.is_cuda(),
         # The fused kernels need Transformer Engine or Apex; a caller that has them turns them on.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -221,7 +221,7 @@ def gpt_model(
 
 def apply_rope(model: GPTModel, arch: Architecture) -> None:
     """Give a GPTModel exactly the rotary frequencies of `arch`; call it before the first forward pass."""
-    from kvcat_nemo.engine.rope import set_frequencies
+    from kvcat_nemo.engine.rotary_embedding import set_frequencies
     from kvcat_nemo.models.rope import Rope
 
     set_frequencies(model, arch.kv_channels, Rope(arch.rotary_base, arch.rope_scaling))

@@ -135,9 +135,9 @@ class CheckpointReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         check_format(self.folder)
-        from kvcat_nemo.engine import host
+        from kvcat_nemo.engine import hardware
 
-        host.enable()  # the index that Megatron writes is one of its own classes, so reading it imports Megatron
+        hardware.enable()  # the index that Megatron writes is one of its own classes, so reading it imports Megatron
         self._metadata = read_index(self.folder)
         if self._metadata.storage_meta is None:
             self._metadata.storage_meta = StorageMeta()

@@ -26,8 +26,8 @@ from kvcat_nemo.conversion.folders import (
 from kvcat_nemo.conversion.importing import DTYPES
 from kvcat_nemo.conversion.safetensors_io import SafetensorsWriter, find_not_finite
 from kvcat_nemo.conversion.weight_map import Weight, from_groups, hf_shapes, instances, weight_map
-from kvcat_nemo.models.config import read_config, read_model
 from kvcat_nemo.models.function import differences, function_of_model, stored_function
+from kvcat_nemo.models.hf_config import read_config, read_model
 from kvcat_nemo.models.rope import with_both_forms
 from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.vocabulary import check_cut, recorded

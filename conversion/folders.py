@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.data.publish import check_replaceable, empty, new_folder
-from kvcat_nemo.models import config as model_config
-from kvcat_nemo.models.config import read_json
+from kvcat_nemo.common.folders import check_replaceable, empty, new_folder
+from kvcat_nemo.models import hf_config as model_config
 from kvcat_nemo.models.function import CARD
+from kvcat_nemo.models.hf_config import read_json
+from kvcat_nemo.runs.checkpoint_manifest import BASE, SEAL, contents, seal, sealed_names
 from kvcat_nemo.runs.checkpoints import ACCEPT, find_checkpoint
-from kvcat_nemo.runs.manifest import BASE, SEAL, contents, seal, sealed_names
-from kvcat_nemo.runs.standing import is_sealed, require_whole
+from kvcat_nemo.runs.integrity import is_sealed, require_whole
 from kvcat_nemo.tokens import is_tokenizer_file, tokenizer_files
 
 _SETTINGS = ("config.json", "generation_config.json")

@@ -26,9 +26,9 @@ from kvcat_nemo.conversion.weight_map import (
     to_groups,
     weight_map,
 )
-from kvcat_nemo.models.config import read_config
+from kvcat_nemo.models.hf_config import read_config
 from kvcat_nemo.models.weights import EMBEDDING, IGNORED, OUTPUT, check_tied
-from kvcat_nemo.runs.standing import require_unchanged
+from kvcat_nemo.runs.integrity import require_unchanged
 
 FORMAT_VERSION = 1
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,8 +19,8 @@ from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
 from kvcat_nemo.conversion.verify_rank import RankJob, greedy
 from kvcat_nemo.conversion.weight_map import instances
 from kvcat_nemo.runs.checkpoints import find_checkpoint
+from kvcat_nemo.runs.integrity import require_unchanged
 from kvcat_nemo.runs.pickles import check_common, check_format, check_index
-from kvcat_nemo.runs.standing import require_unchanged
 from kvcat_nemo.runs.vocabulary import recorded
 from kvcat_nemo.tokens import document_ids, has_tokenizer, load
 

@@ -130,10 +130,10 @@ def _die_with_parent(parent: int) -> None:
 
 def main(jobs_file: str, rank: int, world_size: int, timeout: float) -> None:
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
-    if host.is_cuda():
+    hardware.enable()
+    if hardware.is_cuda():
         torch.cuda.set_device(rank)
     folder = Path(jobs_file).parent
     jobs = torch.load(jobs_file, weights_only=False)  # written by the parent of this process
@@ -143,7 +143,7 @@ def main(jobs_file: str, rank: int, world_size: int, timeout: float) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # A file in a private folder instead of a port: nothing can collide or be in use.
     torch.distributed.init_process_group(
-        host.process_group_backend(),
+        hardware.process_group_backend(),
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.report import attach_to_mlflow, table, write
-from kvcat_nemo.runs.standing import examine, is_sealed
+from kvcat_nemo.runs.integrity import examine, is_sealed
 from kvcat_nemo.tracking.mlflow_run import store_uri
+from kvcat_nemo.tracking.run_report import attach_to_mlflow, table, write
 
 MODEL = Path("models/smollm2-135m")
 BASE = Path("models/smollm2-135m-megatron")

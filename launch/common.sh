@@ -8,7 +8,7 @@
 
 # A process that was asked to stop, saved and wants to be started again (EX_TEMPFAIL of sysexits.h).
 readonly KVCAT_EXIT_AGAIN=75
-# One that ended because another did (EX_UNAVAILABLE); kvcat_nemo/exit_codes.py has both.
+# One that ended because another did (EX_UNAVAILABLE); kvcat_nemo/runs/exit_codes.py has both.
 readonly KVCAT_EXIT_PEER_DIED=69
 # Folder of these scripts and their tables.
 KVCAT_HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -62,14 +62,14 @@ is_own_variable() { [[ $1 == KVCAT_* ]] && cut -f 2 "$KVCAT_HERE/values.tsv" | g
 # secrets_table: the file that says what a credential looks like; it lies in the package, beside what reads it in Python.
 secrets_table() {
   local file
-  for file in "$KVCAT_HERE"/../{kvcat_nemo/,}tracking/secrets.tsv; do
+  for file in "$KVCAT_HERE"/../{kvcat_nemo/,}common/secrets.tsv; do
     [[ ! -f $file ]] || { printf '%s' "$file"; return; }
   done
-  die "tracking/secrets.tsv is not beside $KVCAT_HERE: run submit.sh from the checkout or the installed package"
+  die "common/secrets.tsv is not beside $KVCAT_HERE: run submit.sh from the checkout or the installed package"
 }
 
 # what_secret NAME VALUE: what kind of credential a variable with this value would tell, on standard output; fails when none.
-# As kvcat_nemo/tracking/redact.py has it, from the same table, secrets.tsv.
+# As kvcat_nemo/common/redact.py has it, from the same table, secrets.tsv.
 what_secret() (
   LC_ALL=C name=$1 value=$2
   table=$(secrets_table) || exit 0 # without the table, nothing passes

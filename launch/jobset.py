@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.launch.settings import Settings
+from kvcat_nemo.common.redact import refuse_secrets, what_secret
+from kvcat_nemo.launch.job_settings import Settings
 from kvcat_nemo.launch.values import forms, has_control_characters
-from kvcat_nemo.tracking.redact import refuse_secrets, what_secret
 
 EXIT_AGAIN = 75
 """Exit code of ranks that were asked to stop and saved; launch/common.sh has the same."""

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from kvcat_nemo.common.redact import redact
 from kvcat_nemo.launch.values import has_control_characters
-from kvcat_nemo.tracking.redact import redact
 
 _OVERRIDE = re.compile(
     r"([\w\[\].]+)\s*([+*/|&-]?=)\s*(.+)", re.DOTALL

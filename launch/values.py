@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kvcat_nemo.tracking.redact import refuse_secrets
+from kvcat_nemo.common.redact import refuse_secrets
 
 TABLE = Path(__file__).with_name("values.tsv")
 """launch/common.sh reads the same file."""

@@ -10,17 +10,17 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
 from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.nemo.callbacks import KVCatMetrics
 from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
-from kvcat_nemo.nemo.data import KVCatDataModule
+from kvcat_nemo.nemo.data_module import KVCatDataModule
 from kvcat_nemo.nemo.guard import KVCatGuard
-from kvcat_nemo.nemo.lifeline import KVCatLifeline
-from kvcat_nemo.nemo.model import KVCatModel
+from kvcat_nemo.nemo.lightning_module import KVCatModel
+from kvcat_nemo.nemo.liveness import KVCatLifeline
+from kvcat_nemo.nemo.mlflow_logger import MLflowTracker
 from kvcat_nemo.nemo.progress import KVCatProgress
-from kvcat_nemo.nemo.random_state import KVCatRandomState
 from kvcat_nemo.nemo.records import KVCatRecords
 from kvcat_nemo.nemo.resume import KVCatResume
+from kvcat_nemo.nemo.rng_callback import KVCatRandomState
 from kvcat_nemo.nemo.stop import KVCatStop, KVCatTrainer
 from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
-from kvcat_nemo.nemo.tracking import MLflowTracker
 
 # The routers' settings that the study stands on (docs/evidence.md; 4 and 135 M parameters, runs of up to 250 steps). With the
 # paper's start nothing was hidden after 24 steps, with a capped gate gradient or its budget weight the target was missed.
@@ -53,8 +53,8 @@ def as_kvcat(
 
     Args:
         recipe: any of NeMo's `pretrain_recipe()`s; changed in place and returned.
-        config: the model configuration, one of kvcat_nemo.nemo.config.
-        base: converted base model, for its weights and its tokenizer; paths: the data (kvcat_nemo.nemo.data).
+        config: the model configuration, one of kvcat_nemo.nemo.model_configs.
+        base: converted base model, for its weights and its tokenizer; paths: the data (kvcat_nemo.nemo.data_module).
         dir, name: the run's folder is dir/name.
     """
     recipe.model = run.Config(KVCatModel, config=run.Config(config, kvcat=run.Config(KVCatConfig, **STUDIED)))

@@ -14,9 +14,9 @@ import fiddle as fdl
 import nemo_run as run
 from nemo.collections import llm
 
+from kvcat_nemo.common.redact import refuse_credentials
 from kvcat_nemo.launch.overrides import key_of
 from kvcat_nemo.launch.values import check_value, forms
-from kvcat_nemo.tracking.redact import refuse_credentials
 
 
 def recipe(name: str) -> Callable:

@@ -5,7 +5,7 @@ from typing import Optional
 import nemo_run as run
 from nemo.collections.llm.recipes import qwen3_1p7b, qwen25_1p5b, qwen25_7b, qwen25_500m
 
-from kvcat_nemo.nemo.config import (
+from kvcat_nemo.nemo.model_configs import (
     KVCatQwen3Config1P7B,
     KVCatQwen25Config1P5B,
     KVCatQwen25Config7B,

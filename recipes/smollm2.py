@@ -5,7 +5,7 @@ from typing import Optional
 import nemo_run as run
 from nemo.collections.llm.recipes import llama32_1b
 
-from kvcat_nemo.nemo.config import KVCatSmolLM2Config135M
+from kvcat_nemo.nemo.model_configs import KVCatSmolLM2Config135M
 from kvcat_nemo.recipes.base import as_kvcat
 from kvcat_nemo.recipes.overrides import recipe
 

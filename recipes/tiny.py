@@ -4,8 +4,8 @@ from typing import Optional
 
 import nemo_run as run
 
-from kvcat_nemo.nemo.config import KVCatQwen2Config
-from kvcat_nemo.nemo.data import SyntheticDataModule
+from kvcat_nemo.nemo.data_module import SyntheticDataModule
+from kvcat_nemo.nemo.model_configs import KVCatQwen2Config
 from kvcat_nemo.recipes.overrides import recipe
 from kvcat_nemo.recipes.smollm2 import kvcat_smollm2_135m
 

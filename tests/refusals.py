@@ -1,6 +1,6 @@
 """Layouts that are refused, and the change that each message proposes. docs/parallelism.md lists them.
 
-Model refusals are seen by engine.config.validate_model_config, layout refusals by engine.plan.Layout.check, run refusals by
+Model refusals are seen by engine.config_checks.validate_model_config, layout refusals by engine.cost.Layout.check, run refusals by
 nemo.plan (`kvcat train plan`, and every run before it starts a process group).
 """
 

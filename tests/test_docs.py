@@ -137,7 +137,7 @@ def test_every_compressor_has_its_row():
 
 
 def test_exit_codes_are_documented():
-    from kvcat_nemo import exit_codes
+    from kvcat_nemo.runs import exit_codes
 
     text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
     codes = set(re.findall(r"\| (?:the others )?(\d+)\b[^|]*\|$", text, re.M))

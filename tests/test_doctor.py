@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from kvcat_nemo import doctor
 from kvcat_nemo.cli import main
-from kvcat_nemo.runs import manifest as seal
+from kvcat_nemo.runs import checkpoint_manifest as seal
 
 pytest.importorskip("megatron.core")
 ROOM = ["--disk-gb", "0", "--shm-gb", "0"]

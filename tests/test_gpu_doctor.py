@@ -61,7 +61,7 @@ def test_triton_that_runs_would_not_take_is_a_failure(host, monkeypatch, why):
 
 
 def test_a_case_runs_with_the_kernel_that_its_name_says(host, monkeypatch):
-    from kvcat_nemo.kernels import token_loss
+    from kvcat_nemo.kernels.losses import token_loss
 
     asked, right = [], token_loss.token_losses
     monkeypatch.setattr(parts, "_triton", lambda *_: None)
@@ -185,7 +185,7 @@ def test_nemo_and_resume(host):
 
 
 def test_a_wrong_kernel_fails(host, monkeypatch):
-    from kvcat_nemo.kernels import cpu
+    from kvcat_nemo.kernels.fused import cpu
 
     forward = cpu.CpuKernel.forward
 
@@ -201,7 +201,7 @@ def test_a_wrong_kernel_fails(host, monkeypatch):
 
 
 def test_wrong_losses_fail(host, monkeypatch):
-    from kvcat_nemo.kernels import token_loss
+    from kvcat_nemo.kernels.losses import token_loss
 
     right = token_loss.token_losses
     monkeypatch.setattr(token_loss, "token_losses", lambda *a, **k: 1.03 * right(*a, **k))

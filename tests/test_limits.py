@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kvcat_nemo.limits import (
+from kvcat_nemo.common.limits import (
     LIMITS,
     check_config_fits_weights,
     check_config_sizes,

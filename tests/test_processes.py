@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR
 
 PROGRAM = """
 import os, sys, time
-from kvcat_nemo.processes import children_die_with_us
+from kvcat_nemo.common.processes import children_die_with_us
 if sys.argv[1] == "yes":
     children_die_with_us()
 child = os.fork()

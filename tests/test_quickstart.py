@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from kvcat_nemo import quickstart, report
+from kvcat_nemo import quickstart
+from kvcat_nemo.tracking import run_report
 
 
 def line(kind, step, **values):
@@ -47,7 +48,7 @@ def finished(tmp_path):
 
 def test_report_has_the_promised_figures(finished, tmp_path):
     run, data = finished
-    report.write(run, data, tmp_path, stage_seconds={"train": 7.0}, peak_of_children=4_000_000_000)
+    run_report.write(run, data, tmp_path, stage_seconds={"train": 7.0}, peak_of_children=4_000_000_000)
     out = json.loads((tmp_path / "report.json").read_text())
     assert out["dense_ppl"] == {"before": 20.0, "after": 19.0}
     assert out["masked_ppl"] == {"before": 200.0, "after": 50.0}
@@ -59,7 +60,7 @@ def test_report_has_the_promised_figures(finished, tmp_path):
     assert "torch" in out["manifest"]["versions"] and "git_revision" in out["manifest"]
     picture = (tmp_path / "losses.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    text = report.table(out)
+    text = run_report.table(out)
     assert re.search(r"dense held-out perplexity +20\.00 +19\.00 +-5\.0 %", text)
     assert re.search(r"masked held-out perplexity +200\.00 +50\.00 +-75\.0 %", text)
 
@@ -69,7 +70,7 @@ def test_report_refuses_an_unfinished_run(finished, tmp_path):
     path = run / "kvcat" / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match="no validation at step 0 and at the last step, 2"):
-        report.write(run, data, tmp_path, stage_seconds={})
+        run_report.write(run, data, tmp_path, stage_seconds={})
     assert not (tmp_path / "report.json").exists()
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from benchmarks.faults import damage, kills, longer, nan, resume, runs, store
 from benchmarks.faults.server import Server
 from benchmarks.smoke import add_option, shrink
-from kvcat_nemo.data.files import new_file
-from kvcat_nemo.manifest import manifest
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.runs.provenance import manifest
 
 OUT = Path(__file__).parents[1] / "faults.json"
 STEPS = 24

@@ -22,8 +22,8 @@ from benchmarks.faults.runs import (
     until,
 )
 from benchmarks.faults.server import Server
+from kvcat_nemo.runs.checkpoint_manifest import BROKEN
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.runs.manifest import BROKEN
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ from benchmarks.faults.runs import (
     until,
 )
 from benchmarks.faults.server import Run, Server
-from kvcat_nemo.exit_codes import REQUEUE
 from kvcat_nemo.runs.checkpoints import survey
+from kvcat_nemo.runs.exit_codes import REQUEUE
 
 MOMENTS = ("in a step", "in a save", "while starting")
 _STEP, _SAVE, _START = 0.15, 0.4, 1.5  # seconds that they take here, for drawing a moment in them

@@ -17,7 +17,7 @@ from typing import Any
 
 
 def serve(asks: int, answers: int) -> None:
-    from kvcat_nemo.processes import die_with_parent
+    from kvcat_nemo.common.processes import die_with_parent
 
     die_with_parent()
     import nemo_run.cli.cli_parser  # noqa: F401
@@ -60,7 +60,7 @@ def serve(asks: int, answers: int) -> None:
 
 def become_rank(job: dict, rank: int) -> None:
     """Never returns."""
-    from kvcat_nemo.processes import die_with_parent
+    from kvcat_nemo.common.processes import die_with_parent
 
     os.setsid()
     die_with_parent()
@@ -96,8 +96,8 @@ def train(job: dict) -> None:
     import nemo_run as run
     from nemo_run.cli.cli_parser import parse_cli_args
 
-    from kvcat_nemo.nemo.data import KVCatDataModule
-    from kvcat_nemo.nemo.lifeline import KVCatLifeline
+    from kvcat_nemo.nemo.data_module import KVCatDataModule
+    from kvcat_nemo.nemo.liveness import KVCatLifeline
     from kvcat_nemo.recipes import RECIPES
 
     recipe = RECIPES["kvcat_tiny"](dir=str(Path(job["folder"]) / "runs"), name="tiny")

@@ -23,7 +23,7 @@ from benchmarks.faults.runs import (
     until,
 )
 from benchmarks.faults.server import Server
-from kvcat_nemo.exit_codes import REQUEUE
+from kvcat_nemo.runs.exit_codes import REQUEUE
 
 
 def stops(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.faults.server import Run, Server
+from kvcat_nemo.runs.checkpoint_manifest import read_seal
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.runs.manifest import read_seal
 from kvcat_nemo.tracking.metrics_file import TIMED
 
 SAVE_EVERY = 4

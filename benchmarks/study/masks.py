@@ -36,7 +36,7 @@ class Recorder:
 
     def write(self, path: Path, tokens: torch.Tensor) -> None:
         """The windows' tokens [N, T] and gates [groups, N, T(, KV heads)], for `structure`."""
-        from kvcat_nemo.data.files import new_file
+        from kvcat_nemo.common.files import new_file
 
         gates = np.stack([np.concatenate(kept) for kept in self.gates])
         with new_file(path) as temporary, temporary.open("wb") as file:

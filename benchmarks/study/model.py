@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.study.scales import Shape
-from kvcat_nemo.engine import host
+from kvcat_nemo.engine import hardware
 
 
 def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path:
@@ -15,8 +15,8 @@ def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvcat_nemo.data.publish import new_folder
-    from kvcat_nemo.runs.manifest import seal, sealed_names
+    from kvcat_nemo.common.folders import new_folder
+    from kvcat_nemo.runs.checkpoint_manifest import seal, sealed_names
     from kvcat_nemo.tokens import load
 
     words = load(tokenizer)
@@ -48,7 +48,7 @@ def start_process() -> None:
     """A process group of one, which Megatron's modules ask for."""
     import torch
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
@@ -73,8 +73,8 @@ def build(converted: Path, kvcat: dict, seed: int, precision: str = "float32"):
     from kvcat_nemo.conversion.arch import apply_rope, load_architecture, transformer_config
     from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
     from kvcat_nemo.conversion.exporting import model_prefix
-    from kvcat_nemo.engine.config import KVCatTransformerConfig, validate_model_config
-    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig, validate_model_config
+    from kvcat_nemo.engine.paired_model import KVCatGPTModel
     from kvcat_nemo.engine.spec import kvcat_block_spec
     from kvcat_nemo.method.config import KVCatConfig
 

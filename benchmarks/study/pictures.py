@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.scales import Scale
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.common.files import new_file
 
 COLOURS = {
     "base": "0.55",

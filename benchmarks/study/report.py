@@ -13,7 +13,7 @@ from benchmarks.study.measure import rows
 from benchmarks.study.page import write_page
 from benchmarks.study.pool import ROOT
 from benchmarks.study.scales import SCALES
-from kvcat_nemo.manifest import manifest
+from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
 
 RESULTS = ROOT / "benchmarks" / "study"

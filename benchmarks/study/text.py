@@ -7,13 +7,13 @@ import pydoc_data.topics
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.common.folders import new_folder
 from kvcat_nemo.data.corpora import fetch_corpus
-from kvcat_nemo.data.files import new_file
 from kvcat_nemo.data.indexed import build_dataset
-from kvcat_nemo.data.publish import new_folder
 from kvcat_nemo.data.reading import ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
-from kvcat_nemo.runs.manifest import seal, sealed_names
+from kvcat_nemo.runs.checkpoint_manifest import seal, sealed_names
 
 EOS = "<|endoftext|>"
 SPLIT_SEED = 1234

@@ -20,8 +20,8 @@ import torch
 from benchmarks.study import masks
 from benchmarks.study.model import build, export, start_process
 from benchmarks.study.windows import TokenWindows
-from kvcat_nemo.data.files import new_file
-from kvcat_nemo.manifest import manifest
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
 
 

@@ -1,10 +1,10 @@
-"""Upper bounds for every numeric option of every command (kvcat_nemo.limits), so that none sets an endless loop."""
+"""Upper bounds for every numeric option of every command (kvcat_nemo.common.limits), so that none sets an endless loop."""
 
 from __future__ import annotations
 
 import click
 
-from kvcat_nemo.limits import check_upper
+from kvcat_nemo.common.limits import check_upper
 
 
 def bound(command: click.Command) -> click.Command:

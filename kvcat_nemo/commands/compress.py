@@ -87,7 +87,7 @@ def _compress(
     from pathlib import Path
 
     from kvcat_nemo.compress import Budget, compress, make
-    from kvcat_nemo.compress.limits import check_positions
+    from kvcat_nemo.compress.context_limit import check_positions
     from kvcat_nemo.compress.storage import check_target
     from kvcat_nemo.data.reading import read_text
     from kvcat_nemo.evaluate.models import find_model, load_model

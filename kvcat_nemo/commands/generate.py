@@ -50,7 +50,7 @@ def command(model, cache_file, prompts, tokens, temperature, seed, dtype, chat_t
 
 def _generate(model, cache_file, prompts, tokens, temperature, seed, dtype, chat_template, special_tokens):
     from kvcat_nemo.compress import KVCache, generate
-    from kvcat_nemo.compress.limits import check_positions
+    from kvcat_nemo.compress.context_limit import check_positions
     from kvcat_nemo.evaluate.models import find_model, load_model
     from kvcat_nemo.tokens import IdRules, end_ids, load, text_of
     from kvcat_nemo.tokens.chat import prompt_ids

@@ -72,8 +72,8 @@ def training_command(
         click.ClickException: when the recipe is not a name or a call with plain values, an override is not a plain value
             (kvcat_nemo.launch.overrides), an argument or override contradicts an option, or one holds credentials.
     """
+    from kvcat_nemo.common.redact import refuse_credentials
     from kvcat_nemo.launch.overrides import factory_call, read_override, touches
-    from kvcat_nemo.tracking.redact import refuse_credentials
 
     try:
         refuse_credentials(
@@ -262,7 +262,7 @@ def slurm(
         --nodes 8 --image /shared/kvcat.sqsh --mount /ckpt:/ckpt --mount /data:/data
     """
     from kvcat_nemo.launch import HERE
-    from kvcat_nemo.launch.settings import check_variables
+    from kvcat_nemo.launch.job_settings import check_variables
 
     folder = _folder(run_dir, recipe)
     procs = procs_per_node or gpus_per_node or 1
@@ -319,9 +319,9 @@ def k8s(
     """
     import yaml
 
-    from kvcat_nemo.data.files import new_file
+    from kvcat_nemo.common.files import new_file
+    from kvcat_nemo.launch.job_settings import Settings
     from kvcat_nemo.launch.jobset import default_name, jobset, merge, refuse_secrets_in, validate
-    from kvcat_nemo.launch.settings import Settings
 
     folder = _folder(run_dir, recipe)
     procs = procs_per_node or gpus_per_node or 1

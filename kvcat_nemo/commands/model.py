@@ -69,10 +69,10 @@ def generate(folder, prompt, tokens, json_file):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from kvcat_nemo.compress.limits import check_positions
-    from kvcat_nemo.models.config import read_config
+    from kvcat_nemo.compress.context_limit import check_positions
+    from kvcat_nemo.models.hf_config import read_config
     from kvcat_nemo.models.load import load_causal_lm
-    from kvcat_nemo.runs.standing import require_unchanged
+    from kvcat_nemo.runs.integrity import require_unchanged
     from kvcat_nemo.tokens import document_ids, end_ids, load, text_of
 
     try:

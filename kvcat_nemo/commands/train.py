@@ -199,7 +199,7 @@ def doctor(
         if given:
             raise click.UsageError(f"{option} goes with --gpu; add it")
     from kvcat_nemo.doctor import BROKEN, examine
-    from kvcat_nemo.exit_codes import PEER_DIED
+    from kvcat_nemo.runs.exit_codes import PEER_DIED
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     broken = elsewhere = 0
@@ -317,8 +317,8 @@ def track(folder, experiment, uri):
     from pathlib import Path
 
     from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.common.redact import redact
     from kvcat_nemo.tracking.afterwards import bring
-    from kvcat_nemo.tracking.redact import redact
 
     with friendly_errors():
         run_id, where = bring(Path(folder), experiment=experiment, uri=uri)

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcat_nemo.compress.attention import run
-from kvcat_nemo.compress.base import Compressor
+from kvcat_nemo.compress.attention_matching_fit import Reference, attend, logits, match, reference, scores
 from kvcat_nemo.compress.cache import KVCache, LayerCache
-from kvcat_nemo.compress.limits import position_limit
-from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference, scores
-from kvcat_nemo.compress.omp import pursue
+from kvcat_nemo.compress.compressor import Compressor
+from kvcat_nemo.compress.context_limit import position_limit
+from kvcat_nemo.compress.hf_attention import run
 from kvcat_nemo.compress.prefill import Prefilled
+from kvcat_nemo.compress.solvers.matching_pursuit import pursue
 
 SELECTIONS = ("auto", "highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")

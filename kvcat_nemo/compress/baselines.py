@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from kvcat_nemo.compress.base import Compressor, select
 from kvcat_nemo.compress.cache import KVCache
+from kvcat_nemo.compress.compressor import Compressor, select
 from kvcat_nemo.compress.prefill import Prefilled
 
 

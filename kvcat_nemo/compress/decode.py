@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcat_nemo.compress.attention import OverCache, run
 from kvcat_nemo.compress.cache import KVCache
+from kvcat_nemo.compress.context_limit import check_positions
 from kvcat_nemo.compress.fit import check_fits
-from kvcat_nemo.compress.limits import check_positions
+from kvcat_nemo.compress.hf_attention import OverCache, run
 from kvcat_nemo.compress.prefill import check_ids
 
 

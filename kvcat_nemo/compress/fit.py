@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcat_nemo.compress.attention import check_model
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.hf_attention import check_model
 
 _SAMPLES = 16
 """Numbers taken of each weight, evenly spaced."""

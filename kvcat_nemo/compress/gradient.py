@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache, stack_rows
+from kvcat_nemo.compress.compressor import Compressor
+from kvcat_nemo.compress.context_limit import check_positions
 from kvcat_nemo.compress.decode import check_following, extend_checked, logits_checked, next_logits
-from kvcat_nemo.compress.limits import check_positions
 from kvcat_nemo.compress.prefill import Prefilled
 from kvcat_nemo.compress.trained_slots import TrainedSlots
 

@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.cache import KVCache
+from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.prefill import Prefilled
 
 PRESSES = {

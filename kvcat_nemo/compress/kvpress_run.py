@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcat_nemo.compress.cache import LayerCache
-from kvcat_nemo.compress.limits import check_positions
+from kvcat_nemo.compress.context_limit import check_positions
 from kvcat_nemo.compress.prefill import Prefilled
 from kvcat_nemo.tokens import chat_form, load
 from kvcat_nemo.tokens.chat import template_of

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from kvcat_nemo.compress.attention_matching import AttentionMatching, _wide
+from kvcat_nemo.compress.attention_matching_fit import Reference, fit_values, fit_weights, logits
 from kvcat_nemo.compress.cache import KVCache, LayerCache
-from kvcat_nemo.compress.lbfgs import minimise
-from kvcat_nemo.compress.matching import Reference, fit_values, fit_weights, logits
 from kvcat_nemo.compress.prefill import Prefilled
+from kvcat_nemo.compress.solvers.lbfgs import minimise
 
 _PILOT = 4
 _LEAST = 0.25

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcat_nemo.compress.attention import causal, check_model, run
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.context_limit import check_positions
 from kvcat_nemo.compress.fit import remember
-from kvcat_nemo.compress.limits import check_positions
+from kvcat_nemo.compress.hf_attention import causal, check_model, run
 
 NEEDS = ("queries", "attention", "hidden_states")
 """What a compressor may declare it needs beyond the cache, the tokens and the model."""

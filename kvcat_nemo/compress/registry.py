@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from kvcat_nemo.compress.base import Compressor
+from kvcat_nemo.common.limits import check_upper
+from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.kvpress_adapter import PRESSES, named_press
-from kvcat_nemo.limits import check_upper
 
 # name → module:class; imported when used.
 COMPRESSORS = {

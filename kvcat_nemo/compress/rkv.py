@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcat_nemo.compress.base import Compressor, select
 from kvcat_nemo.compress.cache import KVCache
+from kvcat_nemo.compress.compressor import Compressor, select
 from kvcat_nemo.compress.prefill import Prefilled
 
 _BLOCK = 512

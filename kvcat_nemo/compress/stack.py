@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvcat_nemo.compress.base import Compressor
 from kvcat_nemo.compress.budget import Budget
 from kvcat_nemo.compress.cache import KVCache, stack_rows
+from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.prefill import Prefilled
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvcat_nemo.common.files import new_file
 from kvcat_nemo.compress.cache import FORMAT, KVCache, LayerCache
-from kvcat_nemo.data.files import new_file
 
 PLAIN, QUANTISED = "plain", "quantised"
 

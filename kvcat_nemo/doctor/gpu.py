@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.doctor.report import FAILED, SKIPPED, Check, PartResult, run_part
-from kvcat_nemo.processes import die_with_parent
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcat_nemo.doctor.kernel_oracle import random_case, reference
 from kvcat_nemo.kernels import causal_attention, gated_attention, select_backend, span_gated_attention
-from kvcat_nemo.kernels.backends import BACKENDS, kernel
-from kvcat_nemo.kernels.split_kernel import SplitKernel
-from kvcat_nemo.kernels.window_split import WindowSplit
+from kvcat_nemo.kernels.attention.context_parallel import WindowSplit
+from kvcat_nemo.kernels.attention.context_parallel_kernel import SplitKernel
+from kvcat_nemo.kernels.fused.selection import BACKENDS, kernel
 from kvcat_nemo.method.attention import gated_attention_reference, span_gated_attention_reference
 from kvcat_nemo.method.spans import Spans
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.runs import standing
+from kvcat_nemo.runs import integrity
 from kvcat_nemo.runs.checkpoints import survey
+from kvcat_nemo.runs.integrity import Standing, is_sealed
 from kvcat_nemo.runs.pickles import check_index
-from kvcat_nemo.runs.standing import Standing, is_sealed
 
 GOOD, NOTE, BROKEN = "ok", "note", "BROKEN"
 
@@ -153,9 +153,9 @@ def _space(folder: Path, wanted_gb: float, name: str) -> Iterator[Verdict]:
 
 
 def _data(where: str, hashes: bool) -> Iterator[Verdict]:
-    from kvcat_nemo.data.files import sha256_of
+    from kvcat_nemo.common.files import sha256_of
+    from kvcat_nemo.data.dataset_manifest import MANIFEST, read_manifest
     from kvcat_nemo.data.indexed_check import check_indexed
-    from kvcat_nemo.data.manifest import MANIFEST, read_manifest
 
     folder = Path(where)
     if not folder.is_dir():
@@ -185,7 +185,7 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
     if where.is_symlink():
         where = where.resolve()
     if is_sealed(where) or (where / "weights").is_dir():
-        one = standing.examine(where, hashes=hashes)
+        one = integrity.examine(where, hashes=hashes)
         imported = (where / "kvcat_checkpoint.json").is_file()
         if imported and not is_sealed(where):
             yield Verdict(
@@ -205,7 +205,7 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
     whole = 0
     for one in found:
         # Names and sizes are known to agree; what was never complete has no hashes.
-        one = standing.examine(one.path) if hashes and one.whole else one
+        one = integrity.examine(one.path) if hashes and one.whole else one
         # One that is incomplete is what a kill during a save leaves; the run passes over it.
         status = {"whole": GOOD, "incomplete": NOTE, "damaged": BROKEN}[one.state]
         yield Verdict(f"checkpoint {one.path.name}", status, one.why_not or _sealed(one, hashes))
@@ -227,7 +227,7 @@ def _sealed(one: Standing, hashes: bool) -> str:
 
 def _ports() -> Iterator[Verdict]:
     """The port of rank 0, where this process would be rank 0 and no launcher holds it already."""
-    from kvcat_nemo.engine.reach import place_from_environment
+    from kvcat_nemo.engine.preflight import place_from_environment
 
     place = place_from_environment()
     if place is not None and (place.rank or place.agent_store):
@@ -246,7 +246,7 @@ def _ports() -> Iterator[Verdict]:
 
 
 def _ranks(seconds: float) -> Iterator[Verdict]:
-    from kvcat_nemo.engine.reach import OthersMissing, place_from_environment, reach_all
+    from kvcat_nemo.engine.preflight import OthersMissing, place_from_environment, reach_all
 
     place = place_from_environment()
     if place is None:

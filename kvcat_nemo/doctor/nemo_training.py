@@ -16,8 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.doctor.ranks import RanksFailed, environment, tail
-from kvcat_nemo.processes import die_with_parent
 
 MASKS = "first_masks.pt"
 RUN = Path("runs") / "doctor"

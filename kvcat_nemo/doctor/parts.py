@@ -59,7 +59,7 @@ def agree(*differences: list[str]) -> None:
 def kernels(host: Host) -> Iterator[Check]:
     """Every case of kernel_cases.py on every attention kernel that is installed."""
     from kvcat_nemo.doctor.kernel_cases import CASES, HOSTS, run_case
-    from kvcat_nemo.kernels.backends import PACKAGES
+    from kvcat_nemo.kernels.fused.selection import PACKAGES
 
     for backend, where in HOSTS.items():
         if where.device != host.device:
@@ -94,8 +94,8 @@ def losses(host: Host) -> Iterator[Check]:
 
 
 def _chosen_forms(host: Host) -> dict[str, str]:
-    from kvcat_nemo.kernels.columns_choice import columns_for
-    from kvcat_nemo.kernels.token_loss import select_loss_kernel
+    from kvcat_nemo.kernels.attention.columns_choice import columns_for
+    from kvcat_nemo.kernels.losses.token_loss import select_loss_kernel
 
     device = torch.device(host.device)
     columns = columns_for(device).__name__.rpartition(".")[2]
@@ -127,7 +127,7 @@ def _loss_case(
 ) -> dict[str, float]:
     if kernel == "triton":
         _triton(host, "row_losses_triton")
-    from kvcat_nemo.kernels.token_loss import token_losses
+    from kvcat_nemo.kernels.losses.token_loss import token_losses
     from kvcat_nemo.method.losses import distillation, next_token_ce
 
     T, B, V, M = (512, 2, 32_003, 1024) if host.cuda else (24, 2, 3_001, 64)
@@ -375,7 +375,7 @@ def planned_bytes(given: dict[str, Any]) -> int:
     from types import SimpleNamespace
 
     from kvcat_nemo.doctor.training import DEFAULTS, VOCAB
-    from kvcat_nemo.engine.plan import Layout, memory_per_gpu
+    from kvcat_nemo.engine.cost import Layout, memory_per_gpu
     from kvcat_nemo.method.config import KVCatConfig
 
     job = DEFAULTS | given

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.doctor.ranks import RanksFailed, environment, tail
 from kvcat_nemo.doctor.weights import load_weights
-from kvcat_nemo.processes import die_with_parent
 
 WINDOWS, TOKENS = 4, 256
 
@@ -80,20 +80,20 @@ def transformers_logits(hf: Path, ids: torch.Tensor, device: str) -> torch.Tenso
 @torch.no_grad()
 def main(job_file: str) -> None:
     """Write the logits of the job's windows beside it: training's layers and kernels, in bf16."""
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     from kvcat_nemo.conversion.arch import apply_rope, load_architecture, transformer_config
-    from kvcat_nemo.engine.config import KVCatTransformerConfig, validate_model_config
-    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig, validate_model_config
+    from kvcat_nemo.engine.paired_model import KVCatGPTModel
     from kvcat_nemo.engine.spec import has_transformer_engine, kvcat_block_spec
     from kvcat_nemo.method.config import KVCatConfig
 
     job: dict[str, Any] = torch.load(job_file, weights_only=True)
     torch.distributed.init_process_group(
-        host.process_group_backend(), init_method=f"file://{job_file}.rendezvous", rank=0, world_size=1
+        hardware.process_group_backend(), init_method=f"file://{job_file}.rendezvous", rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -118,9 +118,9 @@ def main(job_file: str) -> None:
         parallel_output=False,
     )
     apply_rope(model, arch)
-    model.to(host.device()).to(torch.bfloat16).eval()
+    model.to(hardware.device()).to(torch.bfloat16).eval()
     load_weights(model, base / "weights")
-    ids = job["ids"].to(host.device())
+    ids = job["ids"].to(hardware.device())
     place = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
     torch.save(model(ids, place).float().cpu(), Path(job_file).with_suffix(".logits"))
     torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvcat_nemo.processes import die_with_parent
+from kvcat_nemo.common.processes import die_with_parent
 
 
 class RanksFailed(RuntimeError):

@@ -104,7 +104,7 @@ def exit_code(results: list[PartResult]) -> int:
 
     Parts that are not expected of the machine do not count.
     """
-    from kvcat_nemo.exit_codes import INCOMPLETE
+    from kvcat_nemo.runs.exit_codes import INCOMPLETE
 
     if any(result.status == FAILED for result in results):
         return 1

@@ -72,7 +72,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from kvcat_nemo.engine.grad_norm import gradient_norms
-    from kvcat_nemo.engine.host import is_cuda
+    from kvcat_nemo.engine.hardware import is_cuda
 
     model, chunk, config = build(job)
     _start(job, model)
@@ -126,9 +126,9 @@ def build(job: dict[str, Any]):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
-    from kvcat_nemo.engine.config import KVCatTransformerConfig, validate_model_config
-    from kvcat_nemo.engine.host import is_cuda
-    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig, validate_model_config
+    from kvcat_nemo.engine.hardware import is_cuda
+    from kvcat_nemo.engine.paired_model import KVCatGPTModel
     from kvcat_nemo.engine.spec import has_transformer_engine, kvcat_block_spec
     from kvcat_nemo.method.config import KVCatConfig
 
@@ -239,7 +239,7 @@ def _step(job: dict[str, Any], config, chunk, step: int) -> dict[str, float]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
     from kvcat_nemo.engine.collectives import set_router_loss_scale
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
@@ -252,7 +252,7 @@ def _step(job: dict[str, Any], config, chunk, step: int) -> dict[str, float]:
         tokens, labels, mask = next(iterator)
         set_router_loss_scale(config, len(mine))
         batch = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": place.contiguous()}
-        batch = get_batch_on_this_cp_rank({name: x.to(host.device()) for name, x in batch.items()})
+        batch = get_batch_on_this_cp_rank({name: x.to(hardware.device()) for name, x in batch.items()})
         out = model(
             batch["tokens"],
             batch["position_ids"],
@@ -272,7 +272,7 @@ def _step(job: dict[str, Any], config, chunk, step: int) -> dict[str, float]:
         micro_batch_size=job["windows"] * (2 if config.kvcat.paired else 1),
         forward_only=False,
     )
-    return step_metrics(sums, [chunk], config.kvcat, device=host.device())
+    return step_metrics(sums, [chunk], config.kvcat, device=hardware.device())
 
 
 def content(job: dict[str, Any]) -> dict[str, Any]:
@@ -356,21 +356,21 @@ def counts(profiled) -> dict[str, int]:
 
 
 def main(jobs_file: str, rank: int, world_size: int) -> None:
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
     from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     mend_distributed_optimizer()
-    if host.is_cuda():
+    if hardware.is_cuda():
         torch.cuda.set_device(rank)
         torch.backends.cuda.matmul.allow_tf32 = False
     for number, given in enumerate(torch.load(jobs_file, weights_only=False)):  # written by the parent
         job = DEFAULTS | given
         # Anew for each job: Megatron never ends its groups.
         torch.distributed.init_process_group(
-            host.process_group_backend(),
+            hardware.process_group_backend(),
             init_method=f"file://{jobs_file}.rendezvous-{number}",
             rank=rank,
             world_size=world_size,

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from kvcat_nemo.data.publish import new_folder
-from kvcat_nemo.data.windows import INDEX_FOLDER, check_epochs, contents, epochs_needed, windows_in
+from kvcat_nemo.common.folders import new_folder
+from kvcat_nemo.data.window_counts import INDEX_FOLDER, check_epochs, contents, epochs_needed, windows_in
 
 PARTS = ("document_index", "sample_index", "shuffle_index")
 
@@ -80,7 +80,7 @@ class EpochDataset(GPTDataset):
     it depends on (the files' contents too, so that a dataset that was built anew gets an index of its own).
 
     Raises:
-        ValueError: when the split has no token but windows are asked of it, or more epochs than `data.windows` allows.
+        ValueError: when the split has no token but windows are asked of it, or more epochs than `data.window_counts` allows.
     """
 
     def _build_document_sample_shuffle_indices(self):

@@ -2,7 +2,7 @@
 
 The gate of a group travels from layer to layer as Megatron's `context` (unused by decoder-only models), so that it is
 an input and an output of the layer like the hidden states; `context_mask` says which rows gates apply to, where these are
-not all. Packed documents come as their boundaries in place of Megatron's `attention_mask` (engine.model).
+not all. Packed documents come as their boundaries in place of Megatron's `attention_mask` (engine.paired_model).
 
 Shapes: T tokens of this rank's part of a window (all of it without sequence and context parallelism), B windows, 2B the
 paired batch [dense | masked], M model width.
@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from kvcat_nemo.engine.attention import Gate
 from kvcat_nemo.engine.collectives import (
     RouterLoss,
     copy_to_tensor_parallel,
@@ -24,6 +23,7 @@ from kvcat_nemo.engine.collectives import (
     window_mean,
     window_sum,
 )
+from kvcat_nemo.engine.core_attention import Gate
 from kvcat_nemo.engine.group_stats import GroupStats, fixed_stats
 from kvcat_nemo.engine.segments import TokenSegments
 from kvcat_nemo.engine.shared_rows import FirstSpansShared

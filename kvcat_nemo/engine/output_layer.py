@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from kvcat_nemo.kernels.token_loss import token_losses
+from kvcat_nemo.kernels.losses.token_loss import token_losses
 
 
 class TokenLossOutputLayer(ColumnParallelLinear):
@@ -37,7 +37,7 @@ class TokenLossOutputLayer(ColumnParallelLinear):
         labels_BT: Tensor | None = None,
         **losses,
     ):
-        """Logits and None, or with labels the metrics of kernels.token_loss.token_losses, to which `losses` go.
+        """Logits and None, or with labels the metrics of kernels.losses.token_loss.token_losses, to which `losses` go.
 
         Args:
             input_: [T, 2B, M], [T/tp, 2B, M] under sequence parallelism; weight: the tied one, or None.

@@ -1,6 +1,6 @@
 """Which tokens of a window this rank's hidden states are, and the router's state handed from segment to segment.
 
-Context parallelism gives a rank two chunks of every window (kernels/window_split.py), sequence parallelism a slice of
+Context parallelism gives a rank two chunks of every window (kernels/attention/context_parallel.py), sequence parallelism a slice of
 those to each tensor-parallel rank. The ranks exchange the states that their segments end with, R×(R+1) numbers each,
 and sum those of everything earlier: an exclusive prefix forward, an exclusive suffix backward. Hidden states stay where
 they are.

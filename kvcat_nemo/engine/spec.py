@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from kvcat_nemo.engine.attention import GatedCoreAttention, GatedSelfAttention
+from kvcat_nemo.engine.core_attention import GatedCoreAttention, GatedSelfAttention
 from kvcat_nemo.engine.layer import KVCatTransformerLayer
 
 

@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from kvcat_nemo.engine.layer import kvcat_layers
-from kvcat_nemo.kernels.overflow import watch
-from kvcat_nemo.kernels.token_loss import TOKEN_METRICS
+from kvcat_nemo.kernels.attention.overflow import watch
+from kvcat_nemo.kernels.losses.token_loss import TOKEN_METRICS
 from kvcat_nemo.method.config import KVCatConfig
 
 GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped", "behind")
@@ -65,7 +65,7 @@ def step_metrics(
         loss parts raw (`loss/…`) and weighted (`weighted/…`), their total, `ce_masked`, `top1_agreement`,
         `keep_rate` overall and per group, `probability/…`, `flipped/…`, `behind/…` (share of rows behind a cut, with
         mask_span=prefix), `tokens`; of a paired batch `gate_overflow`, the calls of gated attention (layers × micro-batches, all
-        ranks) whose backward was done again (kernels/overflow.py).
+        ranks) whose backward was done again (kernels/attention/overflow.py).
     """
     token_names = TOKEN_METRICS if kvcat.paired else TOKEN_METRICS[:1]
     rows = kvcat.num_groups * len(GROUP_METRICS)

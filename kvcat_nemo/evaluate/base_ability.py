@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data.benchmarks import BENCHMARKS, fetch_benchmark, load_benchmark
-from kvcat_nemo.data.files import sha256_of
 from kvcat_nemo.evaluate.harness import local_tasks, need_harness, score_task, stored_model
 from kvcat_nemo.evaluate.models import ModelFolder, model_facts
 from kvcat_nemo.evaluate.protocol import Protocol

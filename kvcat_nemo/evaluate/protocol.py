@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcat_nemo.compress.base import Compressor
+from kvcat_nemo.common.limits import check_upper
 from kvcat_nemo.compress.budget import Budget
+from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.registry import make
 from kvcat_nemo.evaluate.models import DTYPES, ModelFolder, choose_device, find_models, model_facts
 from kvcat_nemo.evaluate.results import budget_label, parse_budget
-from kvcat_nemo.limits import check_upper
 from kvcat_nemo.tokens import IdRules
 
 # name → module:class in kvcat_nemo.evaluate; imported when used.

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.common.files import new_file
 from kvcat_nemo.compress.budget import Budget
-from kvcat_nemo.data.files import new_file
-from kvcat_nemo.manifest import manifest
+from kvcat_nemo.runs.provenance import manifest
 
 NONE = "none"
 """The compressor's name in the key of what was measured over the full cache."""

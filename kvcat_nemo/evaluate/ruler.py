@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kvcat_nemo.compress import generate
-from kvcat_nemo.evaluate.asked import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.haystack import sentences_of_files, text_fingerprint
 from kvcat_nemo.evaluate.needle import QUESTIONS, numbers
+from kvcat_nemo.evaluate.question_protocol import Ask, AskedProtocol, Context, Tags
 from kvcat_nemo.evaluate.ruler_tasks import TASKS
 from kvcat_nemo.evaluate.statistics import mean, standard_error
 from kvcat_nemo.tokens import beginning, end_ids, following_ids, text_of

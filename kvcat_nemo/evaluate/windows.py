@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvcat_nemo.common.files import new_file
 from kvcat_nemo.data.corpora import fetch_corpus
-from kvcat_nemo.data.files import new_file
 from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvcat_nemo.models.values import flag, refuse, whole
+from kvcat_nemo.models.config_values import flag, refuse, whole
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.models.config import ModelConfig, parse_config, read_config, read_json
+from kvcat_nemo.models.hf_config import ModelConfig, parse_config, read_config, read_json
 from kvcat_nemo.models.rope import Rope, RopeScaling, read_rope
 
 RECORD = "kvcat_model.json"

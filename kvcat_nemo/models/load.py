@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from kvcat_nemo.limits import check_config_fits_weights
-from kvcat_nemo.models.config import ModelConfig, parse_config, read_config
+from kvcat_nemo.common.limits import check_config_fits_weights
 from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
+from kvcat_nemo.models.hf_config import ModelConfig, parse_config, read_config
 from kvcat_nemo.models.rope import CONFIG_FIELDS
 from kvcat_nemo.models.weights import IGNORED, check_tied, find_weights
 
@@ -23,7 +23,7 @@ def hf_config(folder: str | Path):
     """transformers' configuration of a folder, the same function whichever version is installed.
 
     Raises:
-        ValueError: as kvcat_nemo.models.config.
+        ValueError: as kvcat_nemo.models.hf_config.
     """
     raw = read_config(folder)
     return _hf_config(raw, parse_config(raw, str(Path(folder) / "config.json")))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvcat_nemo.models.values import agreed, number, refuse, whole
+from kvcat_nemo.models.config_values import agreed, number, refuse, whole
 
 DEFAULT_THETA = 10000.0
 """The base where config.json names none: the default of every supported family, in transformers 4 and 5."""

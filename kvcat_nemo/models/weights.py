@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.models.config import read_json
+from kvcat_nemo.models.hf_config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

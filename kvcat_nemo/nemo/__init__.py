@@ -3,7 +3,7 @@
 Importing this package prepares the host (CPU or CUDA) before NeMo and Megatron-core are imported.
 """
 
-from kvcat_nemo.nemo.host import prepare
+from kvcat_nemo.nemo.cpu_support import prepare
 from kvcat_nemo.tracking.telemetry import switch_off
 
 switch_off()

@@ -12,14 +12,20 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.utils import logging
 
-from kvcat_nemo.engine import agreement, host
+from kvcat_nemo.engine import hardware, rank_sync
 from kvcat_nemo.engine.grad_norm import gradient_norms
 from kvcat_nemo.engine.step import step_metrics
 from kvcat_nemo.nemo.guard import KVCatGuard
-from kvcat_nemo.nemo.random_state import random_state_callback
+from kvcat_nemo.nemo.mlflow_logger import (
+    METRICS_FILE,
+    MetricsFile,
+    MLflowTracker,
+    run_folder,
+    write_atomically,
+)
 from kvcat_nemo.nemo.records import tflops_per_gpu
+from kvcat_nemo.nemo.rng_callback import random_state_callback
 from kvcat_nemo.nemo.stop import stop_requested
-from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile, MLflowTracker, run_folder, write_atomically
 
 STUCK_KEEP_RATE = 0.99
 
@@ -65,7 +71,7 @@ class KVCatMetrics(pl.Callback):
         """Called on every rank after the micro-batches of a training or validation step."""
         kvcat = step.pl_module.config.kvcat
         sums = [micro["token_sums"] for micro in microbatch_outputs or []]
-        metrics = step_metrics(sums, list(step.pipeline), kvcat, device=host.device())
+        metrics = step_metrics(sums, list(step.pipeline), kvcat, device=hardware.device())
         samples = step.pl_module.samples.take(parallel_state.get_data_parallel_group())
         if step.forward_only:
             self._batches.append(metrics)
@@ -90,7 +96,7 @@ class KVCatMetrics(pl.Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": self.train["tokens"] / seconds,
             "step_seconds": seconds,
-            "peak_memory_bytes": float(host.peak_memory_bytes()),
+            "peak_memory_bytes": float(hardware.peak_memory_bytes()),
         } | tflops_per_gpu(trainer, pl_module, seconds)
         guard = next((c for c in trainer.callbacks if isinstance(c, KVCatGuard)), None)
         if self.skipped:
@@ -102,7 +108,7 @@ class KVCatMetrics(pl.Callback):
             self.train["failed_saves"] = failed
         random_state = random_state_callback(trainer)
         if random_state is not None:
-            self.train["rng"] = agreement.sum_over_ranks(random_state.digest()) & ((1 << 53) - 1)
+            self.train["rng"] = rank_sync.sum_over_ranks(random_state.digest()) & ((1 << 53) - 1)
         self._log(trainer, "train", step, self.train)
         self._warn_if_nothing_is_masked(step)
 
@@ -141,7 +147,7 @@ class KVCatMetrics(pl.Callback):
         every = trainer.val_check_interval
         due = isinstance(every, int) and every > 0 and trainer.global_step % every == 0
         known = self._file is not None and ("validation", trainer.global_step) in self._file.steps
-        return agreement.any_rank(trainer.is_global_zero and trainer.global_step > 0 and due and not known)
+        return rank_sync.any_rank(trainer.is_global_zero and trainer.global_step > 0 and due and not known)
 
     def on_train_end(self, trainer, pl_module) -> None:
         if stop_requested(trainer):

@@ -12,14 +12,14 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import logging
 
-from kvcat_nemo.engine import agreement
+from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.models.function import write_record
-from kvcat_nemo.nemo.base import trained_function
+from kvcat_nemo.nemo.base_model import trained_function
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
+from kvcat_nemo.runs.checkpoint_manifest import UNFINISHED, write_seal
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.runs.keep import remove, tidy
-from kvcat_nemo.runs.manifest import UNFINISHED, write_seal
+from kvcat_nemo.runs.retention import remove, tidy
 from kvcat_nemo.runs.vocabulary import PADDED, VOCABULARY, padded
 
 
@@ -123,7 +123,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         if math.isfinite(validation[metric]):
             self._scores[trainer.global_step] = (metric, validation[metric])
         if self._saved_at == trainer.global_step > 0:
-            agreement.on_first_rank(self._tidy)
+            rank_sync.on_first_rank(self._tidy)
 
     def on_train_end(self, trainer, pl_module) -> None:
         # The last chance: a save that failed a moment ago is tried once more, and failing again (or an asynchronous one
@@ -138,22 +138,22 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         path = Path(self.dirpath) / f"step={trainer.global_step}"
         self._writing, started = path, time.monotonic()
         try:
-            agreement.on_first_rank(lambda: self._begin(path))
+            rank_sync.on_first_rank(lambda: self._begin(path))
             finish = self._finisher(trainer, path, trainer.global_step, started)
             options = {"finalize_fn": finish} if self.async_save else None
             self._last_global_step_saved = trainer.global_step
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(str(path), False, storage_options=options)
             function = trained_function(trainer.lightning_module.config)
-            agreement.on_first_rank(lambda: write_record(path, function))
+            rank_sync.on_first_rank(lambda: write_record(path, function))
             if self.always_save_context:
-                agreement.on_first_rank(lambda: _dump_context(trainer, path / "context"))
+                rank_sync.on_first_rank(lambda: _dump_context(trainer, path / "context"))
             if not self.async_save:
                 finish()
         except SAVE_FAILED as error:
             self._failed(path, error)
         except OSError as error:
-            if agreement.world_size() > 1:
+            if rank_sync.world_size() > 1:
                 raise  # on this rank alone: the others learn of it from the lifeline
             self._failed(path, error)
 
@@ -179,7 +179,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
     def _finisher(self, trainer, path: Path, step: int, started: float) -> Callable[[], None]:
         def finish() -> None:
             files = collect_hashes(path)
-            facts = {"world_size": agreement.world_size(), "seconds": round(time.monotonic() - started, 3)}
+            facts = {"world_size": rank_sync.world_size(), "seconds": round(time.monotonic() - started, 3)}
             facts |= _vocabulary(trainer)
 
             def seal() -> None:
@@ -187,7 +187,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
                 path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
                 self._tidy()  # it is complete: whatever fails from here on is no failed save
 
-            agreement.on_first_rank(seal)
+            rank_sync.on_first_rank(seal)
             self.failed = 0
             self.last_model_path = str(path)
             if trainer.is_global_zero:
@@ -201,10 +201,10 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         """What a failed save leads to; called on every rank."""
         self.failed += 1
         self._saved_at = -1
-        text = next(t for t in agreement.gather(_reason(error)) if t) + _room(path.parent)
+        text = next(t for t in rank_sync.gather(_reason(error)) if t) + _room(path.parent)
         # Its marker says that it is this save's, and not one that lay there before.
         marker = path.with_name(path.name + UNFINISHED)
-        agreement.on_first_rank(lambda: remove(path) if marker.exists() else None)
+        rank_sync.on_first_rank(lambda: remove(path) if marker.exists() else None)
         kept = complete(path.parent)
         newest = (
             f"{kept[0].path} (step {kept[0].step}) is the newest complete one"

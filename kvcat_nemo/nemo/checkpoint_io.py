@@ -20,12 +20,12 @@ from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kvcat_nemo.data.files import new_file
-from kvcat_nemo.engine import agreement
-from kvcat_nemo.processes import die_with_parent
-from kvcat_nemo.runs.manifest import contents, hash_files, owner
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.common.processes import die_with_parent
+from kvcat_nemo.engine import rank_sync
+from kvcat_nemo.runs.checkpoint_manifest import contents, hash_files, owner
 
-SAVE_FAILED = (CheckpointException, agreement.Together)
+SAVE_FAILED = (CheckpointException, rank_sync.Together)
 """What a save that failed raises on every rank. (torch's CheckpointException is no Exception.)"""
 
 
@@ -33,7 +33,7 @@ class _CommonSave(TorchCommonSaveStrategy):
     """What is not sharded is written by rank 0: its failure is everybody's, or the others would wait for ever."""
 
     def save_common(self, common_state_dict, checkpoint_dir) -> None:
-        agreement.on_first_rank(
+        rank_sync.on_first_rank(
             lambda: super(_CommonSave, self).save_common(common_state_dict, checkpoint_dir)
         )
 
@@ -48,7 +48,7 @@ class KVCatCheckpointIO(MegatronCheckpointIO):
         self._save_sharded_strategy = None
         request = super().save_checkpoint(checkpoint, path, storage_options)
         if request is not None and request.async_fn is not None:
-            folder, rank, world = str(ckpt_to_dir(path)), agreement.rank(), agreement.world_size()
+            folder, rank, world = str(ckpt_to_dir(path)), rank_sync.rank(), rank_sync.world_size()
             hashed = functools.partial(_write_then_hash, request.async_fn, folder, rank, world)
             request = request._replace(async_fn=hashed)
         return request
@@ -84,7 +84,7 @@ def collect_hashes(folder: Path) -> dict[str, dict]:
     Raises:
         Together: on every rank, when one could not read its files.
     """
-    me, world = agreement.rank(), agreement.world_size()
+    me, world = rank_sync.rank(), rank_sync.world_size()
     sidecar = _sidecar(folder, me)
     answer: tuple[dict, str] = ({}, "")
     try:
@@ -93,11 +93,11 @@ def collect_hashes(folder: Path) -> dict[str, dict]:
         mine = [n for n in contents(folder) if owner(n, world) == me and ".hashes-" not in n]
         answer = ({n: done[n] for n in mine if n in done} | hash_files(folder, set(mine) - set(done)), "")
     except OSError as error:
-        answer = ({}, f"{agreement.whoami()}: {error}")
+        answer = ({}, f"{rank_sync.whoami()}: {error}")
     files: dict[str, dict] = {}
-    for found, wrong in agreement.gather(answer):
+    for found, wrong in rank_sync.gather(answer):
         if wrong:
-            raise agreement.Together(wrong)
+            raise rank_sync.Together(wrong)
         files |= found
     return files
 

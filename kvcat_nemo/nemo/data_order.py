@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from nemo.utils import logging
 
+from kvcat_nemo.common.limits import check_size
 from kvcat_nemo.data.run_order import EPOCHS, MEGATRON, changes, refusal
-from kvcat_nemo.limits import check_size
 
 STATE = "order"
 """Its name in a data module's state, in every checkpoint."""
@@ -36,7 +36,7 @@ class KeepsOrder:
     _order: dict[str, Any] | None = None
 
     def _check_sizes(self, **sizes: tuple[Any, str]) -> None:
-        """Set attributes to their sizes as integers: name → (value, kind of kvcat_nemo.limits)."""
+        """Set attributes to their sizes as integers: name → (value, kind of kvcat_nemo.common.limits)."""
         for name, (value, kind) in sizes.items():
             setattr(self, name, check_size(f"data.{name}", value, kind))
         if self.on_change not in ("refuse", "say"):

@@ -8,7 +8,7 @@ import torch
 from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 from nemo.utils import logging
 
-from kvcat_nemo.engine import agreement
+from kvcat_nemo.engine import rank_sync
 
 
 class NonFiniteStep(RuntimeError):
@@ -53,12 +53,12 @@ class KVCatGuard(pl.Callback):
         metrics = _metrics(trainer)
         figures = metrics.train | {f"grad_norm/{name}": value for name, value in metrics.norms.items()}
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
-        if not agreement.any_rank(bool(bad)):
+        if not rank_sync.any_rank(bool(bad)):
             self.in_a_row = 0
             return
         step = trainer.global_step + 1
-        origin = "; ".join(o for o in agreement.gather(_origin(trainer, metrics)) if o)
-        names = sorted({name for found in agreement.gather(bad) for name in found})
+        origin = "; ".join(o for o in rank_sync.gather(_origin(trainer, metrics)) if o)
+        names = sorted({name for found in rank_sync.gather(bad) for name in found})
         self.in_a_row += 1
         self.skipped_steps += 1
         metrics.skipped = True
@@ -94,4 +94,4 @@ def _origin(trainer, metrics) -> str:
             if not torch.isfinite(parameter).all():
                 found.append(f"weights of {name}")
                 break
-    return f"{agreement.whoami()}: {', '.join(found)}" if found else ""
+    return f"{rank_sync.whoami()}: {', '.join(found)}" if found else ""

@@ -8,11 +8,11 @@ from typing import Any
 
 import fiddle as fdl
 
-from kvcat_nemo.engine.config import validate_model_config
-from kvcat_nemo.engine.plan import Layout, flops_per_step, memory_per_gpu, parameters
-from kvcat_nemo.limits import check_model_sizes, check_size
-from kvcat_nemo.nemo.base import check_base
-from kvcat_nemo.nemo.settings import check_run_settings
+from kvcat_nemo.common.limits import check_model_sizes, check_size
+from kvcat_nemo.engine.config_checks import validate_model_config
+from kvcat_nemo.engine.cost import Layout, flops_per_step, memory_per_gpu, parameters
+from kvcat_nemo.nemo.base_model import check_base
+from kvcat_nemo.nemo.trainer_settings import check_run_settings
 
 
 def plan(recipe) -> dict[str, Any]:

@@ -12,14 +12,20 @@ import torch
 import yaml
 from nemo.utils import logging
 
-from kvcat_nemo.engine.plan import flops_per_step
-from kvcat_nemo.manifest import manifest
+from kvcat_nemo.common.redact import redact_tree
+from kvcat_nemo.engine.cost import flops_per_step
 from kvcat_nemo.method.config import keep_target
 from kvcat_nemo.nemo.data_order import ORDER_FILE
-from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile, MLflowTracker, run_folder, write_atomically
-from kvcat_nemo.plots import plot_run
+from kvcat_nemo.nemo.mlflow_logger import (
+    METRICS_FILE,
+    MetricsFile,
+    MLflowTracker,
+    run_folder,
+    write_atomically,
+)
+from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.afterwards import flatten
-from kvcat_nemo.tracking.redact import redact_tree
+from kvcat_nemo.tracking.run_pictures import plot_run
 
 
 class KVCatRecords(pl.Callback):
@@ -77,7 +83,7 @@ class KVCatRecords(pl.Callback):
 
 
 def tflops_per_gpu(trainer: pl.Trainer, pl_module, seconds: float) -> dict[str, float]:
-    """TFLOP/s that each process did in a step of so many seconds, both passes counted (engine.plan.flops_per_step).
+    """TFLOP/s that each process did in a step of so many seconds, both passes counted (engine.cost.flops_per_step).
 
     Empty where the model's or the batch's size is not known.
     """

@@ -8,10 +8,10 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
-from kvcat_nemo.nemo.base import check_base, check_resumed, require_base
+from kvcat_nemo.nemo.base_model import check_base, check_resumed, require_base
+from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import survey
-from kvcat_nemo.runs.manifest import SEAL
-from kvcat_nemo.runs.standing import is_sealed
+from kvcat_nemo.runs.integrity import is_sealed
 
 
 @dataclass(kw_only=True)

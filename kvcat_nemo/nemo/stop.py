@@ -15,9 +15,9 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.utils import logging
 
-from kvcat_nemo.engine import agreement
-from kvcat_nemo.exit_codes import REQUEUE as EXIT_REQUEUE
-from kvcat_nemo.nemo.tracking import run_folder, write_atomically
+from kvcat_nemo.engine import rank_sync
+from kvcat_nemo.nemo.mlflow_logger import run_folder, write_atomically
+from kvcat_nemo.runs.exit_codes import REQUEUE as EXIT_REQUEUE
 
 STOP_FILE = "KVCAT_STOP_FILE"
 """Environment variable: path of a file that asks every rank to stop once it exists. (A signal to torchrun ends torchrun.)"""
@@ -81,12 +81,12 @@ class KVCatStop(pl.Callback):
         return self._asked_by
 
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
-        if not agreement.any_rank(bool(self._poll())):
+        if not rank_sync.any_rank(bool(self._poll())):
             return
         self.requested = True
         trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning validates before an early stop; the time may be short
-        reasons = sorted({reason for reason in agreement.gather(self._asked_by) if reason})
+        reasons = sorted({reason for reason in rank_sync.gather(self._asked_by) if reason})
         self._asked_by = reasons[0]
         logging.warning(
             f"kvcat: asked to stop ({', '.join(reasons)}): saving after step {trainer.global_step}, exit code {EXIT_REQUEUE}"

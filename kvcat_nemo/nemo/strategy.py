@@ -17,15 +17,15 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import logging
 
-from kvcat_nemo.engine import host
+from kvcat_nemo.common.processes import children_die_with_us
+from kvcat_nemo.engine import hardware
 from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
-from kvcat_nemo.nemo.base import check_base
+from kvcat_nemo.nemo.base_model import check_base
+from kvcat_nemo.nemo.checkpoint_check import first_whole, whole_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
-from kvcat_nemo.nemo.random_state import load_random_state, random_state_entry
-from kvcat_nemo.nemo.verify import first_whole, whole_base
-from kvcat_nemo.processes import children_die_with_us
+from kvcat_nemo.nemo.rng_callback import load_random_state, random_state_entry
 from kvcat_nemo.runs.pickles import check_common, check_index, plain_values_only
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
@@ -44,7 +44,7 @@ class KVCatStrategy(nl.MegatronStrategy):
 
     def connect(self, model) -> None:
         mend_distributed_optimizer()
-        if not host.is_cuda():
+        if not hardware.is_cuda():
             self._fit_cpu(model)
         self._check(model)
         super().connect(model)
@@ -78,7 +78,7 @@ class KVCatStrategy(nl.MegatronStrategy):
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
-        self._process_group_backend = host.process_group_backend()
+        self._process_group_backend = hardware.process_group_backend()
         # Forked writers work here too, but training has no idle core for them: for tests alone.
         self.async_save = self.async_save and os.environ.get("KVCAT_ASYNC_SAVE_ON_CPU") == "1"
         self.parallel_load = False
@@ -147,7 +147,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     def setup_distributed(self) -> None:
         children_die_with_us()
         super().setup_distributed()
-        if not host.is_cuda():  # NeMo seeds Megatron's tracker only where it counts GPUs
+        if not hardware.is_cuda():  # NeMo seeds Megatron's tracker only where it counts GPUs
             state = torch.get_rng_state()
             tensor_parallel.model_parallel_cuda_manual_seed(
                 RNG_SEED + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -218,8 +218,8 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
         grad_reduce_in_fp32: bool = True,
         **others,
     ):
-        """Args: others: as NeMo's; nemo.settings says which are refused, and why."""
-        if not host.is_cuda():
+        """Args: others: as NeMo's; nemo.trainer_settings says which are refused, and why."""
+        if not hardware.is_cuda():
             precision, params_dtype, pipeline_dtype = "32", torch.float32, torch.float32
         super().__init__(
             precision=precision,

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.runs.manifest import BROKEN, SEAL, UNFINISHED, Seal
-from kvcat_nemo.runs.standing import Bar, Standing, examine, is_sealed
+from kvcat_nemo.runs.checkpoint_manifest import BROKEN, SEAL, UNFINISHED, Seal
+from kvcat_nemo.runs.integrity import Bar, Standing, examine, is_sealed
 
 ACCEPT = "--unverified"
 """The option of every command that takes a checkpoint without a seal."""

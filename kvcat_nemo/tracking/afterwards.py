@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
+from kvcat_nemo.common.redact import redact, refuse_credentials
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE
 from kvcat_nemo.tracking.mlflow_run import RUN_FILE, MlflowRun, client_of, store_uri
-from kvcat_nemo.tracking.redact import redact, refuse_credentials
 
 FILES = ("config.yaml", "config.json", "manifest.json", METRICS_FILE, "losses.png")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.common.files import new_file
 
 METRICS_FILE = "metrics.jsonl"
 TIMED = frozenset({"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"})

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.common.redact import redact, redact_tree, split_credentials
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
 from kvcat_nemo.tracking.outbox import BATCH, Figure, Refused
-from kvcat_nemo.tracking.redact import redact, redact_tree, split_credentials
 from kvcat_nemo.tracking.telemetry import switch_off
 
 RUN_FILE = "mlflow_run.json"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvcat_nemo.tracking.redact import redact
+from kvcat_nemo.common.redact import redact
 
 _log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.runs.manifest import SEAL
 from kvcat_nemo.tracking.metrics_file import METRICS_FILE
 from kvcat_nemo.watch.tail import Tail
 

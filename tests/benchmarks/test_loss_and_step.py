@@ -75,7 +75,7 @@ def test_a_workers_figures(load, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {FOLDER!r})\n"
-        "from turns import serve\n"
+        "from paired_timing import serve\n"
         "def run():\n"
         "    print('what a library says')\n"
         "    return {'length': len(bytearray(int(sys.argv[1]) << 20))}\n"

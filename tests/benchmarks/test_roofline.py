@@ -75,8 +75,8 @@ def test_two_passes_double_what_is_shared():
 
 
 def test_widths_are_those_of_the_kernels():
-    from kvcat_nemo.kernels.earlier import extra_columns
-    from kvcat_nemo.kernels.flash import FlashKernel
+    from kvcat_nemo.kernels.attention.gated_past import extra_columns
+    from kvcat_nemo.kernels.fused.flash import FlashKernel
 
     more = extra_columns(torch.bfloat16)
     for m in roofline.MODELS.values():
@@ -85,7 +85,7 @@ def test_widths_are_those_of_the_kernels():
 
 
 def test_rows_of_a_chunk_are_those_of_the_loss():
-    from kvcat_nemo.kernels.token_sweep import Settings, Vocabulary
+    from kvcat_nemo.kernels.losses.token_sweep import Settings, Vocabulary
 
     weight = torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16)
     settings = Settings(Vocabulary.of(None, False, len(weight), len(weight)), True, 1.0, 1.0, 128 * 2**20)
@@ -102,8 +102,8 @@ def test_traffic_of_a_logit_is_what_the_operations_read_and_write():
     """PyTorch's form, run operation by operation on rows of float32, and its neighbours in bf16."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from kvcat_nemo.kernels.row_losses import row_losses
-    from kvcat_nemo.kernels.token_sweep import Settings, Vocabulary
+    from kvcat_nemo.kernels.losses.row_losses import row_losses
+    from kvcat_nemo.kernels.losses.token_sweep import Settings, Vocabulary
 
     N, V = 4, 5000
 

@@ -10,9 +10,18 @@ from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import Budget, LayerCache, make, next_logits, prefill
 from kvcat_nemo.compress.attention_matching import AttentionMatching, pieces_to_read, turned
-from kvcat_nemo.compress.bounded import bounded_least_squares
-from kvcat_nemo.compress.matching import HIGH, LOW, attend, fit_values, fit_weights, match, reference, scores
-from kvcat_nemo.compress.omp import pursue
+from kvcat_nemo.compress.attention_matching_fit import (
+    HIGH,
+    LOW,
+    attend,
+    fit_values,
+    fit_weights,
+    match,
+    reference,
+    scores,
+)
+from kvcat_nemo.compress.solvers.bounded_least_squares import bounded_least_squares
+from kvcat_nemo.compress.solvers.matching_pursuit import pursue
 
 SCALE = 0.35
 
@@ -251,7 +260,7 @@ def test_heads_of_a_group_are_matched_together_and_groups_apart():
 
 
 def test_turned_queries_are_those_of_later_positions():
-    from kvcat_nemo.compress.attention import run
+    from kvcat_nemo.compress.hf_attention import run
 
     class Listener:
         def attend(self, layer, q, k, v, scale):
@@ -273,7 +282,7 @@ def test_turned_queries_are_those_of_later_positions():
 @pytest.mark.parametrize("queries", ["on-policy", "repeat"])
 def test_second_reading_is_the_models_own(kind, queries):
     """Queries that reach each layer, against the model run by hand: the context, compressed or not, read again."""
-    from kvcat_nemo.compress.attention import attend_cache, run
+    from kvcat_nemo.compress.hf_attention import attend_cache, run
 
     class Slow:
         """The reading with transformers' kernel over the caches; notes the queries of the last layer."""

@@ -83,7 +83,7 @@ def test_bias_weighs_slots_as_copies_of_them_would():
     torch.manual_seed(0)
     k, v = torch.randn(2, 1, 2, 5, 16, dtype=torch.float64)
     q, new_k, new_v = torch.randn(3, 1, 2, 3, 16, dtype=torch.float64)
-    from kvcat_nemo.compress.attention import attend_cache
+    from kvcat_nemo.compress.hf_attention import attend_cache
 
     zero = torch.zeros(1, 2, 7)
     twice = LayerCache(torch.cat([k, k[:, :, :2]], 2), torch.cat([v, v[:, :, :2]], 2), zero)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from kvcat_nemo.compress import Budget, compress, make, next_logits, prefill
-from kvcat_nemo.compress.attention import NAME, _attention
+from kvcat_nemo.compress.hf_attention import NAME, _attention
 
 T, SLOTS, MORE = 150, 37, 5
 TEMPLATE = "{% for m in messages %}SYSTEM SAYS BE KIND. USER: {{ m['content'] }}{% endfor %} ANSWER:"

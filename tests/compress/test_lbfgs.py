@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcat_nemo.compress.lbfgs import minimise
+from kvcat_nemo.compress.solvers.lbfgs import minimise
 
 
 def differentiated(loss_of):

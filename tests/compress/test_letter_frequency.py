@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from kvcat_nemo.compress import KVCache, LayerCache, stack_rows
-from kvcat_nemo.compress.attention import OverCache, attend_cache
 from kvcat_nemo.compress.attention_matching import AttentionMatching
-from kvcat_nemo.compress.lbfgs import minimise
+from kvcat_nemo.compress.hf_attention import OverCache, attend_cache
+from kvcat_nemo.compress.solvers.lbfgs import minimise
 
 M = 5
 D = 4

@@ -7,8 +7,8 @@ import torch
 from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import Budget, compress, extend, generate, make, next_logits, prefill
+from kvcat_nemo.compress.context_limit import check_positions, position_limit
 from kvcat_nemo.compress.gradient import sample, teach
-from kvcat_nemo.compress.limits import check_positions, position_limit
 
 LIMIT = 40
 
@@ -51,7 +51,7 @@ ENTRIES = {
 def test_every_entry_ends_where_the_model_does(entry, model, full, monkeypatch):
     run = ENTRIES[entry]
     run(model, full, 10)
-    import kvcat_nemo.compress.attention as attention
+    import kvcat_nemo.compress.hf_attention as attention
 
     passes = []
     monkeypatch.setattr(attention, "_handled", lambda m: passes.append(m) or pytest.fail("a pass was begun"))

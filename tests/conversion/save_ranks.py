@@ -12,9 +12,9 @@ import torch
 
 
 def main(spec_file, rank, world_size):
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig

@@ -17,7 +17,7 @@ from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
 from kvcat_nemo.conversion.exporting import export_hf, model_prefix
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.conversion.layout import check_layout
-from kvcat_nemo.runs.manifest import SEAL
+from kvcat_nemo.runs.checkpoint_manifest import SEAL
 
 
 def _edit(folder, change):

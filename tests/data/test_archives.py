@@ -9,11 +9,11 @@ import zlib
 
 import pytest
 
+from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data import archives, corpora
 from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive, members
 from kvcat_nemo.data.corpora import CORPORA
 from kvcat_nemo.data.fetch import FetchError
-from kvcat_nemo.data.files import sha256_of
 from kvcat_nemo.data.texts import html_text, r_character_vectors, sword_books
 
 

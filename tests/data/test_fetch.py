@@ -2,8 +2,8 @@ import zipfile
 
 import pytest
 
+from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data.fetch import FetchError, Package, fetch_package
-from kvcat_nemo.data.files import sha256_of
 
 FILENAME = "kvcat_example-1.0-py3-none-any.whl"
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from kvcat_nemo.data.files import new_file
-from kvcat_nemo.data.publish import new_folder
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.common.folders import new_folder
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -37,7 +37,7 @@ def test_a_failure_leaves_the_old_folder_alone_and_nothing_new(tmp_path, error):
 def test_a_killed_process_leaves_nothing_that_looks_complete_and_is_swept_up(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from kvcat_nemo.data.publish import new_folder\n"
+        "from kvcat_nemo.common.folders import new_folder\n"
         "with new_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'a').write_text('1')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcat_nemo.data import publish
-from kvcat_nemo.data.publish import check_replaceable, new_folder
+from kvcat_nemo.common import folders
+from kvcat_nemo.common.folders import check_replaceable, new_folder
 
 
 def ours(folder):
@@ -118,7 +118,7 @@ def test_the_home_folder_is_never_replaced(tmp_path, monkeypatch):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_replaced(exchange, tmp_path, monkeypatch):
     if not exchange:
-        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     out = make(tmp_path / "out", a="old")
     inode = out.stat().st_ino
     replace(out)
@@ -159,9 +159,9 @@ def test_a_folder_that_appears_while_we_work_is_kept(tmp_path):
 
 def test_a_file_that_comes_in_the_last_moment_is_kept(tmp_path, monkeypatch, capsys):
     out = make(tmp_path / "out", a="old")
-    swap = publish._exchange
+    swap = folders._exchange
     monkeypatch.setattr(
-        publish, "_exchange", lambda new, old: ((old / "late.txt").write_text("mine"), swap(new, old))[1]
+        folders, "_exchange", lambda new, old: ((old / "late.txt").write_text("mine"), swap(new, old))[1]
     )
     replace(out)
     assert state(out) == {"b": "new", "mark": "b"}
@@ -206,7 +206,7 @@ def test_a_kill_at_any_moment_costs_neither(fallback, at, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == (0 if at == 2 else -signal.SIGKILL), done.stderr
     # In one of the states, whole: in place, or beside it until the next write puts it back.
-    publish.recover(out, ours)
+    folders.recover(out, ours)
     assert state(out) == ({"a": "old", "mark": "a"} if at == 0 else {"b": "new", "mark": "b"})
     replace(out)
     assert state(out) == {"b": "new", "mark": "b"} and [p.name for p in tmp_path.iterdir()] == ["out"]

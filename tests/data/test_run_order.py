@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvcat_nemo.data.run_order import EPOCHS, MEGATRON, changes, check_parts, refusal, splits_of
-from kvcat_nemo.data.windows import contents, epochs_needed, split_shares, windows_in
+from kvcat_nemo.data.window_counts import contents, epochs_needed, split_shares, windows_in
 
 RECORD = {
     "format": 1, "index": EPOCHS, "seed": 1, "seq_length": 8, "train_windows": 100, "validation_windows": 4,

@@ -11,9 +11,9 @@ def one_process(tmp_path_factory):
     """A process group of one in this process, gone after the module."""
     import torch
 
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"

@@ -17,9 +17,9 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bflo
 
 
 def main(jobs_file, rank, world_size):
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     torch.set_num_threads(1)
@@ -130,7 +130,7 @@ def build_chunks(recipe, layout, options, unchecked=False):
     from megatron.core.transformer.module import Float16Module
     from small_models import MODELS, VOCAB, build, transformer_config
 
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     half = {"bf16": True} if recipe.get("dtype") == "bf16" else {}
     config = transformer_config(

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from kvcat_nemo.engine.lifeline import Lifeline, connect, is_communication_error
-from kvcat_nemo.engine.reach import place_from_environment, reach_all
+from kvcat_nemo.engine.heartbeat import Lifeline, connect, is_communication_error
+from kvcat_nemo.engine.preflight import place_from_environment, reach_all
 
 
 def reach(job, rank):

@@ -56,7 +56,7 @@ MODELS = {
 
 def transformer_config(name="router, tied, q/k norms", kvcat=None, dtype=torch.float64, **fields):
     """KVCatTransformerConfig of a model; `kvcat` and `fields` go over those of MODELS."""
-    from kvcat_nemo.engine.config import KVCatTransformerConfig
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig
     from kvcat_nemo.method.config import KVCatConfig
 
     settings, more, _ = MODELS[name]
@@ -90,7 +90,7 @@ def build(config, tied=True, vp_stage=None, cls=None, padded_vocab=PADDED_VOCAB,
     """KVCatGPTModel (or `cls`) of this rank's stage. Routers follow the model to float64, which casts never do."""
     from megatron.core import parallel_state
 
-    from kvcat_nemo.engine.model import KVCatGPTModel
+    from kvcat_nemo.engine.paired_model import KVCatGPTModel
     from kvcat_nemo.engine.spec import kvcat_block_spec
 
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -151,7 +151,7 @@ def recorded_masks(chunks):
 
     Taken where attention takes them, so those that a policy makes inside attention are seen as well.
     """
-    from kvcat_nemo.engine import attention
+    from kvcat_nemo.engine import core_attention
     from kvcat_nemo.engine.layer import kvcat_layers
 
     masks: dict[int, list] = {}
@@ -165,7 +165,7 @@ def recorded_masks(chunks):
                 core.register_forward_pre_hook(lambda *unused, number=number: running.append(number))
             )
             hooks.append(core.register_forward_hook(lambda *unused: running.pop() and None))
-    plain, behind = attention.gated_attention, attention.span_gated_attention
+    plain, behind = core_attention.gated_attention, core_attention.span_gated_attention
 
     def keep(q, k, v, gate_BTG, **settings):
         gate = gate_BTG.detach().clone()  # windows of packed documents come end to end
@@ -177,11 +177,11 @@ def recorded_masks(chunks):
         masks.setdefault(running[-1], []).append((gate, torch.is_grad_enabled()))
         return behind(q, k, v, gate_BTG, spans=spans, **settings)
 
-    attention.gated_attention, attention.span_gated_attention = keep, keep_spans
+    core_attention.gated_attention, core_attention.span_gated_attention = keep, keep_spans
     try:
         yield masks
     finally:
-        attention.gated_attention, attention.span_gated_attention = plain, behind
+        core_attention.gated_attention, core_attention.span_gated_attention = plain, behind
         for hook in hooks:
             hook.remove()
 
@@ -226,7 +226,7 @@ def train_step(chunks, config, dp_rank=0, dp=1, batch=None, held=None, packed=Fa
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from kvcat_nemo.engine.collectives import set_router_loss_scale
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
     mine = list(enumerate(microbatches() if batch is None else batch))[dp_rank::dp]

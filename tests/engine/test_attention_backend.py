@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 @pytest.fixture
 def clean(monkeypatch):
     """The environment as it is before Megatron has built a model."""
-    from kvcat_nemo.engine.config import NVTE_VARIABLES
+    from kvcat_nemo.engine.config_checks import NVTE_VARIABLES
 
     for name in NVTE_VARIABLES:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
@@ -31,14 +31,14 @@ def torch_backend(monkeypatch):
     """attention_backend=torch on the CPU, as on a GPU without Transformer Engine and flash-attn."""
     import torch_standin
 
-    from kvcat_nemo.kernels import backends
-    from kvcat_nemo.kernels.torch_flash import TorchKernel
+    from kvcat_nemo.kernels.fused import selection
+    from kvcat_nemo.kernels.fused.torch_flash import TorchKernel
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(TorchKernel, "dtypes", (torch.bfloat16, torch.float64))
     monkeypatch.setattr(TorchKernel, "device_type", "cpu")
-    monkeypatch.setitem(backends.AUTOMATIC, "cpu", ("te", "flash", "torch"))
+    monkeypatch.setitem(selection.AUTOMATIC, "cpu", ("te", "flash", "torch"))
     with torch_standin.installed():
         yield torch_standin.calls
 
@@ -57,7 +57,7 @@ def step(model, tokens, boundaries):
 @pytest.mark.parametrize("name", ["router, tied, q/k norms", "router, untied, qkv bias", "none, untied"])
 def test_a_model_on_pytorchs_kernel_is_the_same_model(torch_backend, name, packed):
     """`auto` where nothing but PyTorch is installed: local layers, attention_backend=torch, metrics and every gradient."""
-    from kvcat_nemo.engine.attention import GatedCoreAttention
+    from kvcat_nemo.engine.core_attention import GatedCoreAttention
 
     rng = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, VOCAB, (1 if packed else 2, 25), generator=rng)
@@ -85,16 +85,16 @@ def test_a_model_on_pytorchs_kernel_is_the_same_model(torch_backend, name, packe
 
 def test_both_halves_run_on_one_kernel(torch_backend, monkeypatch):
     """A backend that takes the dense half's width and not the gates' columns serves neither."""
-    from kvcat_nemo.engine.attention import GatedCoreAttention
-    from kvcat_nemo.kernels import backends
-    from kvcat_nemo.kernels.cpu import CpuKernel
+    from kvcat_nemo.engine.core_attention import GatedCoreAttention
+    from kvcat_nemo.kernels.fused import selection
+    from kvcat_nemo.kernels.fused.cpu import CpuKernel
 
     def check(self, *, head_dim_qk, **rest):
         if head_dim_qk > 4:
             raise ValueError("attention_backend=cpu: no columns")
 
     monkeypatch.setattr(CpuKernel, "check", check)
-    monkeypatch.setitem(backends.AUTOMATIC, "cpu", ("cpu", "torch"))
+    monkeypatch.setitem(selection.AUTOMATIC, "cpu", ("cpu", "torch"))
     model = build(transformer_config("router, untied, qkv bias"), False, max_tokens=24)
     enliven(model)
     step(model, torch.randint(0, VOCAB, (1, 25), generator=torch.Generator().manual_seed(4)), None)
@@ -174,7 +174,7 @@ def test_megatron_sets_what_the_table_says(clean):
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.transformer.enums import AttnBackend
 
-    from kvcat_nemo.engine.config import NVTE_VARIABLES, SET_BY_MEGATRON
+    from kvcat_nemo.engine.config_checks import NVTE_VARIABLES, SET_BY_MEGATRON
 
     assert set(SET_BY_MEGATRON) == {member.name for member in AttnBackend}
     for backend in AttnBackend:
@@ -205,7 +205,7 @@ def test_an_environment_that_megatron_asserts_on(clean, backend, variables, prop
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.transformer.enums import AttnBackend
 
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     for name, value in variables.items():
         clean.setenv(name, value)
@@ -236,7 +236,7 @@ def test_an_environment_that_megatron_asserts_on(clean, backend, variables, prop
 def test_the_check_sees_the_environment_that_megatron_will_set(clean):
     from megatron.core.transformer.enums import AttnBackend
 
-    from kvcat_nemo.engine import config as module
+    from kvcat_nemo.engine import config_checks as module
 
     seen = []
     clean.setattr(module, "select_backend", lambda *args, **known: seen.append(os.environ["NVTE_FUSED_ATTN"]))

@@ -5,7 +5,7 @@ import pytest
 from corpus_files import S, build, tokens, write_corpus
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from kvcat_nemo.data.windows import windows_in
+from kvcat_nemo.data.window_counts import windows_in
 from kvcat_nemo.engine.epochs import EpochDataset, build_index
 
 CORPORA = {

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvcat_nemo.engine.lifeline import Lifeline  # noqa: E402
+from kvcat_nemo.engine.heartbeat import Lifeline  # noqa: E402
 
 
 class LateStore:

@@ -257,7 +257,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("field,value", REFUSED)
 def test_refusals_name_the_field_and_the_value(field, value):
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     config = transformer_config()
     validate_model_config(config)
@@ -267,7 +267,7 @@ def test_refusals_name_the_field_and_the_value(field, value):
 
 
 def test_settings_of_the_method_are_checked_too():
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     config = transformer_config()
     config.kvcat.sinks = -1

@@ -38,7 +38,7 @@ def run(model, given, **kwargs):
 )
 @pytest.mark.filterwarnings("error:token_losses")
 def test_the_loss_mask_spares_a_sweep_and_changes_nothing(make, name, weights, monkeypatch):
-    from kvcat_nemo.kernels import token_loss
+    from kvcat_nemo.kernels.losses import token_loss
 
     sweeps, sweep = [], token_loss.sweep
     monkeypatch.setattr(token_loss, "sweep", lambda *a: (sweeps.append(1), sweep(*a))[1])
@@ -113,7 +113,7 @@ def test_labels_that_are_no_tokens_are_refused(make):
 
 
 def test_deferred_weight_gradients_are_refused():
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     config = transformer_config()
     config.defer_embedding_wgrad_compute = True

@@ -50,7 +50,7 @@ def gradients(model, metrics, weight):
 def test_a_document_trains_as_if_alone(name, kvcat, backend):
     """Metrics of every token and gradients of every parameter, routers included, are the sum over documents alone."""
     from kvcat_nemo.engine.collectives import RouterLoss
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
 
     RouterLoss.scale = 1.0
     if "behind a cut" in name and kvcat:
@@ -89,7 +89,7 @@ def test_keep_rates_of_packed_documents(name):
     from small_models import recorded_masks
 
     from kvcat_nemo.engine.layer import kvcat_layers
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
 
     model = model_of(name)
     tokens = text(3)
@@ -101,7 +101,7 @@ def test_keep_rates_of_packed_documents(name):
 
 
 def test_changing_a_document_changes_no_other():
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
 
     model = model_of("router, tied, q/k norms")
     tokens = text()
@@ -117,7 +117,7 @@ def test_changing_a_document_changes_no_other():
 
 
 def test_positions_that_do_not_begin_at_zero_are_refused():
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
 
     with pytest.raises(ValueError, match="every window must begin with position 0"):
         document_boundaries(torch.tensor([[0, 1], [3, 4]]))
@@ -140,7 +140,7 @@ def test_megatrons_dataset_gives_such_positions(tmp_path):
     """GPTDataset with reset_position_ids, as the data module sets it: a document begins after each end-of-document token."""
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
 
     tokens = torch.tensor([5, 6, 0, 7, 0, 0, 8, 9])
     _, mask, place = _get_ltor_masks_and_position_ids(tokens, 0, True, True, True, False)

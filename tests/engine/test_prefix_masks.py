@@ -27,7 +27,7 @@ def batch(seed=0):
 
 
 def spans_of(model, tokens, documents=None):
-    from kvcat_nemo.engine.model import initial_gates
+    from kvcat_nemo.engine.paired_model import initial_gates
     from kvcat_nemo.method.spans import Spans
 
     gates, table = initial_gates(model.config.kvcat, tokens, documents=documents)
@@ -55,9 +55,9 @@ def round_by_place(model):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_before_the_cut_are_the_dense_ones_bit_for_bit(monkeypatch, dtype, packed, uneven):
     """Hidden states after each layer, the keys and values that rows behind the cut read, cross-entropies; the KL is 0."""
-    from kvcat_nemo.engine import attention
+    from kvcat_nemo.engine import core_attention
     from kvcat_nemo.engine.layer import kvcat_layers
-    from kvcat_nemo.engine.model import document_boundaries
+    from kvcat_nemo.engine.paired_model import document_boundaries
 
     model = model_of(dtype)
     if uneven:
@@ -74,8 +74,8 @@ def test_rows_before_the_cut_are_the_dense_ones_bit_for_bit(monkeypatch, dtype, 
         [],
         [],
         [],
-        attention.causal_attention,
-        attention.span_gated_attention,
+        core_attention.causal_attention,
+        core_attention.span_gated_attention,
     )
 
     def keep_dense(q, k, v, **settings):
@@ -86,8 +86,8 @@ def test_rows_before_the_cut_are_the_dense_ones_bit_for_bit(monkeypatch, dtype, 
         slots.append([k.detach(), v.detach()])
         return behind(q, k, v, *rest, **settings)
 
-    monkeypatch.setattr(attention, "causal_attention", keep_dense)
-    monkeypatch.setattr(attention, "span_gated_attention", keep_masked)
+    monkeypatch.setattr(core_attention, "causal_attention", keep_dense)
+    monkeypatch.setattr(core_attention, "span_gated_attention", keep_masked)
     for layer in kvcat_layers(model):
         layer.register_forward_hook(lambda *x: hidden.append(x[2][0].detach().transpose(0, 1)))
     metrics = model(tokens, position, documents, labels=labels)
@@ -106,7 +106,7 @@ def test_rows_before_the_cut_are_the_dense_ones_bit_for_bit(monkeypatch, dtype, 
 
 def test_sharing_rows_changes_no_figure_and_no_gradient(monkeypatch):
     """Against two halves that compute every row themselves: in float64 they agree to rounding."""
-    from kvcat_nemo.engine import attention, layer
+    from kvcat_nemo.engine import core_attention, layer
 
     model, (tokens, position, labels) = model_of(), batch()
     parameters = dict(model.named_parameters())
@@ -123,11 +123,11 @@ def test_sharing_rows_changes_no_figure_and_no_gradient(monkeypatch):
     class Apart:
         apply = staticmethod(lambda x, *unused: x)
 
-    both = attention.span_gated_attention
+    both = core_attention.span_gated_attention
     monkeypatch.setattr(
-        attention, "span_gated_attention", lambda *x, **y: both(*x, **y | {"first_spans": True})
+        core_attention, "span_gated_attention", lambda *x, **y: both(*x, **y | {"first_spans": True})
     )
-    for module in (attention, layer):
+    for module in (core_attention, layer):
         monkeypatch.setattr(module, "FirstSpansShared", Apart)
     apart, grads_apart = run()
     torch.testing.assert_close(shared, apart, rtol=1e-11, atol=1e-12)
@@ -210,7 +210,7 @@ def test_cuts_are_those_of_the_window_wherever_it_lies():
 
 @pytest.mark.parametrize("multiple", [64, 100])
 def test_cuts_that_no_window_could_have_are_refused(multiple):
-    from kvcat_nemo.engine.plan import Layout
+    from kvcat_nemo.engine.cost import Layout
     from kvcat_nemo.method.config import KVCatConfig
 
     layout = Layout(1, 1, 1, False, False, micro_batch_size=1, global_batch_size=1, seq_length=64)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcat_nemo.engine.reach import place_from_environment
+from kvcat_nemo.engine.preflight import place_from_environment
 
 pytestmark = pytest.mark.multiprocess
 HOST = socket.gethostname()

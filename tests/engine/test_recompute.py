@@ -19,7 +19,7 @@ RECOMPUTE = {
 def steps(name, kvcat=None, **fields):
     """Two micro-batches, an update, one more: losses, figures, gradients, gates of every run of every layer."""
     from kvcat_nemo.engine.collectives import set_router_loss_scale
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
     from kvcat_nemo.engine.step import microbatch_loss, step_metrics
 
     config = transformer_config(name, kvcat, **fields)
@@ -85,7 +85,7 @@ def test_a_policy_without_gates_recomputes_too():
 
 
 def test_norms_are_recomputed_with_transformer_engine_alone(one_process):
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     config = transformer_config(recompute_granularity="selective", recompute_modules=["layernorm"])
     with pytest.raises(ValueError, match=r"recompute_modules=\['layernorm'\]: .*leave layernorm out"):
@@ -93,7 +93,7 @@ def test_norms_are_recomputed_with_transformer_engine_alone(one_process):
 
 
 def test_saved_activations_are_not_distributed(one_process):
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     config = transformer_config(**RECOMPUTE["full, uniform 1"])
     validate_model_config(config)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcat_nemo.engine.segments import TokenSegments, pieces_of_ranks
-from kvcat_nemo.kernels.window_split import WindowSplit
+from kvcat_nemo.kernels.attention.context_parallel import WindowSplit
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from kvcat_nemo.engine import host, settings
+from kvcat_nemo.engine import hardware, megatron_settings
 
-host.enable()  # before Megatron is imported
+hardware.enable()  # before Megatron is imported
 
 
 def model_fields():
@@ -16,9 +16,9 @@ def model_fields():
 
 
 def test_every_field_has_its_row_and_one_only():
-    unknown = [name for name in model_fields() if settings.verdict_on(name) is None]
+    unknown = [name for name in model_fields() if megatron_settings.verdict_on(name) is None]
     assert unknown == []
-    tables = (settings.MODEL, settings.CONDITIONAL, settings.PASSES)
+    tables = (megatron_settings.MODEL, megatron_settings.CONDITIONAL, megatron_settings.PASSES)
     for number, table in enumerate(tables):
         for other in tables[number + 1 :]:
             assert not table.keys() & other.keys()
@@ -37,18 +37,20 @@ VALUES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", settings.MODEL)
+@pytest.mark.parametrize("name", megatron_settings.MODEL)
 def test_a_refused_value_is_refused_and_says_what_to_do(name):
     """On a bare object: Megatron's own checks know nothing of a paired pass, and some newer fields are not in this version."""
     value = VALUES.get(name, True)
     thing = type("Config", (), {name: value})()
     with pytest.raises(ValueError, match=rf"model\.config\.{name}=") as error:
-        settings.check(thing, settings.MODEL, "model.config")
+        megatron_settings.check(thing, megatron_settings.MODEL, "model.config")
     assert any(
         word in str(error.value) for word in ("set it to", "use a", "leave it", "Set it to", "not supported")
     )
-    for accepted in settings.MODEL[name].but:
-        settings.check(type("Config", (), {name: accepted})(), settings.MODEL, "model.config")
+    for accepted in megatron_settings.MODEL[name].but:
+        megatron_settings.check(
+            type("Config", (), {name: accepted})(), megatron_settings.MODEL, "model.config"
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,14 +67,14 @@ def test_a_refused_value_is_refused_and_says_what_to_do(name):
 def test_the_engines_check_asks_the_tables(fields, said):
     from small_models import transformer_config
 
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     with pytest.raises(ValueError, match=said):
         validate_model_config(transformer_config(**fields))
 
 
 def test_a_field_of_a_newer_megatron_is_refused_unless_it_has_its_default():
-    from kvcat_nemo.engine.config import KVCatTransformerConfig
+    from kvcat_nemo.engine.config_checks import KVCatTransformerConfig
 
     @dataclasses.dataclass
     class Newer(KVCatTransformerConfig):
@@ -85,6 +87,6 @@ def test_a_field_of_a_newer_megatron_is_refused_unless_it_has_its_default():
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
-    settings.check_model_settings(Newer(**small))
+    megatron_settings.check_model_settings(Newer(**small))
     with pytest.raises(ValueError, match="attention_in_one_go=True.*no test of it; leave it at False"):
-        settings.check_model_settings(Newer(**small, attention_in_one_go=True))
+        megatron_settings.check_model_settings(Newer(**small, attention_in_one_go=True))

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 def check(given):
     """Validate a model of 24 layers, and a layout if fields of one are given."""
-    from kvcat_nemo.engine.config import validate_model_config
-    from kvcat_nemo.engine.plan import Layout
+    from kvcat_nemo.engine.config_checks import validate_model_config
+    from kvcat_nemo.engine.cost import Layout
 
     config = transformer_config(num_layers=24, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64)
     config.kvcat = KVCatConfig(num_groups=4)
@@ -54,7 +54,7 @@ def test_refused_and_accepted_as_proposed(refusal):
 
 
 def works(layers, groups, stages, chunks, policy="router"):
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
 
     config = transformer_config(num_layers=layers, kvcat={"num_groups": groups, "policy": policy})
     config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size = stages, chunks

@@ -1,4 +1,4 @@
-"""Cases of kernels/columns_triton.py, run by test_columns.py in .venv-te, where Triton interprets its kernels on the CPU."""
+"""Cases of kernels/attention/columns_triton.py, run by test_columns.py in .venv-te, where Triton interprets its kernels on the CPU."""
 
 import random
 
@@ -9,8 +9,9 @@ from test_gated import case, run
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
-from kvcat_nemo.kernels import algebra, columns, columns_triton, gated_attention
-from kvcat_nemo.kernels.cpu import CpuKernel
+from kvcat_nemo.kernels import gated_attention
+from kvcat_nemo.kernels.attention import columns, columns_triton, gated_function
+from kvcat_nemo.kernels.fused.cpu import CpuKernel
 from kvcat_nemo.method.attention import gated_attention_reference
 
 FUNCTIONS = ("query", "slots", "gradient", "sums", "gate", "merge", "own", "own and gated")
@@ -156,7 +157,7 @@ SETTINGS = [
 def test_gated_attention_with_these_columns(monkeypatch, gate, options):
     """Against the float64 oracle, through the path that Transformer Engine's and flash-attn's kernels take."""
     monkeypatch.setattr(CpuKernel, "takes_key_bias", False)
-    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    monkeypatch.setattr(gated_function, "columns_for", lambda device: columns_triton)
     *tensors, do = case(1, 11, 4, 2, 8, gate=gate)
     ours = run(gated_attention, tensors, do, **options)
     expected = run(gated_attention_reference, tensors, do, wide=True, **options)
@@ -169,7 +170,7 @@ def test_gated_attention_with_these_columns(monkeypatch, gate, options):
 def test_weights_beyond_the_headroom(monkeypatch):
     """The second backward, in which every dropped slot has a shift of its own."""
     monkeypatch.setattr(CpuKernel, "takes_key_bias", False)
-    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    monkeypatch.setattr(gated_function, "columns_for", lambda device: columns_triton)
     *tensors, do = case(1, 11, 4, 2, 8, spread=6.0)
     ours = run(gated_attention, tensors, do)
     expected = run(gated_attention_reference, tensors, do, wide=True)
@@ -248,7 +249,7 @@ def test_a_kernel_that_cannot_be_launched_is_found(monkeypatch):
 )  # fmt: skip
 def test_launches(monkeypatch, options, forward, backward):
     """(Triton kernels, other operations) at most, in bf16. Raise the numbers knowingly."""
-    monkeypatch.setattr(algebra, "columns_for", lambda device: columns_triton)
+    monkeypatch.setattr(gated_function, "columns_for", lambda device: columns_triton)
     launched = []
     real = GridExecutor.__call__
 

@@ -53,9 +53,9 @@ def check(kernel, shape, *, dtype=torch.float64, window=None, packed=False, stri
 
 
 def check_split(kernel, shape, *, dtype=torch.float64, window=None, chunk=5, bound=1e-12):
-    """The kernel under kernels.split_kernel, every rank of 2 and of 3 in turn: together they give the whole window's."""
-    from kvcat_nemo.kernels.split_kernel import SplitKernel
-    from kvcat_nemo.kernels.window_split import WindowSplit
+    """The kernel under kernels.attention.context_parallel_kernel, every rank of 2 and of 3 in turn: together they give the whole window's."""
+    from kvcat_nemo.kernels.attention.context_parallel import WindowSplit
+    from kvcat_nemo.kernels.attention.context_parallel_kernel import SplitKernel
 
     for ranks in (2, 3):
         q, k, v, do = case((shape[0], 2 * ranks * chunk, *shape[2:]), dtype)

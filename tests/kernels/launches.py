@@ -50,7 +50,7 @@ def _kernels_uncounted() -> Iterator[None]:
     """The CPU's fused kernel as the CUDA ones are: without a bias for keys, and its own operations not counted."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from kvcat_nemo.kernels.cpu import CpuKernel
+    from kvcat_nemo.kernels.fused.cpu import CpuKernel
 
     def uncounted(function):
         def call(*args, **kwargs):

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from kvcat_nemo.kernels import row_losses_triton as form
+from kvcat_nemo.kernels.losses import row_losses_triton as form
 
 CPU = torch.device("cpu")
 

@@ -34,7 +34,7 @@ BIAS_ROUNDINGS = 3
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Of the bias: 16-bit types carry it as two numbers (kernels/algebra.py), hence with the square of theirs."""
+    """Of the bias: 16-bit types carry it as two numbers (kernels/attention/gated_function.py), hence with the square of theirs."""
     u = torch.finfo(dtype).eps / 2
     return u * u if torch.finfo(dtype).bits == 16 else u
 

@@ -56,7 +56,7 @@ def run(function, tensors, do, **settings):
 
 def main(folder, rank, world_size):
     from kvcat_nemo.kernels import WindowSplit, causal_attention, gated_attention
-    from kvcat_nemo.kernels.cpu import CpuKernel
+    from kvcat_nemo.kernels.fused.cpu import CpuKernel
     from kvcat_nemo.method.attention import gated_attention_reference
 
     torch.set_num_threads(1)

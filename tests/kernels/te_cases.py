@@ -1,4 +1,4 @@
-"""kernels/te.py on the real Transformer Engine with a stand-in extension. Runs under .venv-te; test_te.py starts it."""
+"""kernels/fused/te.py on the real Transformer Engine with a stand-in extension. Runs under .venv-te; test_te.py starts it."""
 
 import dataclasses
 import inspect
@@ -29,10 +29,10 @@ def fresh(monkeypatch):
     """The stand-in's device and dtypes; Transformer Engine is told that float64 is bf16."""
     from transformer_engine.pytorch import constants
 
-    from kvcat_nemo.kernels import backends
-    from kvcat_nemo.kernels.flash import FlashKernel
-    from kvcat_nemo.kernels.te import TransformerEngineKernel
-    from kvcat_nemo.kernels.te_selection import Selection
+    from kvcat_nemo.kernels.fused import selection
+    from kvcat_nemo.kernels.fused.flash import FlashKernel
+    from kvcat_nemo.kernels.fused.te import TransformerEngineKernel
+    from kvcat_nemo.kernels.fused.te_selection import Selection
 
     if FACTS.calls != "2.16":  # there backward is told the gradients' dtype
         monkeypatch.setitem(constants.TE_DType, torch.float64, constants.TE_DType[torch.bfloat16])
@@ -45,13 +45,13 @@ def fresh(monkeypatch):
     for kernel in (FlashKernel, TransformerEngineKernel):
         monkeypatch.setattr(kernel, "device_type", "cpu")
         monkeypatch.setattr(kernel, "dtypes", (torch.bfloat16, torch.float64))
-    backends.kernel.cache_clear()
+    selection.kernel.cache_clear()
     te_standin.launches.clear()
     flash_standin.calls.clear()
 
 
 def on_cpu():
-    from kvcat_nemo.kernels.te import TransformerEngineKernel
+    from kvcat_nemo.kernels.fused.te import TransformerEngineKernel
 
     return TransformerEngineKernel()
 
@@ -66,7 +66,7 @@ def test_every_argument_has_its_name_in_the_installed_version():
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
-    from kvcat_nemo.kernels import te, te_selection
+    from kvcat_nemo.kernels.fused import te, te_selection
 
     choice = te_selection.Choice("cudnn", 1)
     shared, later, _ = te._arguments(torch.zeros(1, 4, 1, 8), 4, choice, 1.0, None, None, None, True)
@@ -179,7 +179,7 @@ def test_gated_attention_against_the_oracle(machine, shape, settings):
     flash = machine == "sm80" or (machine == "sm100" and "128" in shape and not FACTS.wide_sm100)
     ran = set()
     with te_standin.Machine(ARCHITECTURES[machine]), pytest.MonkeyPatch.context() as patch:
-        from kvcat_nemo.kernels.te import TransformerEngineKernel
+        from kvcat_nemo.kernels.fused.te import TransformerEngineKernel
 
         true = TransformerEngineKernel.forward
 
@@ -329,7 +329,7 @@ def test_statistics_of_packed_documents(tokens):
 
 
 def test_flash_attention_4_and_other_kernels_that_cannot_serve_are_refused():
-    from kvcat_nemo.kernels.te_selection import Choice, Selection
+    from kvcat_nemo.kernels.fused.te_selection import Choice, Selection
 
     with te_standin.Machine((10, 0)):
         with pytest.raises(ValueError, match="NVTE_FLASH_ATTN_V4=0, or model.config.attention_backend=fused"):
@@ -375,7 +375,7 @@ def test_determinism_on_blackwell():
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.21.0", "1.13.0", "3.0"])
 def test_other_versions_are_refused_by_name(monkeypatch, version):
-    from kvcat_nemo.kernels import te_selection
+    from kvcat_nemo.kernels.fused import te_selection
 
     te_selection.engine.cache_clear()
     monkeypatch.setattr(te_selection.importlib.metadata, "version", lambda name: version)
@@ -387,7 +387,7 @@ def test_other_versions_are_refused_by_name(monkeypatch, version):
 
 
 def test_this_version_is_supported():
-    from kvcat_nemo.kernels import te_selection
+    from kvcat_nemo.kernels.fused import te_selection
 
     assert te_selection.OLDEST <= te_selection.version() <= te_selection.NEWEST
     assert te_selection.version() == tuple(map(int, FACTS.package.split(".")[:2]))
@@ -395,7 +395,7 @@ def test_this_version_is_supported():
 
 def test_hopper_with_a_beta_of_flash_attention_3(monkeypatch):
     """Transformer Engine goes by the package's version alone: FlashAttention-2 serves where the functions do not fit."""
-    from kvcat_nemo.kernels import flash_packages
+    from kvcat_nemo.kernels.fused import flash_packages
 
     true = flash_packages.functions
     monkeypatch.setattr(
@@ -413,7 +413,7 @@ def test_hopper_with_a_beta_of_flash_attention_3(monkeypatch):
 def test_selection_is_remembered_and_bounded(monkeypatch):
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
-    from kvcat_nemo.kernels import te_selection
+    from kvcat_nemo.kernels.fused import te_selection
 
     asked = []
     true = utils.get_attention_backend

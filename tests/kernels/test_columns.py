@@ -11,9 +11,9 @@ from launches import Launches, attention_launches
 from test_gated import case
 
 from kvcat_nemo.kernels import gated_attention
-from kvcat_nemo.kernels.flash import longest
-from kvcat_nemo.kernels.overflow import HEADROOM, QUIET, QUIET_STEPS, OverflowWatch, watch
-from kvcat_nemo.kernels.token_loss import token_losses
+from kvcat_nemo.kernels.attention.overflow import HEADROOM, QUIET, QUIET_STEPS, OverflowWatch, watch
+from kvcat_nemo.kernels.fused.flash import longest
+from kvcat_nemo.kernels.losses.token_loss import token_losses
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -1,4 +1,4 @@
-"""kernels/flash.py against flash-attn's signatures (flash_standin): both generations, packing, windows, refusals."""
+"""kernels/fused/flash.py against flash-attn's signatures (flash_standin): both generations, packing, windows, refusals."""
 
 import sys
 import types
@@ -8,7 +8,7 @@ import kernel_checks
 import pytest
 import torch
 
-from kvcat_nemo.kernels import backends, flash, flash_packages
+from kvcat_nemo.kernels.fused import flash, flash_packages, selection
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_gated_attention_against_the_oracle(packages, monkeypatch, shape, settin
     packages(2, capability=(8, 0))
     for name in ("device_type", "dtypes"):
         monkeypatch.setattr(flash.FlashKernel, name, getattr(OnCpu, name))
-    backends.kernel.cache_clear()
+    selection.kernel.cache_clear()
     kernel_checks.check_gated("flash", kernel_checks.GATED[shape], **settings)
     kernel_checks.check_gated(
         "flash", kernel_checks.GATED[shape], dtype=torch.bfloat16, bound=1.5e-2, **settings
@@ -113,7 +113,7 @@ def test_gates_behind_a_cut_against_the_oracle(packages, monkeypatch, shape):
     packages(2, capability=(8, 0))
     for name in ("device_type", "dtypes"):
         monkeypatch.setattr(flash.FlashKernel, name, getattr(OnCpu, name))
-    backends.kernel.cache_clear()
+    selection.kernel.cache_clear()
     kernel_checks.check_spans("flash", kernel_checks.GATED[shape], sinks=1)
     kernel_checks.check_spans("flash", kernel_checks.GATED[shape], dtype=torch.bfloat16, bound=1.5e-2)
     assert {call.split()[0] for call in flash_standin.calls} == {"flash2"}

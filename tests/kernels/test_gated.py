@@ -8,9 +8,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kvcat_nemo.kernels import causal_attention, gated_attention
-from kvcat_nemo.kernels.backends import BACKENDS, select_backend
-from kvcat_nemo.kernels.cpu import CpuKernel
-from kvcat_nemo.kernels.overflow import HEADROOM
+from kvcat_nemo.kernels.attention.overflow import HEADROOM
+from kvcat_nemo.kernels.fused.cpu import CpuKernel
+from kvcat_nemo.kernels.fused.selection import BACKENDS, select_backend
 from kvcat_nemo.method.attention import gated_attention_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -307,7 +307,7 @@ def test_selection(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """CUDA with the backends named: `installed` says which packages there are, `refuses` why a backend does not fit."""
-    from kvcat_nemo.kernels import backends
+    from kvcat_nemo.kernels.fused import selection
 
     def put(*installed, **refuses):
         class Kernel:
@@ -321,9 +321,9 @@ def gpu(monkeypatch):
                 if self.name in refuses:
                     raise ValueError(f"attention_backend={self.name}: {refuses[self.name]}")
 
-        monkeypatch.setattr(backends, "_installed", lambda package: package in installed)
-        monkeypatch.setattr(backends, "kernel", Kernel)
-        monkeypatch.setattr(backends, "_said", set())
+        monkeypatch.setattr(selection, "_installed", lambda package: package in installed)
+        monkeypatch.setattr(selection, "kernel", Kernel)
+        monkeypatch.setattr(selection, "_said", set())
 
     return put
 
@@ -370,13 +370,13 @@ def test_a_backend_that_is_asked_for_is_not_replaced(gpu):
 def test_a_package_that_is_missing(monkeypatch, name, package):
     import importlib.util
 
-    from kvcat_nemo.kernels import backends
+    from kvcat_nemo.kernels.fused import selection
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda x, *rest: None if x == package else real(x, *rest)
     )
-    backends.kernel.cache_clear()
+    selection.kernel.cache_clear()
     with pytest.raises(ValueError, match=f"attention_backend={name}: the package {package} is not installed"):
         select_backend(name, device="cuda", dtype=torch.bfloat16, head_dim=64)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvcat_nemo.doctor.kernel_cases import CASES, HOSTS, run_case
-from kvcat_nemo.kernels.backends import PACKAGES
+from kvcat_nemo.kernels.fused.selection import PACKAGES
 
 
 @pytest.fixture(

@@ -9,9 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_gated import DTYPES, LOCAL, NAMES, case, error, open_reference, plain_errors, run
 
-from kvcat_nemo.kernels import causal_attention, cpu, gated_attention, span_gated_attention
-from kvcat_nemo.kernels.cpu import CpuKernel
-from kvcat_nemo.kernels.overflow import HEADROOM
+from kvcat_nemo.kernels import causal_attention, gated_attention, span_gated_attention
+from kvcat_nemo.kernels.attention.overflow import HEADROOM
+from kvcat_nemo.kernels.fused import cpu
+from kvcat_nemo.kernels.fused.cpu import CpuKernel
 from kvcat_nemo.method.attention import span_gated_attention_reference
 from kvcat_nemo.method.spans import Spans
 
@@ -54,7 +55,7 @@ def test_errors_are_at_most_twice_the_plain_kernels(name, dtype):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "biased"])
 def test_stacked_heads_are_the_same_function(bias):
-    """In 16 bits a short call stacks the heads of a KV head as rows (kernels/cpu.py): errors against float64 stay the same."""
+    """In 16 bits a short call stacks the heads of a KV head as rows (kernels/fused/cpu.py): errors against float64 stay the same."""
     n, m, kernel = 256, 300, CpuKernel()
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (

@@ -11,9 +11,9 @@ import pytest
 import torch
 from split_ranks import CASES
 
-from kvcat_nemo.kernels.backends import select_backend
-from kvcat_nemo.kernels.cpu import CpuKernel
-from kvcat_nemo.kernels.window_split import WindowSplit
+from kvcat_nemo.kernels.attention.context_parallel import WindowSplit
+from kvcat_nemo.kernels.fused.cpu import CpuKernel
+from kvcat_nemo.kernels.fused.selection import select_backend
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 12, 99])

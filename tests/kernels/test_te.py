@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from te_versions import FACTS, rounded
 
-from kvcat_nemo.kernels import te_selection
+from kvcat_nemo.kernels.fused import te_selection
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-te"

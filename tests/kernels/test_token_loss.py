@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvcat_nemo.kernels import token_loss
-from kvcat_nemo.kernels.token_loss import TOKEN_METRICS, token_losses
+from kvcat_nemo.kernels.losses import token_loss
+from kvcat_nemo.kernels.losses.token_loss import TOKEN_METRICS, token_losses
 from kvcat_nemo.method.losses import distillation, next_token_ce
 
 

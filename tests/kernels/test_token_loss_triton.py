@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from kvcat_nemo.kernels.token_loss import select_loss_kernel
+from kvcat_nemo.kernels.losses.token_loss import select_loss_kernel
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -1,4 +1,4 @@
-"""kernels/torch_flash.py on PyTorch's own operators, with CPU kernels in place of the CUDA ones (torch_standin)."""
+"""kernels/fused/torch_flash.py on PyTorch's own operators, with CPU kernels in place of the CUDA ones (torch_standin)."""
 
 import kernel_checks
 import pytest
@@ -6,8 +6,9 @@ import torch
 import torch_schemas
 import torch_standin
 
-from kvcat_nemo.kernels import backends, causal_attention, select_backend, torch_flash
-from kvcat_nemo.kernels.torch_flash import TorchKernel
+from kvcat_nemo.kernels import causal_attention, select_backend
+from kvcat_nemo.kernels.fused import selection, torch_flash
+from kvcat_nemo.kernels.fused.torch_flash import TorchKernel
 
 INSTALLED = tuple(map(int, torch.__version__.split(".")[:2]))
 
@@ -25,7 +26,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(TorchKernel, "dtypes", (torch.bfloat16, torch.float64))
     with torch_standin.installed():
         yield put
-    backends.kernel.cache_clear()
+    selection.kernel.cache_clear()
 
 
 FITS = {"device": "cpu", "dtype": torch.bfloat16, "head_dim_qk": 72, "head_dim_v": 72}

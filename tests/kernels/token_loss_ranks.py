@@ -15,7 +15,7 @@ T, B, V, PADDED, M = 8, 2, 13, 24, 5  # of 4 ranks the third has five rows of pa
 
 
 def main(folder, rank, world_size, kernel="auto"):
-    from kvcat_nemo.kernels.token_loss import token_losses
+    from kvcat_nemo.kernels.losses.token_loss import token_losses
 
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
@@ -80,7 +80,7 @@ def main(folder, rank, world_size, kernel="auto"):
 
 def check_choice(rank, groups):
     """Rank 1 cannot use Triton: neither can those that share a vocabulary with rank 1, and the others can."""
-    from kvcat_nemo.kernels import row_losses_triton, token_loss
+    from kvcat_nemo.kernels.losses import row_losses_triton, token_loss
 
     token_loss.AUTO_DEVICES = {"cpu"}
     row_losses_triton.failure = lambda device: "no image for this device" if rank == 1 else ""

@@ -15,8 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
-from kvcat_nemo.kernels import columns_triton, row_losses_triton
-from kvcat_nemo.kernels.token_sweep import Settings, Vocabulary
+from kvcat_nemo.kernels.attention import columns_triton
+from kvcat_nemo.kernels.losses import row_losses_triton
+from kvcat_nemo.kernels.losses.token_sweep import Settings, Vocabulary
 
 
 class Driver:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcat_nemo.kernels import token_loss
+from kvcat_nemo.kernels.losses import token_loss
 
 
 @pytest.fixture(autouse=True)

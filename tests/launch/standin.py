@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvcat_nemo.runs.manifest import seal
+from kvcat_nemo.runs.checkpoint_manifest import seal
 
 parser = argparse.ArgumentParser()
 parser.add_argument("steps", type=int)

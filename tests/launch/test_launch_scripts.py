@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcat_nemo.runs.manifest import SEAL, seal
+from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

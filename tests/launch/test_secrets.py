@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcat_nemo.cli import main
-from kvcat_nemo.launch.settings import check_variables
-from kvcat_nemo.tracking.redact import looks_like_a_secret, redact, what_secret
+from kvcat_nemo.common.redact import looks_like_a_secret, redact, what_secret
+from kvcat_nemo.launch.job_settings import check_variables
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

@@ -108,7 +108,7 @@ def output(run_dir):
 
 
 def metrics(run_dir):
-    from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile
+    from kvcat_nemo.nemo.mlflow_logger import METRICS_FILE, MetricsFile
 
     return MetricsFile.lines(run_dir / "kvcat" / METRICS_FILE)
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcat_nemo.cli import main
+from kvcat_nemo.launch.job_settings import Settings
 from kvcat_nemo.launch.jobset import jobset, validate
-from kvcat_nemo.launch.settings import Settings
 from kvcat_nemo.launch.values import check_environment, check_value, forms
 
 LAUNCH = Path(__file__).parents[2] / "launch"

@@ -5,7 +5,7 @@ import torch
 from tiny_models import make
 from torch import nn
 
-from kvcat_nemo.models.config import read_model
+from kvcat_nemo.models.hf_config import read_model
 from kvcat_nemo.models.load import check_loaded, load_causal_lm
 
 
@@ -66,7 +66,7 @@ def test_a_wrong_value_is_named(root, tmp_path, name):
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_compressors_refuse_a_rope_that_changes_with_the_length(root, tmp_path, kind):
     """Of a model that was loaded by other means; from a folder it is refused earlier."""
-    from kvcat_nemo.compress.attention import check_model
+    from kvcat_nemo.compress.hf_attention import check_model
 
     model = load_causal_lm(make(root, tmp_path / "model")[0])
     check_model(model)

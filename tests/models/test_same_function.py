@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_models import NULL, ROPES, THETA, TOKENS, edit, make, written
 
-from kvcat_nemo.models.config import read_model
 from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
+from kvcat_nemo.models.hf_config import read_model
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import INDEX, SINGLE, check_tied, find_weights
 

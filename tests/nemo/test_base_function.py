@@ -45,7 +45,7 @@ def recipe(base=None, **fields):
     """A recipe whose model is that of `bases`, but for its rope; further fields of the model's configuration."""
     import nemo_run as run
 
-    from kvcat_nemo.nemo.config import KVCatLlamaConfig
+    from kvcat_nemo.nemo.model_configs import KVCatLlamaConfig
     from kvcat_nemo.recipes import RECIPES
 
     out = RECIPES["kvcat_smollm2_135m"](base=None if base is None else str(base))
@@ -149,7 +149,7 @@ def test_every_field_of_the_function_is_tried():
 
 @pytest.mark.parametrize("name", OTHER)
 def test_every_field_that_changes_the_function_is_compared(bases, name):
-    from kvcat_nemo.nemo.base import check_base
+    from kvcat_nemo.nemo.base_model import check_base
 
     config = built()
     check_base(bases["plain"][1], config)
@@ -210,7 +210,7 @@ PREFIXES = ("moe_", "mamba_", "use_mamba_")
 def test_every_field_of_megatron_and_nemo_is_classified():
     """A field that a new version brings must be looked at: does it change the function?"""
     from kvcat_nemo.models.function import PER_MODEL, ROPE_FIELDS, SAME_EVERYWHERE
-    from kvcat_nemo.nemo.config import (
+    from kvcat_nemo.nemo.model_configs import (
         KVCatLlama31Config8B,
         KVCatLlamaConfig,
         KVCatQwen2Config,
@@ -229,9 +229,9 @@ def test_every_field_of_megatron_and_nemo_is_classified():
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    from kvcat_nemo.engine import host
+    from kvcat_nemo.engine import hardware
 
-    host.enable()
+    hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
     rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
@@ -271,7 +271,7 @@ def test_the_run_starts_as_exactly_the_base(bases, one_process, kind, fields):
     from kvcat_nemo.models.frequencies import inverse_frequencies
     from kvcat_nemo.models.load import load_causal_lm
     from kvcat_nemo.models.rope import read_rope
-    from kvcat_nemo.nemo.base import check_base
+    from kvcat_nemo.nemo.base_model import check_base
 
     hf, imported = bases[kind]
     ids = torch.randint(0, 128, (1, 200), generator=torch.Generator().manual_seed(3))
@@ -292,7 +292,7 @@ def test_the_run_starts_as_exactly_the_base(bases, one_process, kind, fields):
 
 def test_resuming_with_another_function_is_refused(tmp_path):
     from kvcat_nemo.models.function import RECORD, write_record
-    from kvcat_nemo.nemo.base import check_resumed, trained_function
+    from kvcat_nemo.nemo.base_model import check_resumed, trained_function
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step=2"
     (checkpoint / "weights").mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_resuming_with_another_function_is_refused(tmp_path):
 def test_a_run_of_before_is_known_by_its_configuration(tmp_path):
     """kvcat/config.json of older runs holds the model's settings, callables left out."""
     from kvcat_nemo.models.function import stored_function
-    from kvcat_nemo.nemo.base import check_resumed
+    from kvcat_nemo.nemo.base_model import check_resumed
     from kvcat_nemo.nemo.records import _plain
 
     run = tmp_path / "run"
@@ -335,7 +335,7 @@ def test_a_start_is_refused_before_anything_is_set_up(bases):
 
 
 def test_a_base_whose_config_was_changed_after_the_import_is_refused(bases, tmp_path):
-    from kvcat_nemo.nemo.base import check_base
+    from kvcat_nemo.nemo.base_model import check_base
 
     base = Path(shutil.copytree(bases["linear"][1], tmp_path / "base"))
     path = base / "hf" / "config.json"

@@ -35,7 +35,7 @@ def module(tmp_path, monkeypatch):
     """A data module on a corpus whose tokens are all different, set up for a trainer; and what it would log."""
     from megatron.core import num_microbatches_calculator as calculator
 
-    from kvcat_nemo.nemo.data import KVCatDataModule
+    from kvcat_nemo.nemo.data_module import KVCatDataModule
 
     monkeypatch.setattr(calculator, "update_num_microbatches", lambda **_: None)
     write_corpus(tmp_path / "train", LENGTHS)
@@ -208,7 +208,7 @@ def test_numbers_as_text_are_numbers(module):
 
 
 def test_weights_are_positive(tmp_path):
-    from kvcat_nemo.nemo.data import dataset_paths
+    from kvcat_nemo.nemo.data_module import dataset_paths
 
     prefix = write_corpus(tmp_path / "a", [5])
     for weight in ("0", "-1", "nan", "inf"):
@@ -217,7 +217,7 @@ def test_weights_are_positive(tmp_path):
 
 
 def test_synthetic_windows_go_on_too(monkeypatch):
-    from kvcat_nemo.nemo.data import SyntheticDataModule
+    from kvcat_nemo.nemo.data_module import SyntheticDataModule
 
     def make(steps, step=0, state=None, **settings):
         data = SyntheticDataModule(**settings)

@@ -76,7 +76,7 @@ def train(folder: Path, base: Path) -> Path:
 
 
 def metrics(run: Path) -> list[dict]:
-    from kvcat_nemo.nemo.tracking import METRICS_FILE, MetricsFile
+    from kvcat_nemo.nemo.mlflow_logger import METRICS_FILE, MetricsFile
 
     return MetricsFile.lines(run / "kvcat" / METRICS_FILE)
 
@@ -142,7 +142,7 @@ def held_out_ce(folder: Path) -> float:
     """Mean cross-entropy of a Hugging Face model on kvcat_tiny's validation windows."""
     from transformers import AutoModelForCausalLM
 
-    from kvcat_nemo.nemo.data import RecallDataset
+    from kvcat_nemo.nemo.data_module import RecallDataset
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     windows = RecallDataset(8, 64, 128, seed=1235)  # two validation batches of four windows
@@ -161,10 +161,10 @@ def test_starts_from_the_base_models_weights(straight, base):
 def test_checkpoints_say_what_was_trained(straight, base, tmp_path):
     """The record is under the seal; export compares the base with it."""
     from kvcat_nemo.conversion.exporting import export_hf
-    from kvcat_nemo.models.config import read_model
     from kvcat_nemo.models.function import RECORD, differences, function_of_model, stored_function
+    from kvcat_nemo.models.hf_config import read_model
+    from kvcat_nemo.runs.checkpoint_manifest import read_seal
     from kvcat_nemo.runs.checkpoints import complete
-    from kvcat_nemo.runs.manifest import read_seal
 
     newest = complete(straight / "checkpoints")[0].path
     assert RECORD in read_seal(newest).files

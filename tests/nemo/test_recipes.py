@@ -120,31 +120,33 @@ def test_known_override_is_taken(recipes, override):
 @pytest.fixture
 def cuda_alone(monkeypatch):
     """CUDA with PyTorch alone: no Transformer Engine, no apex, no flash-attn."""
-    from kvcat_nemo.engine import host
-    from kvcat_nemo.kernels import backends
+    from kvcat_nemo.engine import hardware
+    from kvcat_nemo.kernels.fused import selection
 
-    monkeypatch.setattr(host, "is_cuda", lambda: True)
-    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(hardware, "is_cuda", lambda: True)
+    monkeypatch.setattr(hardware, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(backends, "_installed", lambda package: False)
+    monkeypatch.setattr(selection, "_installed", lambda package: False)
 
 
 def model_configs():
     """Every model configuration that there is, by name."""
-    from kvcat_nemo.nemo import config
+    from kvcat_nemo.nemo import model_configs
 
     found = [
-        x for x in vars(config).values() if isinstance(x, type) and issubclass(x, config.KVCatModelConfig)
+        x
+        for x in vars(model_configs).values()
+        if isinstance(x, type) and issubclass(x, model_configs.KVCatModelConfig)
     ]
-    return {x.__name__: x for x in found if x is not config.KVCatModelConfig}
+    return {x.__name__: x for x in found if x is not model_configs.KVCatModelConfig}
 
 
 def test_every_model_starts_on_cuda_with_pytorch_alone(cuda_alone, monkeypatch):
     """NeMo asks for rotary embeddings of Transformer Engine's in some of them, which Megatron refuses without it."""
     from kvcat_nemo.engine import spec
-    from kvcat_nemo.engine.config import validate_model_config
+    from kvcat_nemo.engine.config_checks import validate_model_config
     from kvcat_nemo.engine.spec import RMSNorm, has_transformer_engine, kvcat_block_spec
 
     monkeypatch.setattr(spec, "get_num_layers_to_build", lambda config, vp_stage=None: 1)  # no process group
@@ -179,7 +181,7 @@ def test_rope_fusion_is_what_megatron_refuses(cuda_alone):
 def test_megatrons_attention_backend_comes_by_name():
     from megatron.core.transformer.enums import AttnBackend
 
-    from kvcat_nemo.nemo.config import KVCatSmolLM2Config135M
+    from kvcat_nemo.nemo.model_configs import KVCatSmolLM2Config135M
 
     assert KVCatSmolLM2Config135M().attention_backend is AttnBackend.auto
     assert KVCatSmolLM2Config135M(attention_backend="flash").attention_backend is AttnBackend.flash
@@ -252,7 +254,7 @@ def test_what_nemos_overlap_callback_would_set_later_is_refused_now(recipes, arg
     import nemo_run as run
     from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-    from kvcat_nemo.nemo.settings import check_run_settings
+    from kvcat_nemo.nemo.trainer_settings import check_run_settings
 
     recipe = recipes["kvcat_qwen25_7b"]()
     callback = run.Config(MegatronCommOverlapCallback, **arguments)
@@ -273,15 +275,20 @@ def test_every_setting_of_strategy_and_precision_is_looked_at(recipes):
     from megatron.core.distributed import DistributedDataParallelConfig
     from nemo import lightning as nl
 
-    from kvcat_nemo.engine import settings as model
-    from kvcat_nemo.nemo import settings
+    from kvcat_nemo.engine import megatron_settings as model
+    from kvcat_nemo.nemo import trainer_settings
     from kvcat_nemo.nemo.plan import PARALLEL_FIELDS
 
-    known = {*settings.PASSES, *settings.TESTED, *PARALLEL_FIELDS, "microbatch_group_size_per_vp_stage"}
+    known = {
+        *trainer_settings.PASSES,
+        *trainer_settings.TESTED,
+        *PARALLEL_FIELDS,
+        "microbatch_group_size_per_vp_stage",
+    }
     for function, table in (
-        (nl.MegatronStrategy.__init__, settings.STRATEGY),
-        (DistributedDataParallelConfig.__init__, settings.DDP),
-        (nl.MegatronMixedPrecision.__init__, settings.PRECISION),
+        (nl.MegatronStrategy.__init__, trainer_settings.STRATEGY),
+        (DistributedDataParallelConfig.__init__, trainer_settings.DDP),
+        (nl.MegatronMixedPrecision.__init__, trainer_settings.PRECISION),
     ):
         names = set(inspect.signature(function).parameters) - {"self", "kwargs"}
         assert names - known - set(table) == set()
@@ -292,7 +299,7 @@ def test_every_setting_of_strategy_and_precision_is_looked_at(recipes):
 
 
 def test_precision_in_a_list_of_plugins_is_looked_at_too(recipes):
-    from kvcat_nemo.nemo.settings import check_run_settings
+    from kvcat_nemo.nemo.trainer_settings import check_run_settings
 
     recipe = recipes["kvcat_tiny"]()
     trainer = recipe.trainer
@@ -345,9 +352,9 @@ def test_data_parallelism_is_nemos(recipes):
 def test_base_of_another_architecture_is_refused(recipes, tmp_path):
     import fiddle as fdl
 
-    from kvcat_nemo.nemo.base import CARD, check_base
+    from kvcat_nemo.nemo.base_model import CARD, check_base
 
-    config = fdl.build(recipes["kvcat_smollm2_135m"]().model.config)
+    model_configs = fdl.build(recipes["kvcat_smollm2_135m"]().model.config)
     right = {
         "num_layers": 30,
         "hidden_size": 576,
@@ -362,14 +369,14 @@ def test_base_of_another_architecture_is_refused(recipes, tmp_path):
         "qk_norm": False,
     }
     (tmp_path / CARD).write_text(json.dumps({"architecture": right}))
-    check_base(tmp_path, config)
+    check_base(tmp_path, model_configs)
     (tmp_path / CARD).write_text(json.dumps({"architecture": right | {"rms_norm_eps": 1e-6}}))
     with pytest.raises(ValueError, match=r"layernorm_epsilon=1e-05.*1e-06"):
-        check_base(tmp_path, config)
+        check_base(tmp_path, model_configs)
 
 
 def test_data_paths_that_do_not_exist_are_named(tmp_path):
-    from kvcat_nemo.nemo.data import dataset_paths
+    from kvcat_nemo.nemo.data_module import dataset_paths
 
     with pytest.raises(ValueError, match=r"train\.bin does not exist.*kvcat data build"):
         dataset_paths(tmp_path)

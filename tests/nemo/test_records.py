@@ -48,7 +48,7 @@ def test_checkpoint_settings_are_those_that_can_be_set():
 
 
 def test_the_tracker_takes_no_credentials_as_an_argument(monkeypatch):
-    from kvcat_nemo.nemo.tracking import MLflowTracker
+    from kvcat_nemo.nemo.mlflow_logger import MLflowTracker
 
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as error:
         MLflowTracker(tracking_uri="http://ann:s3cret-word@host:5000")
@@ -62,7 +62,7 @@ def test_the_tracker_takes_no_credentials_as_an_argument(monkeypatch):
 def test_only_the_first_rank_writes(run, monkeypatch):
     from lightning.pytorch.utilities import rank_zero_only
 
-    from kvcat_nemo.nemo.tracking import MLflowTracker
+    from kvcat_nemo.nemo.mlflow_logger import MLflowTracker
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run / 'mlflow.db'}")
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)

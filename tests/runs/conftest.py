@@ -15,7 +15,7 @@ def made(tmp_path_factory):
     from run_models import write_model
 
     from kvcat_nemo.conversion.importing import import_hf
-    from kvcat_nemo.runs.manifest import seal
+    from kvcat_nemo.runs.checkpoint_manifest import seal
 
     root = tmp_path_factory.mktemp("made")
     write_model(root / "model")

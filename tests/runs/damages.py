@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 
-from kvcat_nemo.runs.manifest import SEAL, read_seal, seal
+from kvcat_nemo.runs.checkpoint_manifest import SEAL, read_seal, seal
 
 
 def resealed(folder):

@@ -11,9 +11,9 @@ from run_models import write_model
 from kvcat_nemo.cli import main
 from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.importing import import_hf
-from kvcat_nemo.runs import keep
-from kvcat_nemo.runs.manifest import SEAL, seal
-from kvcat_nemo.runs.standing import examine
+from kvcat_nemo.runs import retention
+from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
+from kvcat_nemo.runs.integrity import examine
 
 
 def tree(folder):
@@ -119,12 +119,12 @@ def test_ours_is_replaced_damaged_or_of_an_older_version(place):
 def test_retention_and_a_new_save_keep_what_is_not_a_checkpoints(copy):
     folder = copy("run/checkpoints/step=4")
     (folder / "notes.txt").write_text("mine")
-    keep.remove(folder)
+    retention.remove(folder)
     aside = folder.with_name("step=4-broken")
     assert (aside / "notes.txt").read_text() == "mine" and not folder.exists()
     again = folder.with_name("step=8")
     again.symlink_to(aside)
-    keep.remove(again)
+    retention.remove(again)
     assert not again.is_symlink() and (aside / "weights").is_dir()
 
 
@@ -156,8 +156,8 @@ def test_an_evaluation_spares_results_of_others(file, tmp_path):
 @pytest.mark.parametrize("out", ["data", "."])
 def test_a_dataset_of_other_tools_is_no_dataset_of_ours(out, tmp_path, monkeypatch):
     """train.bin and train.idx alone are what any of Megatron's tools writes."""
+    from kvcat_nemo.common.folders import check_replaceable
     from kvcat_nemo.data.indexed import _our_names
-    from kvcat_nemo.data.publish import check_replaceable
 
     folder = tmp_path / out
     folder.mkdir(exist_ok=True)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from kvcat_nemo.models.function import RECORD
-from kvcat_nemo.runs import checkpoints, keep, manifest
-from kvcat_nemo.runs import manifest as seal
+from kvcat_nemo.runs import checkpoint_manifest, checkpoints, retention
+from kvcat_nemo.runs import checkpoint_manifest as seal
 
 
 def make(folder, step):
@@ -15,7 +15,7 @@ def make(folder, step):
     (path / "weights").mkdir(parents=True)
     (path / "weights" / "__0_0.distcp").write_bytes(bytes(step))
     # Whatever a save writes beside the weights.
-    for name in (RECORD, manifest.BASE, "context/model.yaml", ".hashes-0.json"):
+    for name in (RECORD, checkpoint_manifest.BASE, "context/model.yaml", ".hashes-0.json"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("{}")
     seal.write_seal(path, step, seal.hash_files(path, seal.contents(path)))
@@ -28,7 +28,7 @@ def steps(folder):
 
 
 def tidy(folder, scores, last=2, best=True):
-    keep.tidy(folder, scores, keep_last=last, keep_best=best, metrics=["masked_ppl", "dense_ppl"])
+    retention.tidy(folder, scores, keep_last=last, keep_best=best, metrics=["masked_ppl", "dense_ppl"])
 
 
 def test_newest_and_best(tmp_path):
@@ -69,14 +69,14 @@ def test_nothing_there_and_nothing_scored(tmp_path):
 def test_the_later_one_of_equals(tmp_path):
     found = [make(tmp_path, s) for s in (4, 8)]
     for path in found:
-        keep.write_score(path, "masked_ppl", 3.0)
-    assert keep.best_of(checkpoints.complete(tmp_path), ["masked_ppl"]) == found[1]
+        retention.write_score(path, "masked_ppl", 3.0)
+    assert retention.best_of(checkpoints.complete(tmp_path), ["masked_ppl"]) == found[1]
 
 
 def test_a_removal_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     path = make(tmp_path, 4)
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
-    keep.remove(path)
+    retention.remove(path)
     assert path.exists() and steps(tmp_path) == []
 
 

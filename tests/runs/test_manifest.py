@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from kvcat_nemo.runs import checkpoints, keep
-from kvcat_nemo.runs import manifest as seal
-from kvcat_nemo.runs.standing import examine
+from kvcat_nemo.runs import checkpoint_manifest as seal
+from kvcat_nemo.runs import checkpoints, retention
+from kvcat_nemo.runs.integrity import examine
 
 
 def make(folder, name="step=4", step=4):
@@ -105,8 +105,10 @@ def test_owner_is_the_rank_that_wrote():
 
 def test_score(tmp_path):
     path = make(tmp_path)
-    assert keep.read_score(path, "masked_ppl") is None
-    keep.write_score(path, "masked_ppl", 12.5)
-    assert keep.read_score(path, "masked_ppl") == 12.5 and keep.read_score(path, "dense_ppl") is None
+    assert retention.read_score(path, "masked_ppl") is None
+    retention.write_score(path, "masked_ppl", 12.5)
+    assert (
+        retention.read_score(path, "masked_ppl") == 12.5 and retention.read_score(path, "dense_ppl") is None
+    )
     assert examine(path).whole  # it is no part of the seal
     assert json.loads((path / seal.SEAL).read_text())["step"] == 4

@@ -7,7 +7,7 @@ import sys
 import damages
 import pytest
 
-from kvcat_nemo.runs.manifest import SEAL
+from kvcat_nemo.runs.checkpoint_manifest import SEAL
 
 pytestmark = pytest.mark.nemo
 
@@ -15,14 +15,14 @@ FOLDERS = {"base": "imported", "checkpoint": "run/checkpoints/step=4"}
 
 
 def _resume(folder):
-    from kvcat_nemo.nemo.verify import first_whole
+    from kvcat_nemo.nemo.checkpoint_check import first_whole
 
     first_whole([folder], hashes=True)
 
 
 def _base(folder):
-    from kvcat_nemo.nemo.base import require_base
-    from kvcat_nemo.nemo.verify import whole_base
+    from kvcat_nemo.nemo.base_model import require_base
+    from kvcat_nemo.nemo.checkpoint_check import whole_base
 
     require_base(folder, unverified=False)
     whole_base(folder, hashes=True, unverified=False)
@@ -49,9 +49,9 @@ def test_refused(damage, kind, made, tmp_path):
 
 
 def test_an_unsealed_one_is_taken_by_name_alone(copy):
-    from kvcat_nemo.nemo.base import require_base
+    from kvcat_nemo.nemo.base_model import require_base
+    from kvcat_nemo.nemo.checkpoint_check import first_whole
     from kvcat_nemo.nemo.resume import KVCatResume
-    from kvcat_nemo.nemo.verify import first_whole
 
     for kind in FOLDERS.values():
         folder = copy(kind)
@@ -115,7 +115,7 @@ def test_megatrons_own_indexes_pass(tmp_path):
 
 
 def test_sample_indices_that_are_pickles_are_refused(tmp_path):
-    from kvcat_nemo.nemo.data import index_folders
+    from kvcat_nemo.nemo.data_module import index_folders
 
     paths = {"train": ["0.5", f"{tmp_path}/train"], "validation": [f"{tmp_path}/held"]}
     assert index_folders(paths, None) == [f"{tmp_path}/train/cache", f"{tmp_path}/held/cache"]

@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from kvcat_nemo.cli import main
 from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.verify import verify
-from kvcat_nemo.runs import standing
+from kvcat_nemo.runs import integrity
+from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import complete, find_checkpoint
-from kvcat_nemo.runs.manifest import SEAL
 from kvcat_nemo.runs.pickles import check_index
 from kvcat_nemo.watch.state import RunWatcher
 
 
 def _examine(folder, made, out):
-    if not (found := standing.examine(folder)).whole:
+    if not (found := integrity.examine(folder)).whole:
         raise ValueError(found.why_not)
 
 
@@ -232,7 +232,7 @@ def test_the_newest_of_a_run(copy, made, out):
     newer = shutil.copytree(run / "checkpoints" / "step=4", run / "checkpoints" / "step=8")
     damages.edit_seal(lambda v: None)(newer)
     (newer / SEAL).unlink()
-    from kvcat_nemo.runs.manifest import seal
+    from kvcat_nemo.runs.checkpoint_manifest import seal
 
     seal(newer, 8)
     assert find_checkpoint(run).folder == newer

@@ -82,8 +82,8 @@ def test_generate_stops_at_the_second_end_token(stopping, tmp_path, monkeypatch)
 
 
 def test_evaluations_stop_at_the_second_end_token(stopping):
-    from kvcat_nemo.evaluate.asked import Ask
     from kvcat_nemo.evaluate.long_qa import LongQA
+    from kvcat_nemo.evaluate.question_protocol import Ask
     from kvcat_nemo.evaluate.ruler import Ruler
 
     folder, _, wanted = stopping

@@ -12,7 +12,7 @@ TOKENS = "kvcat_nemo/tokens/"
 WORDS = {
     r"\bAutoTokenizer\b": {
         TOKENS: "the place",
-        "kvcat_nemo/nemo/data.py": "NeMo's wrapper, for its end-of-document id; texts are tokenised by then",
+        "kvcat_nemo/nemo/data_module.py": "NeMo's wrapper, for its end-of-document id; texts are tokenised by then",
         "kvcat_nemo/compress/kvpress_run.py": "puts ours in the place of the one that a press loads",
         "benchmarks/attention_matching_authors.py": "the authors' code, as it is",
     },

@@ -2,8 +2,7 @@
 
 import pytest
 
-from kvcat_nemo.manifest import manifest
-from kvcat_nemo.tracking.redact import (
+from kvcat_nemo.common.redact import (
     environment_secrets,
     is_secret_name,
     redact,
@@ -11,6 +10,7 @@ from kvcat_nemo.tracking.redact import (
     refuse_credentials,
     split_credentials,
 )
+from kvcat_nemo.runs.provenance import manifest
 
 PASSWORD = "p4ss/w0rd?"  # as it is; in a URI it stands quoted
 QUOTED = "p4ss%2Fw0rd%3F"

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvcat_nemo.cli import main
-from kvcat_nemo.runs.manifest import SEAL, seal
+from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
 from kvcat_nemo.watch.state import HISTORY, History, RunWatcher, duration
 from kvcat_nemo.watch.tail import Tail
 from kvcat_nemo.watch.view import sparkline

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.data.files import new_file
+from kvcat_nemo.common.files import new_file
 from kvcat_nemo.evaluate.report import abilities, continuation, generic, questions
 from kvcat_nemo.evaluate.report.tables import Section, markdown
 

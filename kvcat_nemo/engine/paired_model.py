@@ -1,0 +1,146 @@
+"""The GPT model of a paired pass: [dense | masked] stacked on the batch dimension, one pipelined forward for both."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from kvcat_nemo.engine.output_layer import TokenLossOutputLayer
+from kvcat_nemo.engine.step import token_loss_weights
+from kvcat_nemo.kernels import WindowSplit
+from kvcat_nemo.method.attention import document_positions
+from kvcat_nemo.method.config import KVCatConfig
+from kvcat_nemo.method.policies import prefix_ids, random_gate, random_prefix
+from kvcat_nemo.method.spans import Spans
+
+
+class KVCatGPTModel(GPTModel):
+    """Megatron's GPT. With labels it runs the paired pass and returns per-token metrics; without, it is a plain GPT.
+
+    Args:
+        true_vocab_size: tokens of the tokenizer's vocabulary, without padding; None when there is none.
+        others: as GPTModel's.
+    """
+
+    def __init__(self, config, *args, true_vocab_size: int | None = None, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.true_vocab_size = true_vocab_size or self.vocab_size
+        if self.post_process:
+            TokenLossOutputLayer.adopt(self.output_layer)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """One forward pass of this pipeline stage.
+
+        Args:
+            input_ids, position_ids, labels: [B, T]; under context parallelism this rank's tokens of each window.
+                Every pipeline stage needs input_ids: the random policy draws from them.
+            attention_mask: boundaries of documents packed into the windows (`document_boundaries`); None: a window is one
+                document. Attention, routers, sinks and random masks begin anew at each. Rotary positions count through the
+                window: only their differences matter.
+            loss_mask (among the others): [B, T], 1 where a token counts. It changes no result: given it, the gradients
+                of `microbatch_loss` are there after one sweep over the vocabulary; without, backward sweeps again.
+
+        Returns:
+            last stage: token metrics [4 or 1, B, T] (kernels.losses.token_loss.token_losses) with labels, logits [B, T, V]
+            without; other stages: hidden states [T, 2B or B, M].
+        """
+        kvcat: KVCatConfig = self.config.kvcat
+        if attention_mask is not None and attention_mask.dim() != 1:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)}: attention is causal; give the boundaries of documents, "
+                "[n + 1], or None"
+            )
+        if labels is None or not kvcat.paired:
+            return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
+        gates, spans = initial_gates(
+            kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask
+        )
+        twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
+        return super().forward(
+            *twice,
+            attention_mask,
+            labels=labels,
+            extra_block_kwargs={"context": gates, "context_mask": spans},
+            **kwargs,
+        )
+
+    def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
+        kvcat: KVCatConfig = self.config.kvcat
+        return self.output_layer(
+            hidden_states,
+            weight,
+            labels_BT=labels,
+            vocab_size=self.true_vocab_size,
+            paired=kvcat.paired,
+            temperature=kvcat.distill_temperature,
+            forward_share=kvcat.distill_forward_share,
+            loss_weights=None if loss_mask is None else token_loss_weights(loss_mask, kvcat),
+            memory_mib=kvcat.loss_memory_mib,
+            kernel=kvcat.loss_kernel,
+        )
+
+
+def document_boundaries(position_ids: Tensor) -> Tensor:
+    """Boundaries 0 … B·T of the documents in B windows laid end to end, [n + 1] int32.
+
+    Args:
+        position_ids: [B, T], 0 where a document begins, as Megatron's GPTDataset gives them with reset_position_ids.
+
+    Raises:
+        ValueError: when a window does not begin with a 0.
+    """
+    begins = position_ids == 0
+    if position_ids.device.type == "cpu" and not begins[:, 0].all():
+        raise ValueError("position_ids: every window must begin with position 0")
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+
+
+def initial_gates(
+    kvcat: KVCatConfig, input_ids: Tensor, split: WindowSplit | None = None, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gates that enter the first layer of a stage, and the rows that they apply to.
+
+    Args:
+        split: input_ids are this rank's tokens of split windows; documents: as `document_boundaries` gives them.
+
+    Returns:
+        [R, B, T] draws of the random policy, else a placeholder of ones; and with mask_span=prefix method.spans' table, on
+        the CPU, for which a GPU is waited for.
+    """
+    B, T = input_ids.shape
+    if kvcat.policy != "random":
+        return torch.ones(1, B, T, device=input_ids.device), None
+    if split is not None:
+        input_ids = split.whole(input_ids)  # a slot's draw depends on the window up to it
+    position_BT = None
+    if documents is not None:
+        position_BT = document_positions(input_ids.numel(), documents)[0].view(input_ids.shape)
+    ids = prefix_ids(input_ids, position_BT)
+    draw = {"seed": kvcat.seed, "position_BT": position_BT}
+    keep, spans = kvcat.target_keep_fraction, None
+    if kvcat.masks_prefix:
+        cut_BT, keep = random_prefix(
+            ids,
+            keep_min=kvcat.prefix_keep_min,
+            keep_max=kvcat.prefix_keep_max,
+            multiple=kvcat.prefix_cut_multiple,
+            **draw,
+        )
+        cuts = [row.nonzero()[:, 0].tolist() for row in cut_BT.cpu()]
+        spans = Spans.from_cuts(cuts, T, documents).table()
+    draws = [random_gate(ids, keep=keep, group=group, **draw) for group in range(kvcat.num_groups)]
+    return torch.stack(draws if split is None else [split.own(gate) for gate in draws]), spans

@@ -1,0 +1,1 @@
+"""Fused attention kernels of other packages behind one interface, and the choice among them."""

@@ -1,0 +1,1 @@
+"""Cross-entropy and KL of a paired batch over the vocabulary, chunk by chunk."""

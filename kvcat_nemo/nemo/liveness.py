@@ -1,0 +1,56 @@
+"""The lifeline of a NeMo run: started with its process group, asked when a collective fails."""
+
+from typing import Optional
+
+import lightning.pytorch as pl
+from nemo.utils import logging
+
+from kvcat_nemo.engine import rank_sync
+from kvcat_nemo.engine.heartbeat import Lifeline, connect, is_communication_error
+
+
+class KVCatLifeline(pl.Callback):
+    """Names the rank and host that died, on every other rank, and ends them (exit code 69, or the error itself).
+
+    Args:
+        interval: seconds between a rank's signs of life.
+        patience: seconds without one after which a rank counts as dead; longer than any pause of a whole process.
+    """
+
+    def __init__(self, interval: float = 5.0, patience: float = 60.0):
+        if not 0 < interval < patience:
+            raise ValueError(
+                f"interval={interval!r}, patience={patience!r}: give 0 < interval < patience seconds"
+            )
+        self.interval, self.patience = interval, patience
+        self._line: Optional[Lifeline] = None
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        if rank_sync.world_size() == 1 or self._line is not None:
+            return
+        self._line = Lifeline(
+            connect(self.patience),
+            rank_sync.rank(),
+            rank_sync.world_size(),
+            interval=self.interval,
+            patience=self.patience,
+        )
+        self._line.start()
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        if self._line is not None:
+            self._line.stop()
+            self._line = None
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        line, self._line = self._line, None
+        if line is None:
+            return
+        if not is_communication_error(exception):
+            line.report_own_failure(exception)
+            return
+        verdict = line.wait_for_verdict(self.patience + 3 * self.interval)
+        logging.error(
+            f"kvcat: {verdict or 'a collective failed, and every rank still shows signs of life'}. This rank ends: {exception}"
+        )
+        line.stop()
