@@ -103,13 +103,13 @@ quickstart: $(STAMP)  ## continued pretraining of a real model on real text, fro
 	$(VENV)/bin/python -m kvcat_nemo.quickstart
 
 bench: setup  ## measure attention, losses and a training step side by side (half an hour on quiet cores)
-	$(VENV)/bin/python benchmarks/attention.py
-	$(VENV)/bin/python benchmarks/loss.py
-	$(VENV)/bin/python benchmarks/step.py
-	$(VENV)/bin/python benchmarks/roofline.py
+	$(VENV)/bin/python -m benchmarks.attention
+	$(VENV)/bin/python -m benchmarks.loss
+	$(VENV)/bin/python -m benchmarks.step
+	$(VENV)/bin/python -m benchmarks.roofline
 
 matrix: setup  ## compare every parallel layout with one process (real processes)
-	$(VENV)/bin/python benchmarks/parallel_matrix.py
+	$(VENV)/bin/python -m benchmarks.parallel_matrix
 
 # Root, Debian's buildah and debootstrap, some 12 GB and 20 minutes; what it did is in docs/LOG.md.
 image-test:  ## build the image on a CPU base made from nothing, and train in it

@@ -4,9 +4,9 @@ Every form runs in a process of its own, so that its peak memory is its own; the
 a busy moment of the machine meets all of them. A run is forward and backward, to gradients of q, k, v and the gates.
 Writes one JSON with a manifest and a picture.
 
-    python benchmarks/attention.py                       # all sizes, some ten minutes on two quiet cores
-    python benchmarks/attention.py --only 2048x64 --rounds 9 --out /tmp/a.json --plot /tmp/a.png
-    python benchmarks/attention.py --plot-only           # draw the picture again from the JSON
+    python -m benchmarks.attention                       # all sizes, some ten minutes on two quiet cores
+    python -m benchmarks.attention --only 2048x64 --rounds 9 --out /tmp/a.json --plot /tmp/a.png
+    python -m benchmarks.attention --plot-only           # draw the picture again from the JSON
 
 Forms: `plain` torch.nn.functional.scaled_dot_product_attention, causal, without gates: the floor; `gated`
 kernels.gated_attention; `behind_cut` kernels.span_gated_attention with a cut at half the window, where most products are
@@ -23,8 +23,8 @@ import statistics
 import time
 from pathlib import Path
 
-from smoke import add_option, shrink
-from turns import require_linux, save_figure, serve, take_turns, write_report
+from benchmarks.paired_timing import require_linux, save_figure, serve, take_turns, write_report
+from benchmarks.smoke import add_option, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = {64: (9, 3), 128: (12, 2)}
@@ -106,7 +106,9 @@ def forms_of(size: str, dense_limit: float) -> list[str]:
 def measure(size: str, rounds: int, threads: int, dense_limit: float, fork=None) -> dict:
     T, D, dtype = (SIZES | SMOKE)[size]
     names = forms_of(size, dense_limit)
-    runs = take_turns(__file__, {name: ["--worker", name, size] for name in names}, rounds, threads, fork)
+    runs = take_turns(
+        "benchmarks.attention", {name: ["--worker", name, size] for name in names}, rounds, threads, fork
+    )
     bound = 1e-3 if dtype == "float32" else 3e-2
     dense_forms = [name for name in names if name in MATRICES]
     for dense in dense_forms:  # o, dq, dk, dv: a gate clamped at 1e-9 is shut to float32's rounding

@@ -4,9 +4,9 @@ Their repository (github adamzweiger/compaction, arXiv 2602.16284) is no depende
 and this script drives it: their compactors and their query configurations by their own names, the whole prefix
 compressed, nothing kept aside, 255 predictions per window (kvcat_nemo/evaluate/continuation.py tells the metric).
 
-    python benchmarks/attention_matching_authors.py run --code COMPACTION --windows results/windows.json \\
+    python -m benchmarks.attention_matching_authors run --code COMPACTION --windows results/windows.json \\
         --out results/am_authors.json AM-HighestAttnKeys:repeat:0.05,0.1:20 AM-OMP:repeat:0.05:10
-    python benchmarks/attention_matching_authors.py summary results/am_authors.json --windows results/windows.json
+    python -m benchmarks.attention_matching_authors summary results/am_authors.json --windows results/windows.json
 
 Two things are done once instead of over and over, which changes no figure: a window's reference queries are kept for
 all its budgets, and on-policy queries of a layer go on from the hidden states of the layer below (the authors run all
@@ -234,8 +234,8 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 def smoke() -> None:
     """Both commands on a random model, with a stand-in for the authors' code that keeps the whole cache."""
-    import authors_standin
-    from smoke import tiny_model
+    from benchmarks import authors_standin
+    from benchmarks.smoke import tiny_model
 
     authors_standin.install()
     folder = Path(tempfile.mkdtemp(prefix="kvcat-smoke-"))

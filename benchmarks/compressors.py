@@ -3,8 +3,8 @@
 Prefill and compression alternate in one process, so that both see the same machine; the ratio is of medians. The text
 is Python's own language reference, which comes with every Python. Writes one JSON with a manifest.
 
-    python benchmarks/compressors.py                                      # 768 tokens, keep 10 %, two threads
-    python benchmarks/compressors.py --only attention-matching --keep 0.4 --repeats 5 --out /tmp/c.json
+    python -m benchmarks.compressors                                      # 768 tokens, keep 10 %, two threads
+    python -m benchmarks.compressors --only attention-matching --keep 0.4 --repeats 5 --out /tmp/c.json
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from smoke import add_option, shrink, tiny_model
 
+from benchmarks.smoke import add_option, shrink, tiny_model
 from kvcat_nemo.compress import Budget, make, prefill
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.runs.provenance import manifest

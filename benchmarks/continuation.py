@@ -1,7 +1,7 @@
 """Trims the results of the continuation sweep to benchmarks/continuation.json, and checks what must hold of them.
 
-    python benchmarks/continuation.py                     # after the sweeps that benchmarks/continuation.yaml tells of
-    python benchmarks/continuation.py results/mine --out /tmp/mine.json
+    python -m benchmarks.continuation                     # after the sweeps that benchmarks/continuation.yaml tells of
+    python -m benchmarks.continuation results/mine --out /tmp/mine.json
 
 Checked: all runs scored the same windows of the same model, and ΔPPL falls as the budget grows, for every compressor.
 """
@@ -15,8 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from smoke import add_option, shrink
-
+from benchmarks.smoke import add_option, shrink
 from kvcat_nemo.common.files import new_file
 
 ROOT = Path(__file__).resolve().parent.parent

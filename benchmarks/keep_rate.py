@@ -4,9 +4,9 @@ A byte-level model of four layers is trained densely on real text that comes wit
 of `pydoc_data.topics` and the docstrings of the standard library), then continued with KV-CAT once per setting, all
 from the same weights, on the same batches, beside a dense control. Writes one JSON with a manifest and a picture.
 
-    python benchmarks/keep_rate.py                       # every setting, about a minute each on one core
-    python benchmarks/keep_rate.py --only lr30 --steps 150 --out /tmp/k.json --plot /tmp/k.png
-    python benchmarks/keep_rate.py --plot-only           # draw the picture again from the JSON
+    python -m benchmarks.keep_rate                       # every setting, about a minute each on one core
+    python -m benchmarks.keep_rate --only lr30 --steps 150 --out /tmp/k.json --plot /tmp/k.png
+    python -m benchmarks.keep_rate --plot-only           # draw the picture again from the JSON
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from smoke import add_option, shrink
 from torch import Tensor
 
+from benchmarks.smoke import add_option, shrink
 from kvcat_nemo.engine import hardware
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,9 +4,9 @@ Every form runs in a process of its own, so that its peak memory is its own; the
 a busy moment of the machine meets all of them. A run is forward and backward, to gradients of hidden states and output
 weight. Writes one JSON with a manifest and a picture.
 
-    python benchmarks/loss.py                            # some three minutes on two quiet cores
-    python benchmarks/loss.py --only small --rounds 5 --out /tmp/loss.json --plot /tmp/loss.png
-    python benchmarks/loss.py --plot-only                # draw the picture again from the JSON
+    python -m benchmarks.loss                            # some three minutes on two quiet cores
+    python -m benchmarks.loss --only small --rounds 5 --out /tmp/loss.json --plot /tmp/loss.png
+    python -m benchmarks.loss --plot-only                # draw the picture again from the JSON
 
 Forms: `fused` kernels.losses.token_loss with the tokens' weights known, as training calls it; `two_sweeps` the same without
 them; `plain` method.losses on logits; `torch` torch.nn.functional.linear_cross_entropy in its chunked form (CE alone).
@@ -20,8 +20,8 @@ import statistics
 import time
 from pathlib import Path
 
-from smoke import add_option, shrink
-from turns import require_linux, save_figure, serve, take_turns, write_report
+from benchmarks.paired_timing import require_linux, save_figure, serve, take_turns, write_report
+from benchmarks.smoke import add_option, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -98,7 +98,9 @@ def worker(name: str, size: str, memory_mib: float) -> None:
 def measure(size: str, rounds: int, threads: int, memory_mib: float, fork=None) -> dict:
     tokens, vocabulary, width, passes, forms = (SIZES | SMOKE)[size]
     common = ["--memory-mib", str(memory_mib), "--worker"]
-    runs = take_turns(__file__, {name: [*common, name, size] for name in forms}, rounds, threads, fork)
+    runs = take_turns(
+        "benchmarks.loss", {name: [*common, name, size] for name in forms}, rounds, threads, fork
+    )
     for name in forms[1:]:  # the same loss and gradients, or the comparison means nothing
         for ours, theirs in zip(runs["fused"][0]["check"], runs[name][0]["check"], strict=True):
             assert abs(ours - theirs) <= 1e-4 * abs(theirs), (size, name, runs["fused"][0], runs[name][0])

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Forked:
     """A worker that is forked instead of started: what is imported is there at once. For --smoke; its memory is not its own."""
@@ -48,7 +50,7 @@ class Forked:
 
 
 def take_turns(
-    script: str,
+    module: str,
     forms: dict[str, Sequence[str]],
     rounds: int,
     threads: int,
@@ -57,8 +59,8 @@ def take_turns(
     """Start every form, then run each in turn, `rounds` times, forwards and backwards.
 
     Args:
-        script: the file to run; forms: name → its arguments, for which it must call `serve`.
-        fork: the script's `main`, to fork the workers from this process (--smoke).
+        module: what `python -m` runs; forms: name → its arguments, for which it must call `serve`.
+        fork: the module's `main`, to fork the workers from this process (--smoke).
 
     Returns:
         each form's answers, in order.
@@ -72,7 +74,8 @@ def take_turns(
                 workers[name] = Forked(fork, arguments)
                 continue
             workers[name] = subprocess.Popen(
-                [sys.executable, script, *arguments],
+                [sys.executable, "-m", module, *arguments],
+                cwd=ROOT,
                 env=environment,
                 text=True,
                 stdin=subprocess.PIPE,
@@ -85,7 +88,7 @@ def take_turns(
                 worker.stdin.flush()
                 line = worker.stdout.readline()
                 if not line:
-                    raise RuntimeError(f"{script} {' '.join(forms[name])} ended with {worker.wait()}")
+                    raise RuntimeError(f"{module} {' '.join(forms[name])} ended with {worker.wait()}")
                 answers[name].append(json.loads(line))
     finally:
         for worker in workers.values():

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """The whole parallel matrix (tests/engine/matrix_cases.py): by how much each layout differs from one process.
 
 Runs real gloo processes on this machine, at most four at a time; writes benchmarks/parallel_matrix.json and the tables of
@@ -14,16 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.smoke import Child, add_option, program, shrink
+from kvcat_nemo.common.files import new_file
+from kvcat_nemo.runs.provenance import git_revision, manifest
+from tests.engine import matrix_run
+from tests.engine.matrix_cases import CASES, Case
+from tests.engine.matrix_run import Difference, difference, run_cases
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-
-import matrix_run  # noqa: E402
-from matrix_cases import CASES, Case  # noqa: E402
-from matrix_run import Difference, difference, run_cases  # noqa: E402
-from smoke import Child, add_option, script, shrink  # noqa: E402
-
-from kvcat_nemo.common.files import new_file  # noqa: E402
-from kvcat_nemo.runs.provenance import git_revision, manifest  # noqa: E402
 
 SMOKE = next(c.name for c in CASES if c.short and c.processes == 2)
 OUT = ROOT / "benchmarks" / "parallel_matrix.json"
@@ -104,7 +101,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    import parallel_page
+    from benchmarks import parallel_page
 
     args = arguments(argv)
     wrong = 0
@@ -120,7 +117,7 @@ def main(argv=None) -> int:
         began = time.time()
         if args.smoke:  # what is imported here is there at once
             matrix_run.start_rank = lambda arguments, environment, log: Child(
-                lambda: script(matrix_run.PROGRAM, arguments, environment), log
+                lambda: program(matrix_run.PROGRAM, arguments, environment), log
             )
         with tempfile.TemporaryDirectory() as folder:
             results = run_cases(cases, Path(folder), timeout=600)

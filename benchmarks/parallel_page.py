@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
+from kvcat_nemo.common.files import new_file
+from tests.engine.matrix_cases import CASES, FORMS
+from tests.refusals import LAYOUT, MODEL, RUN
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests")]
-
-from matrix_cases import CASES, FORMS  # noqa: E402
-from refusals import LAYOUT, MODEL, RUN  # noqa: E402
-
-from kvcat_nemo.common.files import new_file  # noqa: E402
 
 PAGE = ROOT / "docs" / "parallelism.md"
 REPORT = ROOT / "benchmarks" / "parallel_matrix.json"

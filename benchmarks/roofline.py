@@ -4,8 +4,8 @@ A step is the paper's 131,072 tokens, cut into windows of the context length. By
 when every tensor of an operation is read or written once: a lower bound, like the times at a device's peaks. Writes
 benchmarks/roofline.json and the tables of docs/roofline.md (between its markers); takes a second, needs no GPU.
 
-    python benchmarks/roofline.py              # after a change here, or of benchmarks/step.json
-    python benchmarks/roofline.py --check      # say whether both files are up to date
+    python -m benchmarks.roofline              # after a change here, or of benchmarks/step.json
+    python -m benchmarks.roofline --check      # say whether both files are up to date
 
 Letters: N tokens of a step, s context, M width, H query heads, G KV heads, D head dim, E padded head dim.
 """
@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from smoke import add_option
+from benchmarks.smoke import add_option
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "roofline.json"
@@ -248,7 +248,7 @@ def main(argv=None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
     add_option(parser)
     arguments = parser.parse_args(argv)
-    import roofline_page
+    from benchmarks import roofline_page
 
     text = json.dumps(result(), indent=1) + "\n"
     page = roofline_page.rendered(PAGE.read_text(encoding="utf-8"))
@@ -265,7 +265,7 @@ def main(argv=None) -> int:
         return 0
     if arguments.check:
         print(
-            f"out of date: {', '.join(map(str, stale))}; run python benchmarks/roofline.py"
+            f"out of date: {', '.join(map(str, stale))}; run python -m benchmarks.roofline"
             if stale
             else "up to date"
         )

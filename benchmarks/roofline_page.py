@@ -10,8 +10,8 @@ import json
 import re
 from pathlib import Path
 
-import roofline
-from roofline import CONTEXTS, DEVICES, MODELS, PUBLISHED, STEP_TOKENS, Part
+from benchmarks import roofline
+from benchmarks.roofline import CONTEXTS, DEVICES, MODELS, PUBLISHED, STEP_TOKENS, Part
 
 H100, A100 = DEVICES
 ATTENTION, LOSS = (roofline.STEP.with_name(name) for name in ("attention.json", "loss.json"))
@@ -161,7 +161,7 @@ def measured(path: Path = roofline.STEP) -> str:
     if not path.exists():
         return (
             "No measurement lies beside this page: `make bench` writes benchmarks/step.json, and "
-            "`python benchmarks/roofline.py` then sets the computed shares beside the measured ones here."
+            "`python -m benchmarks.roofline` then sets the computed shares beside the measured ones here."
         )
     return compared(json.loads(path.read_text(encoding="utf-8")))
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/settings.md from kvcat_nemo's: python benchmarks/settings_page.py"""
+"""Writes the tables of docs/settings.md from kvcat_nemo's: python -m benchmarks.settings_page"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ them all in this form (tests/benchmarks/test_smoke.py).
 
     python -m benchmarks.smoke                 # all of them, one after another, from one process that imports once
     python -m benchmarks.smoke step loss       # these alone
-    python benchmarks/step.py --smoke          # one of them by itself
+    python -m benchmarks.step --smoke          # one of them by itself
 """
 
 from __future__ import annotations
@@ -141,18 +141,18 @@ class Child:
         return self.returncode
 
 
-def script(path: Path, arguments: list[str], environment: dict[str, str]) -> None:
-    """Run a Python file as a program of its own would be, in this (forked) process."""
+def program(module: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """Run `python -m module arguments` in this (forked) process."""
     os.environ.update(environment)
-    sys.argv = [str(path), *arguments]
-    runpy.run_path(str(path), run_name="__main__")
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
 
 
 def run(name: str) -> object:
     import torch
 
     torch.set_num_threads(1)  # a forked process has none of OpenMP's threads
-    return importlib.import_module(name).main(["--smoke"])
+    return importlib.import_module(f"benchmarks.{name}").main(["--smoke"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names:
         if name not in SCRIPTS:
             parser.error(f"{name}: not known; choose among {', '.join(SCRIPTS)}")
-    sys.path[:0] = [str(FOLDER), str(ROOT)]
     from kvcat_nemo.engine import hardware
 
     hardware.enable()

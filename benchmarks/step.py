@@ -3,9 +3,9 @@
 Megatron-core without NeMo (kvcat_nemo.engine): the model, Megatron's DDP wrapper, its schedule and its Adam. Every form
 runs in a process of its own, and the forms of a size take turns. Writes one JSON with a manifest and a picture.
 
-    python benchmarks/step.py                            # some six minutes on two quiet cores, 12 GB
-    python benchmarks/step.py --only 4-layers --rounds 5 --out /tmp/step.json --plot /tmp/step.png
-    python benchmarks/step.py --plot-only                # draw the picture again from the JSON
+    python -m benchmarks.step                            # some six minutes on two quiet cores, 12 GB
+    python -m benchmarks.step --only 4-layers --rounds 5 --out /tmp/step.json --plot /tmp/step.png
+    python -m benchmarks.step --plot-only                # draw the picture again from the JSON
 
 SmolLM2-135M comes from a converted checkpoint (--checkpoint). To make it:
 
@@ -26,8 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from smoke import add_option, shrink
-from turns import require_linux, save_figure, serve, take_turns, write_report
+from benchmarks.paired_timing import require_linux, save_figure, serve, take_turns, write_report
+from benchmarks.smoke import add_option, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = {
@@ -291,7 +291,7 @@ def worker(form: str, size: str, checkpoint: Path) -> None:
 
 def measure(size: str, rounds: int, threads: int, checkpoint: Path, fork=None) -> dict:
     forms = {name: ["--checkpoint", str(checkpoint), "--worker", name, size] for name in FORMS}
-    runs = take_turns(__file__, forms, rounds + 1, threads, fork)
+    runs = take_turns("benchmarks.step", forms, rounds + 1, threads, fork)
     runs = {name: answers[1:] for name, answers in runs.items()}  # the first step makes Adam's moments
     layers, tokens = (SIZES | SMOKE)[size]
     fastest = {name: min(runs[name], key=lambda r: r["seconds"]) for name in FORMS}

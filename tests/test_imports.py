@@ -13,8 +13,9 @@ PACKAGES = {
     "kvcat_nemo.launch": ROOT / "launch",
     "kvcat_nemo": ROOT / "kvcat_nemo",
     "benchmarks": ROOT / "benchmarks",
+    "tests": ROOT / "tests",
 }
-"""pyproject.toml's package-dir, and the benchmarks."""
+"""pyproject.toml's package-dir, the benchmarks and the tests."""
 FILES = sorted(
     path for name in ("kvcat_nemo", "recipes", "conversion", "launch", "benchmarks", "tests")
     for path in (ROOT / name).rglob("*.py")

@@ -1,6 +1,6 @@
 """The forking side of the fault suite: imports NeMo once, then forks the ranks of every run it is asked for.
 
-`python rank.py ASKS ANSWERS`, two pipes of JSON lines (server.py holds their other ends). Faults that come from within
+`python -m benchmarks.faults.rank ASKS ANSWERS`, two pipes of JSON lines (server.py holds their other ends). Faults that come from within
 a rank, and cannot be done to it from outside, are callbacks of its own.
 """
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -107,7 +109,8 @@ class Server:
         for name in ("MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "KVCAT_STOP_FILE"):
             environment.pop(name, None)
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("rank.py").resolve()), str(asks), str(answers)],
+            [python, "-m", "benchmarks.faults.rank", str(asks), str(answers)],
+            cwd=ROOT,
             pass_fds=(asks, answers),
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -1,25 +1,16 @@
 """The forms that benchmarks/attention.py times compute the same attention."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
-import pytest
 import torch
+
+from benchmarks import attention
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def attention(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("attention")
-    for name in ("attention", "turns"):
-        sys.modules.pop(name, None)
-
-
-def test_forms_compute_the_same(attention):
+def test_forms_compute_the_same():
     T, D = 70, 64
     H, G = attention.HEADS[D]
     rng = torch.Generator().manual_seed(0)
@@ -48,7 +39,7 @@ def test_forms_compute_the_same(attention):
     assert form("dense_mask", gate)[4][shut].norm() == 0
 
 
-def test_gates_behind_a_cut_take_at_most_three_tenths_more_than_the_plain_call(attention):
+def test_gates_behind_a_cut_take_at_most_three_tenths_more_than_the_plain_call():
     """The committed figures: 2,048 tokens, forward and backward, the median of ratios of runs that took turns."""
     report = json.loads((ROOT / "benchmarks" / "span_attention.json").read_text())
     assert {row["size"] for row in report["rows"]} == {"2048x64", "2048x128", "2048x64-bfloat16"}
@@ -60,7 +51,7 @@ def test_gates_behind_a_cut_take_at_most_three_tenths_more_than_the_plain_call(a
             assert row["ratios"][f"time {form}/plain"] <= 1.3, (row["size"], row["ratios"])
 
 
-def test_sizes_leave_out_a_dense_mask_that_does_not_fit(attention):
+def test_sizes_leave_out_a_dense_mask_that_does_not_fit():
     assert attention.forms_of("2048x64", dense_limit=6) == [
         "plain", "gated", "behind_cut", "eight_spans", "dense_mask", "dense_gate",
     ]  # fmt: skip

@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import continuation
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import continuation  # noqa: E402
 
 
 def row(keep, delta, compressor="a"):

@@ -1,29 +1,15 @@
 """What the timings of benchmarks/ rest on: forms that compute the same, and time charged to the right stage."""
 
-import importlib
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = str(Path(__file__).parents[2] / "benchmarks")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if name in ("loss", "step", "turns"):
-            del sys.modules[name]
+from benchmarks import loss, paired_timing, step
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_forms_of_the_loss_compute_the_same(load, paired):
-    loss = load("loss")
+def test_forms_of_the_loss_compute_the_same(paired):
     passes = 1 + paired
     hidden = torch.randn(6, passes, 8).requires_grad_()
     weight = torch.randn(40, 8).requires_grad_()
@@ -49,8 +35,7 @@ class Sleeps(torch.autograd.Function):
         return grad, None
 
 
-def test_forward_and_backward_are_charged_to_their_stage(load):
-    step = load("step")
+def test_forward_and_backward_are_charged_to_their_stage():
     clock = step.Clock()
     core = step.timed(clock, "core", lambda x: Sleeps.apply(x, 0.05))
     attention = step.timed(
@@ -70,20 +55,19 @@ def test_forward_and_backward_are_charged_to_their_stage(load):
     assert clock.stack == ["rest"]
 
 
-def test_a_workers_figures(load, tmp_path):
-    turns = load("turns")
-    script = tmp_path / "worker.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {FOLDER!r})\n"
-        "from paired_timing import serve\n"
+def test_a_workers_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "a_worker.py").write_text(
+        "import sys\n"
+        "from benchmarks.paired_timing import serve\n"
         "def run():\n"
         "    print('what a library says')\n"
         "    return {'length': len(bytearray(int(sys.argv[1]) << 20))}\n"
         "serve(run)\n"
     )
-    answers = turns.take_turns(str(script), {"small": ["1"], "large": ["64"]}, rounds=3, threads=1)
+    answers = paired_timing.take_turns("a_worker", {"small": ["1"], "large": ["64"]}, rounds=3, threads=1)
     assert [a["length"] >> 20 for a in answers["large"]] == [64, 64, 64]
     assert all(63 < a["peak_bytes"] / 2**20 < 70 for a in answers["large"])
     assert all(a["peak_bytes"] / 2**20 < 10 and a["seconds"] > 0 for a in answers["small"])
-    with pytest.raises(RuntimeError, match="worker.py x ended with 1"):
-        turns.take_turns(str(script), {"broken": ["x"]}, rounds=1, threads=1)
+    with pytest.raises(RuntimeError, match="a_worker x ended with 1"):
+        paired_timing.take_turns("a_worker", {"broken": ["x"]}, rounds=1, threads=1)

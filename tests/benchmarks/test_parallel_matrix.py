@@ -1,19 +1,16 @@
 """The committed figures of the parallel matrix are of the cases there are, within tolerance; the page says the same."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import parallel_matrix, parallel_page
+from tests.engine.matrix_cases import CASES, FORMS
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "engine")]
 
-import parallel_matrix  # noqa: E402
-import parallel_page  # noqa: E402
-from matrix_cases import CASES, FORMS  # noqa: E402
-
-HINT = "stale: run make matrix (or python benchmarks/parallel_matrix.py --only NAME)"
+HINT = "stale: run make matrix (or python -m benchmarks.parallel_matrix --only NAME)"
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import roofline, roofline_page
 
-import roofline  # noqa: E402
-import roofline_page  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 PARAMETERS = {  # of the published checkpoints
     "Qwen2.5-0.5B": 494_032_768,
@@ -136,7 +133,7 @@ def test_traffic_of_a_logit_is_what_the_operations_read_and_write():
 
 
 def test_json_and_page_are_up_to_date():
-    hint = "run python benchmarks/roofline.py"
+    hint = "run python -m benchmarks.roofline"
     assert json.loads(roofline.OUT.read_text()) == json.loads(json.dumps(roofline.result())), hint
     page = roofline.PAGE.read_text(encoding="utf-8")
     assert roofline_page.rendered(page) == page, hint
@@ -176,6 +173,6 @@ def test_measured_shares_are_set_beside_the_computed_ones(tmp_path):
 
 
 def test_the_stages_are_those_of_the_step_benchmark():
-    import step
+    from benchmarks import step
 
     assert {*step.STAGES, "core of attention", "projections"} - {"attention"} == set(roofline_page.STAGES)

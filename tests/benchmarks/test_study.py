@@ -16,11 +16,6 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def test_other_settings_are_not_mixed_in(tmp_path):
     from benchmarks.study.pool import finished
 

@@ -10,11 +10,11 @@ import warnings
 
 import pytest
 import torch
-from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import COMPRESSORS, Budget, KVCache, make, next_logits, prefill
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.prefill import NEEDS
+from tests.compress.hf_models import small_model, tokens
 
 KINDS = ("llama", "qwen2", "qwen3")
 QUICK = {

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import Budget, LayerCache, make, next_logits, prefill
 from kvcat_nemo.compress.attention_matching import AttentionMatching, pieces_to_read, turned
@@ -22,6 +21,7 @@ from kvcat_nemo.compress.attention_matching_fit import (
 )
 from kvcat_nemo.compress.solvers.bounded_least_squares import bounded_least_squares
 from kvcat_nemo.compress.solvers.matching_pursuit import pursue
+from tests.compress.hf_models import small_model, tokens
 
 SCALE = 0.35
 

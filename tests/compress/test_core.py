@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import (
     Budget,
@@ -17,6 +16,7 @@ from kvcat_nemo.compress import (
     prefill,
     stack_rows,
 )
+from tests.compress.hf_models import small_model, tokens
 
 KINDS = ("llama", "qwen2", "qwen3")
 

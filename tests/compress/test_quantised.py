@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import (
     Budget,
@@ -17,6 +16,7 @@ from kvcat_nemo.compress import (
     stack_rows,
 )
 from kvcat_nemo.compress.quantised import QuantisedLayer, encode, from_bytes, to_bytes
+from tests.compress.hf_models import small_model, tokens
 
 
 def layer(S=70, B=1, G=2, D=16, E=32, seed=0, dtype=torch.float32):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from hf_models import small_model, tokens
 
 from kvcat_nemo.compress import Budget, make, prefill
 from kvcat_nemo.compress import rkv as module
+from tests.compress.hf_models import small_model, tokens
 
 
 def loop_importance(q, k, scale, pool):

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from hf_models import small_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kvcat_nemo.compress import Budget, KVCache, LayerCache, make, next_logits, prefill
 from kvcat_nemo.compress.cache import FORMAT
+from tests.compress.hf_models import small_model, tokens
 
 
 def ragged(dtype=torch.float32) -> KVCache:

@@ -1,15 +1,12 @@
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory):
     """Name → Hugging Face folder of every small model; tests that change one copy it first."""
-    import conversion_models
+    from tests.conversion import conversion_models
 
     root = tmp_path_factory.mktemp("hf")
     return {name: conversion_models.build(name, root / name) for name in conversion_models.CONFIGS}

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from conversion_models import edit_config, run_python
 
 from kvcat_nemo.conversion.folders import find_weights
+from tests.conversion.conversion_models import edit_config, run_python
 
 _BIG = """
 import sys, torch

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conversion_models import CONFIGS, same_bits, tensors_of
 
 from kvcat_nemo.conversion.arch import load_architecture
 from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader, CheckpointWriter
@@ -15,6 +14,7 @@ from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.ranks import run_ranks
 from kvcat_nemo.conversion.verify import hf_answer, judge
 from kvcat_nemo.conversion.verify_rank import RankJob
+from tests.conversion.conversion_models import CONFIGS, same_bits, tensors_of
 
 _IDS = [(17 * i * i + 5 * i + 3) % 128 for i in range(48)]
 

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from conversion_models import edit_config, tensors_of
 from safetensors.torch import save_file
 
 from kvcat_nemo.cli import main
@@ -18,6 +17,7 @@ from kvcat_nemo.conversion.exporting import export_hf, model_prefix
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.conversion.layout import check_layout
 from kvcat_nemo.runs.checkpoint_manifest import SEAL
+from tests.conversion.conversion_models import edit_config, tensors_of
 
 
 def _edit(folder, change):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conversion_models import CONFIGS, LLAMA3_ROPE, build, edit_config, same_bits, tensors_of
 from safetensors.torch import load_file
 
 from kvcat_nemo.conversion.arch import from_hf_config, load_architecture
@@ -14,6 +13,7 @@ from kvcat_nemo.conversion.layout import padded_vocab_size
 from kvcat_nemo.conversion.weight_map import from_groups, hf_shapes, num_parameters, to_groups
 from kvcat_nemo.models.frequencies import inverse_frequencies
 from kvcat_nemo.models.rope import RopeScaling
+from tests.conversion.conversion_models import CONFIGS, LLAMA3_ROPE, build, edit_config, same_bits, tensors_of
 
 
 def assert_same_tensors(left, right):

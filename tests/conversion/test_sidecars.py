@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from kvcat_nemo.conversion.folders import copy_sidecars
 from kvcat_nemo.tokens import chat_form, load, tokenizer_files
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tokens"))
-from small_tokenizers import BY_NAME, NAMED, save_tokenizer  # noqa: E402
+from tests.tokens.small_tokenizers import BY_NAME, NAMED, save_tokenizer
 
 KEPT = [
     "config.json",

@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conversion_models import LLAMA3_ROPE, edit_config, tensors_of
 from safetensors.torch import save_file
 
 from kvcat_nemo.cli import main
@@ -18,6 +17,7 @@ from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.conversion.verify import judge
 from kvcat_nemo.conversion.verify_rank import RankJob
+from tests.conversion.conversion_models import LLAMA3_ROPE, edit_config, tensors_of
 
 
 def _kvcat(*arguments):

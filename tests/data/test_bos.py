@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +10,9 @@ from click.testing import CliRunner
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.data.indexed import build_dataset, read_manifest
+from tests.tokens.small_tokenizers import BY_NAME, expected, save_tokenizer
 
 from .conftest import TEXTS, write_jsonl
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tokens"))
-from small_tokenizers import BY_NAME, expected, save_tokenizer  # noqa: E402
 
 MENTION = "the cache <|im_end|> of text </s> grows"
 

@@ -1,14 +1,11 @@
 """A broken indexed dataset is refused before anything starts; benchmarks/faults/damage.py has the ways to break one."""
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("megatron.core")
 
 
-def test_every_way_to_break_one_is_found(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+def test_every_way_to_break_one_is_found(tmp_path):
     from benchmarks.faults import damage
 
     record = damage.bad_files(tmp_path / "data")

@@ -11,6 +11,8 @@ import pytest
 from kvcat_nemo.common import folders
 from kvcat_nemo.common.folders import check_replaceable, new_folder
 
+ROOT = Path(__file__).parents[2]
+
 
 def ours(folder):
     """As a manifest would: it lists files, and is there only when the folder is complete."""
@@ -170,11 +172,10 @@ def test_a_file_that_comes_in_the_last_moment_is_kept(tmp_path, monkeypatch, cap
 
 
 _KILLED = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from kvcat_nemo.data import publish
-from test_publish import ours, replace
+from kvcat_nemo.common import folders as publish
+from tests.data.test_publish import ours, replace
 if {fallback}:
     publish._exchange = lambda *_: False
 rename, count = os.rename, 0
@@ -202,8 +203,8 @@ replace(Path({out!r}))
 def test_a_kill_at_any_moment_costs_neither(fallback, at, tmp_path):
     """Before the replacement, between its two renames (where folders cannot change places), and after it."""
     out = make(tmp_path / "out", a="old")
-    program = _KILLED.format(tests=str(Path(__file__).parent), fallback=fallback, at=at, out=str(out))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    program = _KILLED.format(fallback=fallback, at=at, out=str(out))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == (0 if at == 2 else -signal.SIGKILL), done.stderr
     # In one of the states, whole: in place, or beside it until the next write puts it back.
     folders.recover(out, ours)

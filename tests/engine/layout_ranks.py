@@ -1,4 +1,4 @@
-"""Rank program of the parallel matrix: python layout_ranks.py JOBS.json RANK WORLD_SIZE.
+"""Rank program of the parallel matrix: python -m tests.engine.layout_ranks JOBS.json RANK WORLD_SIZE.
 
 Each job trains a case of matrix_cases from the checkpoint that its reference job saved, and compares every gradient on
 this rank with the reference's, which are stored as a checkpoint of their own: Megatron's loader cuts them as it cuts the
@@ -67,9 +67,9 @@ def strided_gradient():
 def train(job):
     """Optimizer steps of a case, and a last forward and backward whose gradients are compared."""
     from megatron.core import parallel_state
-    from small_models import enliven, microbatches, recorded_masks, train_step
 
     from kvcat_nemo.engine.grad_norm import gradient_norms
+    from tests.engine.small_models import enliven, microbatches, recorded_masks, train_step
 
     recipe, layout, options = job["recipe"], job["layout"], job["options"]
     models, chunks, config = build_chunks(recipe, layout, options, job.get("unchecked"))
@@ -128,9 +128,9 @@ def build_chunks(recipe, layout, options, unchecked=False):
     """This rank's model chunks, bare and in Megatron's DDP wrapper, and their configuration."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
-    from small_models import MODELS, VOCAB, build, transformer_config
 
     from kvcat_nemo.engine.config_checks import validate_model_config
+    from tests.engine.small_models import MODELS, VOCAB, build, transformer_config
 
     half = {"bf16": True} if recipe.get("dtype") == "bf16" else {}
     config = transformer_config(

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from matrix_cases import Case
 
-PROGRAM = Path(__file__).with_name("layout_ranks.py")
+from tests.engine.matrix_cases import Case
+
+PROGRAM = "tests.engine.layout_ranks"
+ROOT = Path(__file__).resolve().parents[2]
 LEAST_GRADIENT = 1e-7
 """A parameter whose largest gradient is smaller was not exercised: comparing it shows nothing."""
 PER_RANK_FIGURES = ("flipped",)
@@ -23,10 +25,14 @@ PER_RANK_FIGURES = ("flipped",)
 
 
 def start_rank(arguments: list[str], environment: dict[str, str], log: Path):
-    """A process of layout_ranks.py with its output in `log`. benchmarks/parallel_matrix.py --smoke forks it instead."""
+    """A process of layout_ranks with its output in `log`. benchmarks/parallel_matrix.py --smoke forks it instead."""
     with log.open("wb") as out:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAM), *arguments], env=environment, stdout=out, stderr=subprocess.STDOUT
+            [sys.executable, "-m", PROGRAM, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
 
 

@@ -1,16 +1,13 @@
 """Which kernel a model's attention runs on, and what of the environment and of Megatron's own setting fits it."""
 
 import os
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from small_models import MODELS, VOCAB, build, enliven, transformer_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from tests.engine.small_models import MODELS, VOCAB, build, enliven, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -29,10 +26,9 @@ def clean(monkeypatch):
 @pytest.fixture
 def torch_backend(monkeypatch):
     """attention_backend=torch on the CPU, as on a GPU without Transformer Engine and flash-attn."""
-    import torch_standin
-
     from kvcat_nemo.kernels.fused import selection
     from kvcat_nemo.kernels.fused.torch_flash import TorchKernel
+    from tests.kernels import torch_standin
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)

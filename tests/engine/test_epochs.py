@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from corpus_files import S, build, tokens, write_corpus
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from kvcat_nemo.data.window_counts import windows_in
 from kvcat_nemo.engine.epochs import EpochDataset, build_index
+from tests.engine.corpus_files import S, build, tokens, write_corpus
 
 CORPORA = {
     "documents of many lengths": [int(x) for x in np.random.RandomState(0).randint(1, 60, 37)],

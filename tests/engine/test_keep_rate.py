@@ -1,27 +1,18 @@
 """On real text the keep rate starts at 1, leaves it and settles at its target (benchmarks/keep_rate.py at small)."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import keep_rate as bench
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/keep_rate.py"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(SCRIPT.parent))  # its helpers lie beside it
-    spec = importlib.util.spec_from_file_location("keep_rate", SCRIPT)
-    module = sys.modules["keep_rate"] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
-def test_keep_rate_leaves_one_and_settles_at_the_target(bench, one_process):
+def test_keep_rate_leaves_one_and_settles_at_the_target(one_process):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     args = bench.arguments(["--tokens", "64", "--windows", "16"])
@@ -36,7 +27,7 @@ def test_keep_rate_leaves_one_and_settles_at_the_target(bench, one_process):
     assert run.dense_loss[-1] < run.dense_loss[0] + 0.1
 
 
-def test_committed_results_are_of_this_script_and_show_a_knob_that_works(bench):
+def test_committed_results_are_of_this_script_and_show_a_knob_that_works():
     report = json.loads(SCRIPT.with_name("keep_rate.json").read_text())
     runs = {run["name"]: run for run in report["runs"]}
     assert set(runs) <= set(bench.SETTINGS) and {"none", "as the paper", "budget3-cap0-detach"} <= set(runs)

@@ -5,9 +5,10 @@ A short form of the parallel matrix (matrix_cases); `make matrix` runs the whole
 
 import pytest
 import torch
-from matrix_cases import ATTENTION, BEHIND, CASES, NONE, RANDOM, ROUTED, ROUTED_UNTIED, case
-from matrix_run import difference, run_cases, run_ranks
-from small_models import build, enliven, microbatches, train_step, transformer_config
+
+from tests.engine.matrix_cases import ATTENTION, BEHIND, CASES, NONE, RANDOM, ROUTED, ROUTED_UNTIED, case
+from tests.engine.matrix_run import difference, run_cases, run_ranks
+from tests.engine.small_models import build, enliven, microbatches, train_step, transformer_config
 
 pytestmark = pytest.mark.multiprocess
 

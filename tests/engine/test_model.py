@@ -4,9 +4,18 @@ import re
 
 import pytest
 import torch
-from small_models import MODELS, PADDED_VOCAB, TOKENS, VOCAB, WINDOWS, build, enliven, transformer_config
 
 from kvcat_nemo.method.losses import budget_loss, kvcat_loss
+from tests.engine.small_models import (
+    MODELS,
+    PADDED_VOCAB,
+    TOKENS,
+    VOCAB,
+    WINDOWS,
+    build,
+    enliven,
+    transformer_config,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

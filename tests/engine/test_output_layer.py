@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from small_models import MODELS, VOCAB, build, enliven, microbatches, train_step, transformer_config
 
 from kvcat_nemo.method.config import KVCatConfig
+from tests.engine.small_models import (
+    MODELS,
+    VOCAB,
+    build,
+    enliven,
+    microbatches,
+    train_step,
+    transformer_config,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from small_models import MODELS, VOCAB, build, enliven, packed_positions, transformer_config
+
+from tests.engine.small_models import MODELS, VOCAB, build, enliven, packed_positions, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -86,10 +87,9 @@ def test_a_document_trains_as_if_alone(name, kvcat, backend):
 @pytest.mark.parametrize("name", ["random, tied", "attention, untied"])
 def test_keep_rates_of_packed_documents(name):
     """The figure is the share of slots that attention really kept."""
-    from small_models import recorded_masks
-
     from kvcat_nemo.engine.layer import kvcat_layers
     from kvcat_nemo.engine.paired_model import document_boundaries
+    from tests.engine.small_models import recorded_masks
 
     model = model_of(name)
     tokens = text(3)

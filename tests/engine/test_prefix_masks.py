@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import MODELS, VOCAB, build, enliven, packed_positions, transformer_config
+
+from tests.engine.small_models import MODELS, VOCAB, build, enliven, packed_positions, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

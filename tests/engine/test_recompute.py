@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from small_models import MODELS, TOKENS, VOCAB, WINDOWS, build, enliven, record_gates, transformer_config
+
+from tests.engine.small_models import (
+    MODELS,
+    TOKENS,
+    VOCAB,
+    WINDOWS,
+    build,
+    enliven,
+    record_gates,
+    transformer_config,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -65,9 +65,8 @@ def test_a_refused_value_is_refused_and_says_what_to_do(name):
     ],
 )
 def test_the_engines_check_asks_the_tables(fields, said):
-    from small_models import transformer_config
-
     from kvcat_nemo.engine.config_checks import validate_model_config
+    from tests.engine.small_models import transformer_config
 
     with pytest.raises(ValueError, match=said):
         validate_model_config(transformer_config(**fields))

@@ -4,10 +4,10 @@ import re
 from itertools import product
 
 import pytest
-from refusals import LAYOUT, MODEL, PP, VP
-from small_models import transformer_config
 
 from kvcat_nemo.method.config import KVCatConfig
+from tests.engine.small_models import transformer_config
+from tests.refusals import LAYOUT, MODEL, PP, VP
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_models import small_model
+from tests.compress.hf_models import small_model
 
 
 def save_model(folder, *, seed=0, **sizes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -11,15 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import attention_matching_authors as script
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention_matching_authors.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("attention_matching_authors", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(window, nll, **facts):
@@ -28,7 +21,7 @@ def row(window, nll, **facts):
     return {**place, **figures, "slots_per_head": 76.0, "max_abs_value": 3.0, **facts}
 
 
-def test_summary_is_that_of_the_continuation_protocol(script):
+def test_summary_is_that_of_the_continuation_protocol():
     (line,) = script.summarise([row(1, 3.0, queries_reused=True), row(0, 2.5)])
     assert line["which_windows"] == [0, 1] and line["predictions"] == 2 * 255
     assert line["delta_ppl"] == pytest.approx(math.exp(2.75) - math.exp(2))  # pooled
@@ -37,13 +30,13 @@ def test_summary_is_that_of_the_continuation_protocol(script):
     assert line["seconds"] == 9  # not that of the row whose queries were at hand
 
 
-def test_methods_and_budgets_are_rows_of_their_own(script):
+def test_methods_and_budgets_are_rows_of_their_own():
     rows = [row(0, 2.5), row(0, 2.4, keep=0.2), row(0, 2.4, queries_mode="context-prefill")]
     keys = [(line["queries"], line["keep"]) for line in script.summarise(rows)]
     assert keys == [("context-prefill", 0.1), ("repeat", 0.1), ("repeat", 0.2)]
 
 
-def test_context_and_repetition_keep_the_windows_tokens(script):
+def test_context_and_repetition_keep_the_windows_tokens():
     """Text that is cut anywhere may be tokenised otherwise when it is read again."""
 
     class Tokenizer:
@@ -64,7 +57,7 @@ def test_context_and_repetition_keep_the_windows_tokens(script):
         tokens("cut te and an answer")
 
 
-def test_summary_writes_a_file_with_a_manifest(script, tmp_path, monkeypatch, capsys):
+def test_summary_writes_a_file_with_a_manifest(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([row(0, 2.5)]))
     (tmp_path / "windows.json").write_text("[]")
     where = ["--windows", str(tmp_path / "windows.json"), "--out", str(tmp_path / "page.json")]

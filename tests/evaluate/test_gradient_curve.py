@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from hf_models import tokens
 
 from kvcat_nemo.compress import Budget, make, next_logits, prefill
 from kvcat_nemo.compress.gradient import optimise, teach
 from kvcat_nemo.evaluate.gradient_curve import GradientCurve, speed_up
 from kvcat_nemo.evaluate.models import load_model
 from kvcat_nemo.evaluate.windows import Window, write_windows
+from tests.compress.hf_models import tokens
 
 PREFIX, AFTER = 40, 12
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from model_folders import save_model
 
 from kvcat_nemo.evaluate.models import find_model, find_models, load_model, weights_fingerprint
+from tests.evaluate.model_folders import save_model
 
 
 def test_a_model_is_loaded_with_its_facts(model_dir, other_model_dir):

@@ -4,8 +4,6 @@ import random
 
 import pytest
 import torch
-from launches import attention_launches
-from test_gated import case, run
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
@@ -13,6 +11,8 @@ from kvcat_nemo.kernels import gated_attention
 from kvcat_nemo.kernels.attention import columns, columns_triton, gated_function
 from kvcat_nemo.kernels.fused.cpu import CpuKernel
 from kvcat_nemo.method.attention import gated_attention_reference
+from tests.kernels.launches import attention_launches
+from tests.kernels.test_gated import case, run
 
 FUNCTIONS = ("query", "slots", "gradient", "sums", "gate", "merge", "own", "own and gated")
 ROUNDINGS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}

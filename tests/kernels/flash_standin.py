@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import softmax_standin
 import torch
 from torch import Tensor
+
+from tests.kernels import softmax_standin
 
 calls: list[str] = []
 """Which function ran, since `calls.clear()`."""
@@ -21,7 +22,7 @@ FLASH_2 = '''
 """Stand-in for flash_attn.flash_attn_interface of flash-attn 2.8.3."""
 from typing import Optional, Tuple
 
-import flash_standin
+from tests.kernels import flash_standin
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ FLASH_3 = '''
 """Stand-in for flash_attn_interface of flash-attn-3 3.0.0."""
 from typing import Optional, Tuple
 
-import flash_standin
+from tests.kernels import flash_standin
 import torch
 from torch import Tensor
 

@@ -5,11 +5,11 @@ The reference is PyTorch's autograd over a dense softmax in float64, document by
 
 from __future__ import annotations
 
-import softmax_standin
 import torch
 
 from kvcat_nemo.doctor.kernel_oracle import random_case as case
 from kvcat_nemo.doctor.kernel_oracle import reference
+from tests.kernels import softmax_standin
 
 SHAPES = {  # B, T, H, G, D, E
     "one head": (1, 7, 1, 1, 8, 8),

@@ -66,9 +66,8 @@ def _kernels_uncounted() -> Iterator[None]:
 
 def attention_launches(dtype=torch.bfloat16, **options) -> Counted:
     """What one gated attention takes beside its fused kernels."""
-    from test_gated import case
-
     from kvcat_nemo.kernels import gated_attention
+    from tests.kernels.test_gated import case
 
     *tensors, do = case(1, 11, 4, 2, 8, dtype=dtype)
     leaves = [x.requires_grad_() for x in tensors]

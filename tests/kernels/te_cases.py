@@ -4,11 +4,10 @@ import dataclasses
 import inspect
 import sys
 
-import flash_standin
-import kernel_checks
 import pytest
-import te_standin
 import torch
+
+from tests.kernels import flash_standin, kernel_checks, te_standin
 
 
 @pytest.fixture(scope="session", autouse=True)

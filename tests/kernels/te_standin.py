@@ -25,9 +25,9 @@ import types
 import warnings
 from unittest import mock
 
-import softmax_standin
-import te_versions
 import torch
+
+from tests.kernels import softmax_standin, te_versions
 
 FACTS = te_versions.FACTS[tuple(map(int, importlib.metadata.version("transformer-engine").split(".")[:2]))]
 """Of the installed version."""

@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from launches import Launches, attention_launches
-from test_gated import case
 
 from kvcat_nemo.kernels import gated_attention
 from kvcat_nemo.kernels.attention.overflow import HEADROOM, QUIET, QUIET_STEPS, OverflowWatch, watch
 from kvcat_nemo.kernels.fused.flash import longest
 from kvcat_nemo.kernels.losses.token_loss import token_losses
+from tests.kernels.launches import Launches, attention_launches
+from tests.kernels.test_gated import case
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -26,12 +26,11 @@ def test_the_triton_form_by_its_interpreter(tmp_path):
     assert PYTHON.exists(), f"{PYTHON.relative_to(ROOT)} is missing: run `make setup`"
     report = tmp_path / "report.xml"
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    path = os.pathsep.join([str(HERE), str(ROOT)])
     done = subprocess.run(
         [*command, HERE / "columns_cases.py"],
         capture_output=True,
         text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         timeout=400,
     )

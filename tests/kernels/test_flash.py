@@ -3,12 +3,11 @@
 import sys
 import types
 
-import flash_standin
-import kernel_checks
 import pytest
 import torch
 
 from kvcat_nemo.kernels.fused import flash, flash_packages, selection
+from tests.kernels import flash_standin, kernel_checks
 
 
 @pytest.fixture

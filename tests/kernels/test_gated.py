@@ -1,7 +1,6 @@
 """Gated attention from fused kernels against the float64 oracle, and what no dropped slot may do."""
 
 import pytest
-import rounding
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -12,6 +11,7 @@ from kvcat_nemo.kernels.attention.overflow import HEADROOM
 from kvcat_nemo.kernels.fused.cpu import CpuKernel
 from kvcat_nemo.kernels.fused.selection import BACKENDS, select_backend
 from kvcat_nemo.method.attention import gated_attention_reference
+from tests.kernels import rounding
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 NAMES = ("o", "dq", "dk", "dv", "dgate")

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_gated import DTYPES, LOCAL, NAMES, case, error, open_reference, plain_errors, run
 
 from kvcat_nemo.kernels import causal_attention, gated_attention, span_gated_attention
 from kvcat_nemo.kernels.attention.overflow import HEADROOM
@@ -15,6 +14,7 @@ from kvcat_nemo.kernels.fused import cpu
 from kvcat_nemo.kernels.fused.cpu import CpuKernel
 from kvcat_nemo.method.attention import span_gated_attention_reference
 from kvcat_nemo.method.spans import Spans
+from tests.kernels.test_gated import DTYPES, LOCAL, NAMES, case, error, open_reference, plain_errors, run
 
 PACKED = torch.tensor([0, 5, 6, 6, 100, 211], dtype=torch.int32)
 CASES = {
@@ -168,7 +168,7 @@ def test_dropped_slots_reach_no_row_behind_the_cut(backend):
 @pytest.mark.parametrize("gap", [40.0, 83.0, 160.0, 500.0, -500.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropped_slots_may_exceed_the_visible_ones_by_any_gap(dtype, gap, everyone):
-    from test_gated import dominated
+    from tests.kernels.test_gated import dominated
 
     *tensors, do = dominated(gap, dtype, everyone=everyone)
     settings = {"gradient_cap": 3.0, "scale": 1 / 8, "spans": Spans.from_cuts([[60, 90]], 150)}
@@ -189,7 +189,7 @@ def test_dropped_slots_may_exceed_the_visible_ones_by_any_gap(dtype, gap, everyo
 
 
 def test_backward_is_repeated_only_when_numbers_would_end(monkeypatch):
-    from test_gated import dominated
+    from tests.kernels.test_gated import dominated
 
     calls, backward = [], CpuKernel.backward
     monkeypatch.setattr(CpuKernel, "backward", lambda *x, **y: calls.append(1) or backward(*x, **y))
@@ -253,7 +253,7 @@ def test_context_and_answer_rows_as_kv_distill_needs_them():
 
 
 def test_memory_is_linear_in_tokens():
-    from test_gated import largest_tensor
+    from tests.kernels.test_gated import largest_tensor
 
     def largest(T, gap=0.0, cuts=None, **settings):
         *tensors, do = case(1, T, 2, 1, 2)

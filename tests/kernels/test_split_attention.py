@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernel_checks
 import pytest
 import torch
-from split_ranks import CASES
 
 from kvcat_nemo.kernels.attention.context_parallel import WindowSplit
 from kvcat_nemo.kernels.fused.cpu import CpuKernel
 from kvcat_nemo.kernels.fused.selection import select_backend
+from tests.kernels import kernel_checks
+from tests.kernels.split_ranks import CASES
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 12, 99])

@@ -9,9 +9,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from te_versions import FACTS, rounded
 
 from kvcat_nemo.kernels.fused import te_selection
+from tests.kernels.te_versions import FACTS, rounded
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-te"

@@ -21,14 +21,28 @@ FEWEST = 25
 
 def environment() -> dict[str, str]:
     assert PYTHON.exists(), f"{PYTHON.relative_to(ROOT)} is missing: run `make setup`"
-    path = os.pathsep.join([str(HERE), str(ROOT)])
-    return os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "EXAMPLES": "8", "PYTHONPATH": path}
+    return os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "EXAMPLES": "8",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def test_the_cases_of_the_plain_form(tmp_path):
     """Values and gradients in float64 (1e-12), float32 and bf16 against the method's own functions."""
     report = tmp_path / "report.xml"
-    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "triton_plugin", "--durations=6"]
+    command = [
+        PYTHON,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.kernels.triton_plugin",
+        "--durations=6",
+    ]
     done = subprocess.run(
         [*command, f"--junitxml={report}", HERE / "test_token_loss.py"],
         capture_output=True,

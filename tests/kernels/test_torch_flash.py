@@ -1,14 +1,12 @@
 """kernels/fused/torch_flash.py on PyTorch's own operators, with CPU kernels in place of the CUDA ones (torch_standin)."""
 
-import kernel_checks
 import pytest
 import torch
-import torch_schemas
-import torch_standin
 
 from kvcat_nemo.kernels import causal_attention, select_backend
 from kvcat_nemo.kernels.fused import selection, torch_flash
 from kvcat_nemo.kernels.fused.torch_flash import TorchKernel
+from tests.kernels import kernel_checks, torch_schemas, torch_standin
 
 INSTALLED = tuple(map(int, torch.__version__.split(".")[:2]))
 

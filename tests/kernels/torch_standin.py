@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 
-import softmax_standin
 import torch
 from torch import Tensor
+
+from tests.kernels import softmax_standin
 
 calls: list[dict] = []
 """Every call since `calls.clear()`: operator, whether packed, widths, window, determinism."""

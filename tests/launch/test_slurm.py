@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, missing
 
 from kvcat_nemo.tracking.metrics_file import TIMED
+from tests.launch.slurm_cluster import SlurmCluster, missing
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -400,7 +400,7 @@ def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
 
 def test_commands_of_the_docs_work_here(cluster):
     """The Slurm commands that docs/cluster.md tells to type are valid on a real cluster."""
-    from test_cluster_docs import of, slurm_commands
+    from tests.launch.test_cluster_docs import of, slurm_commands
 
     assert len(slurm_commands()) >= 8
     for words in slurm_commands():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import make
 from torch import nn
 
 from kvcat_nemo.models.hf_config import read_model
 from kvcat_nemo.models.load import check_loaded, load_causal_lm
+from tests.models.tiny_models import make
 
 
 @pytest.fixture(scope="module")

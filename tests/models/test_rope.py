@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import ROPES, THETA, native
 
 from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
 from kvcat_nemo.models.function import differences, function_of_settings, rope_of_settings
 from kvcat_nemo.models.rope import DEFAULT_THETA, Rope, read_rope
+from tests.models.tiny_models import ROPES, THETA, native
 
 
 def _library(rope, theta_form):

@@ -4,16 +4,16 @@ import json
 import re
 
 import pytest
-import tiny_models
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_models import NULL, ROPES, THETA, TOKENS, edit, make, written
 
 from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
 from kvcat_nemo.models.hf_config import read_model
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import INDEX, SINGLE, check_tied, find_weights
+from tests.models import tiny_models
+from tests.models.tiny_models import NULL, ROPES, THETA, TOKENS, edit, make, written
 
 
 @pytest.fixture(scope="session")

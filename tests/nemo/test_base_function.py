@@ -3,14 +3,11 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 
 pytestmark = pytest.mark.nemo
 
@@ -30,9 +27,8 @@ ROPES = {
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Kind of rope → (Hugging Face folder, imported folder)."""
-    from conversion_models import build
-
     from kvcat_nemo.conversion.importing import import_hf
+    from tests.conversion.conversion_models import build
 
     root, out = tmp_path_factory.mktemp("bases"), {}
     for kind, rope in ROPES.items():

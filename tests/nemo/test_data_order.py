@@ -2,18 +2,15 @@
 
 import json
 import logging
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests.engine.corpus_files import Tokenizer, write_corpus
+
 pytestmark = pytest.mark.nemo
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-
-from corpus_files import Tokenizer, write_corpus  # noqa: E402
 
 S, LENGTHS = 16, [int(x) for x in np.random.RandomState(0).randint(1, 60, 40)]
 EPOCH = (sum(LENGTHS) - 1) // S
@@ -149,8 +146,9 @@ def test_it_is_refused_before_anything_is_started_where_the_run_has_its_record(m
 
 
 def test_an_old_run_goes_on_as_it_would_have_and_says_what_is_not_known(module, monkeypatch, tmp_path):
-    from corpus_files import build, tokens
     from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    from tests.engine.corpus_files import build, tokens
 
     said = []
     monkeypatch.setattr("kvcat_nemo.nemo.data_order.logging.warning", said.append)

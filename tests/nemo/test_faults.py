@@ -1,17 +1,14 @@
 """The short form of `make faults`: every kind of fault once or twice, on real training processes."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks.faults import damage, kills, longer, nan, resume, runs
+from benchmarks.faults.server import Server
+
 pytestmark = [pytest.mark.nemo, pytest.mark.slow, pytest.mark.multiprocess]
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.faults import damage, kills, longer, nan, resume, runs  # noqa: E402
-from benchmarks.faults.server import Server  # noqa: E402
 
 STEPS = 12
 

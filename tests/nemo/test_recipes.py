@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from refusals import RUN
+
+from tests.refusals import RUN
 
 pytestmark = pytest.mark.nemo
 

@@ -1,21 +1,16 @@
 """Small models and runs, made without transformers and Megatron's own writer."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """model/ (Hugging Face), imported/ and other/ (imported), run/checkpoints/step=4 (sealed): never changed."""
-    from run_models import write_model
-
     from kvcat_nemo.conversion.importing import import_hf
     from kvcat_nemo.runs.checkpoint_manifest import seal
+    from tests.runs.run_models import write_model
 
     root = tmp_path_factory.mktemp("made")
     write_model(root / "model")

@@ -1,4 +1,4 @@
-"""Saves a small model and its optimizer's state with Megatron's own writer: python megatron_save.py FOLDER"""
+"""Saves a small model and its optimizer's state with Megatron's own writer: python -m tests.runs.megatron_save FOLDER"""
 
 import sys
 import tempfile
@@ -16,9 +16,7 @@ def main(out):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from kvcat_nemo.conversion.arch import from_hf_config, gpt_model, transformer_config
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    from run_models import CONFIG
+    from tests.runs.run_models import CONFIG
 
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/r", rank=0, world_size=1)

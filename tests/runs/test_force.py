@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
-from run_models import write_model
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.conversion.exporting import export_hf
@@ -14,6 +13,7 @@ from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.runs import retention
 from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
 from kvcat_nemo.runs.integrity import examine
+from tests.runs.run_models import write_model
 
 
 def tree(folder):
@@ -209,7 +209,7 @@ def test_fetching_a_corpus_spares_a_file_of_somebody(tmp_path, monkeypatch):
 
 
 def test_an_exported_model_that_changed_is_not_imported(place):
-    from damages import flip
+    from tests.runs.damages import flip
 
     flip(place / "exported" / "model.safetensors")
     with pytest.raises(
@@ -222,9 +222,8 @@ def test_an_exported_model_that_changed_is_not_imported(place):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
 def test_an_exported_model_that_changed_is_not_evaluated(name, place):
-    from damages import flip
-
     from kvcat_nemo.evaluate.models import ModelFolder, load_model, model_facts
+    from tests.runs.damages import flip
 
     folder = place / "exported"
     if (folder / name).exists():

@@ -1,13 +1,13 @@
 """What training reads: its own checkpoints when it resumes, and the base that it starts from."""
 
-import os
 import shutil
 import sys
+from pathlib import Path
 
-import damages
 import pytest
 
 from kvcat_nemo.runs.checkpoint_manifest import SEAL
+from tests.runs import damages
 
 pytestmark = pytest.mark.nemo
 
@@ -102,9 +102,12 @@ def test_megatrons_own_indexes_pass(tmp_path):
     """Whatever Megatron and this project's training write must be read: a rank saves model and optimizer."""
     import subprocess
 
-    program = os.path.join(os.path.dirname(__file__), "megatron_save.py")
+    program = ("-m", "tests.runs.megatron_save")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, str(tmp_path / "weights")], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", *program, str(tmp_path / "weights")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     from kvcat_nemo.runs.pickles import check_common, check_index, read_index

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 
-import damages
 import pytest
 from click.testing import CliRunner
 
@@ -18,6 +17,7 @@ from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import complete, find_checkpoint
 from kvcat_nemo.runs.pickles import check_index
 from kvcat_nemo.watch.state import RunWatcher
+from tests.runs import damages
 
 
 def _examine(folder, made, out):
@@ -322,7 +322,7 @@ def test_what_is_no_index(data, copy, made, out):
 
 @pytest.mark.parametrize("kind", ["imported", "run"])
 def test_tokens_are_never_cut_as_padding(kind, made, tmp_path, out):
-    from run_models import write_model
+    from tests.runs.run_models import write_model
 
     base = write_model(tmp_path / "smaller", vocab_size=32)
     with pytest.raises(ValueError, match="vocab_size = 32 in the base's config.json.*a vocabulary of 40"):
@@ -332,7 +332,7 @@ def test_tokens_are_never_cut_as_padding(kind, made, tmp_path, out):
 
 
 def test_an_unrecorded_vocabulary(copy, made, tmp_path, out, capsys):
-    from run_models import write_model
+    from tests.runs.run_models import write_model
 
     folder = copy("run/checkpoints/step=4")
     (folder / SEAL).unlink()

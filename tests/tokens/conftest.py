@@ -1,18 +1,12 @@
 """Folders of small tokenizers and models, made once."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))  # hf_models
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Name of a case → folder with a small model and the case's tokenizer, made when it is asked for."""
-    from small_tokenizers import BY_NAME, save_model
+    from tests.tokens.small_tokenizers import BY_NAME, save_model
 
     made = {}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from click.testing import CliRunner
-from small_tokenizers import BY_NAME, CASES, CHATML, NAMED, save_model
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.compress import KVCache
 from kvcat_nemo.tokens import IdRules, chat_form, load
+from tests.tokens.small_tokenizers import BY_NAME, CASES, CHATML, NAMED, save_model
 
 DOCUMENT = "the cache of text number 3 grows with every token of it."
 QUESTION = "\n\nQuestion: what grows?"

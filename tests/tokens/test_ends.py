@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from small_tokenizers import BY_NAME, CASES, save_model
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.compress import generate, prefill
 from kvcat_nemo.evaluate.models import load_model
 from kvcat_nemo.tokens import end_ids, following_ids, load
+from tests.tokens.small_tokenizers import BY_NAME, CASES, save_model
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -7,7 +7,6 @@ import random
 
 import pytest
 from click.testing import CliRunner
-from small_tokenizers import BY_NAME, CASES, SPECIAL, expected
 
 from kvcat_nemo.cli import main
 from kvcat_nemo.tokens import (
@@ -19,6 +18,7 @@ from kvcat_nemo.tokens import (
     load,
     text_of,
 )
+from tests.tokens.small_tokenizers import BY_NAME, CASES, SPECIAL, expected
 
 TEXT = (
     "the cache <|im_end|> of text\r\nand </s> so on, the cache of text number 3 grows with every token of it."

@@ -137,7 +137,7 @@ def test_a_server_that_answers_badly_or_never(code, tmp_path, caplog, monkeypatc
 @pytest.mark.slow
 def test_the_page_of_a_run(server, tmp_path):
     """What one sees in MLflow: charts of the named figures, parameters, files, system metrics."""
-    from browser import look
+    from tests.tracking.browser import look
 
     job = Training(tmp_path / "seen", server.url)
     job.steps(*range(1, 41))
