@@ -1,15 +1,36 @@
 """What holds for all tests."""
 
+import os
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 
+from tests.support.machine import ALONE, Turnstile, cpu_seconds, share_out
 
+_BEGAN = pytest.StashKey[float]()
+_TURNSTILE = pytest.StashKey[Turnstile]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", None)  # a variable of the environment would reach what tests start
+    if worker:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers share the cores
+        folder = Path(tempfile.gettempdir()) / f"kvcat-tests-{worker['testrunuid']}"
+        folder.mkdir(exist_ok=True)
+        config.stash[_TURNSTILE] = Turnstile(folder)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """kvpress cannot be installed beside NeMo (numpy 2 against 1): its tests belong to the other environment.
 
     There they fail, rather than being skipped, when it is missing.
     """
+    if _TURNSTILE in config.stash:
+        share_out(items, config.rootpath)
     try:
         version("nemo-toolkit")  # not find_spec("nemo"): tests/nemo would pass for it
     except PackageNotFoundError:
@@ -18,3 +39,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if foreign:
         config.hook.pytest_deselected(items=foreign)
         items[:] = [item for item in items if item not in foreign]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of the time-out: a test's time begins when it may run
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    turnstile = item.config.stash.get(_TURNSTILE, None)
+    if turnstile is None:
+        item.stash[_BEGAN] = cpu_seconds()
+        return (yield)
+    with turnstile.enter(alone=item.get_closest_marker(ALONE) is not None):
+        item.stash[_BEGAN] = cpu_seconds()
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """Every test's CPU seconds, fixtures included, stand in the JUnit file: tests/totals.py adds them up."""
+    if call.when == "teardown":
+        item.user_properties.append(("cpu_seconds", round(cpu_seconds() - item.stash[_BEGAN], 3)))
+    return (yield)

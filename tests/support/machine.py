@@ -1,0 +1,103 @@
+"""How the tests share a machine: which of them run one after another, which run alone, and what each part may cost.
+
+`make test` runs two workers (pytest-xdist). A file is run by one worker, so that its fixtures are made once. Files whose tests
+start several processes are one group, on one worker: two of them at once would starve each other. Tests marked `alone` compare
+the clock with a bound; they come last, and no other test runs beside them.
+
+Costs are CPU seconds, those of child processes included: they hardly change when the machine is busy, as wall time does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import resource
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROCESSES, ALONE = "processes", "alone"
+
+BUDGETS = {
+    "tests": 240,
+    "tests/benchmarks": 240,
+    "tests/compress": 240,
+    "tests/conversion": 240,
+    "tests/data": 120,
+    "tests/engine": 420,
+    "tests/evaluate": 240,
+    "tests/kernels": 420,
+    "tests/launch": 600,
+    "tests/method": 60,
+    "tests/models": 60,
+    "tests/nemo": 600,
+    "tests/runs": 120,
+    "tests/tokens": 60,
+    "tests/tracking": 240,
+    "tests/watch": 60,
+}
+"""Part → CPU seconds that its tests may take in one environment; CONTRIBUTING.md has the same table."""
+FAR = 1.5
+"""`make test` names a part that takes more than so many times its budget."""
+
+
+def part_of(file: str) -> str:
+    """tests/engine/test_model.py → tests/engine; tests/test_cli.py → tests."""
+    parts = Path(file).parts
+    return "/".join(parts[:2]) if len(parts) > 2 else parts[0]
+
+
+def group_of(marks: Iterable[str], file: str) -> str:
+    """The group of a file whose tests have these marks, all of them together."""
+    marks = set(marks)
+    if marks & {"multiprocess", "slurm"}:
+        return PROCESSES
+    return file
+
+
+def share_out(items: list[pytest.Item], root: Path) -> None:
+    """Give every test its group, and put the tests in the order in which workers are to take them.
+
+    The long group comes first, then parts by their budget: whoever is free takes what is left. `alone` is last.
+    """
+    marks: dict[str, set[str]] = {}
+    for item in items:
+        marks.setdefault(_file(item, root), set()).update(mark.name for mark in item.iter_markers())
+    places = {}
+    for number, item in enumerate(items):
+        file = _file(item, root)
+        group = ALONE if item.get_closest_marker(ALONE) else group_of(marks[file] - {ALONE}, file)
+        item.add_marker(pytest.mark.xdist_group(group))
+        first = (0 if group == PROCESSES else 2 if group == ALONE else 1, -BUDGETS.get(part_of(file), 0))
+        places[item] = (*first, number)
+    items.sort(key=places.__getitem__)
+
+
+def _file(item: pytest.Item, root: Path) -> str:
+    return str(item.path.relative_to(root))
+
+
+class Turnstile:
+    """Tests of several workers: any number beside one another, or one alone.
+
+    Two locks of files. Who wants to be alone holds the first while it waits for the second; the others pass through the first,
+    so that they queue behind whoever waits.
+    """
+
+    def __init__(self, folder: Path):
+        self._door, self._room = (folder / name for name in ("door.lock", "room.lock"))
+
+    @contextlib.contextmanager
+    def enter(self, alone: bool) -> Iterator[None]:
+        with self._door.open("w") as door, self._room.open("w") as room:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(door, fcntl.LOCK_UN)
+            yield  # closing a file gives its lock back
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for."""
+    mine, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return mine.ru_utime + mine.ru_stime + children.ru_utime + children.ru_stime
