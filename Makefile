@@ -6,6 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 # More arguments for pytest: make test ARGS='-m "not slow"', or ARGS=tests/compress
 ARGS ?=
+# Tests that run beside one another, each of one thread (tests/support/machine.py says which may not). 0: one after another.
+WORKERS ?= 2
 
 VENV := .venv
 # Changes when the pins, the torch build or this folder's place do: then setup runs again.
@@ -24,6 +26,7 @@ COMPRESS_LOG := $(COMPRESS)/setup.log
 ARGS_PATHS := $(filter tests%,$(ARGS))
 COMPRESS_FOLDERS := tests/compress tests/evaluate tests/models tests/tokens
 COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter $(addsuffix %,$(COMPRESS_FOLDERS)),$(ARGS_PATHS)),$(COMPRESS_FOLDERS))
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
@@ -90,14 +93,14 @@ test-py312:  ## run the tests of kernels, engine and method on Python 3.12 (some
 # Both environments run, whatever the first one says; what ARGS selects need not exist in the second (pytest's exit 5).
 test: setup  ## run the tests, those of compress/, evaluate/ and models/ in both environments
 	@mkdir -p .cache && rm -f .cache/tests-*.xml; failed=0; \
-	$(VENV)/bin/python -m pytest --durations=15 --junitxml=.cache/tests-main.xml $(ARGS) || failed=1; \
+	$(VENV)/bin/python -m pytest $(PARALLEL) --durations=15 --junitxml=.cache/tests-main.xml $(ARGS) || failed=1; \
 	if [ -n "$(COMPRESS_TESTS)" ]; then \
 	  echo "== $(COMPRESS): $(COMPRESS_TESTS)"; code=0; \
-	  $(COMPRESS)/bin/python -m pytest --durations=5 --junitxml=.cache/tests-compress.xml \
+	  $(COMPRESS)/bin/python -m pytest $(PARALLEL) --durations=5 --junitxml=.cache/tests-compress.xml \
 	    $(filter-out tests%,$(ARGS)) $(COMPRESS_TESTS) || code=$$?; \
 	  case "$$code" in 0) ;; 5) [ -n "$(filter-out tests%,$(subst ",,$(ARGS)))" ] || failed=1 ;; *) failed=1 ;; esac; \
 	fi; \
-	$(VENV)/bin/python tests/totals.py .cache/tests-*.xml || failed=1; exit $$failed
+	$(VENV)/bin/python -m tests.totals .cache/tests-*.xml || failed=1; exit $$failed
 
 quickstart: $(STAMP)  ## continued pretraining of a real model on real text, from nothing to the report
 	$(VENV)/bin/python -m kvcat_nemo.quickstart

@@ -44,6 +44,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → recipe and overrides."""
 CLOCK = ("time", "tokens_per_second", "tflops", "step_seconds", "peak_memory")
 """Figures of the machine, by how their names begin. Not imported: an older checkout has them elsewhere."""
+KEPT = ("loss/", "weighted/", "ce_masked", "keep_rate", "grad_norm/")
+"""What golden_losses.json keeps of the figures, by how their names begin."""
 
 NOISE = 2.0**-12
 """What `tolerances` multiplies every module's output by, at most, but for 1."""
@@ -277,6 +279,10 @@ def write_golden(exact: dict, noisy: list[dict], began: float) -> None:
     from kvcat_nemo.common.files import new_file
     from kvcat_nemo.runs.provenance import manifest
 
+    exact = {
+        run: {name: value for name, value in values.items() if name.split()[-1].startswith(KEPT)}
+        for run, values in exact.items()
+    }
     facts = manifest(steps=STEPS, noise=NOISE, seeds=[1, 2, 3, 4], seconds=round(time.time() - began, 1))
     report = {"manifest": facts, "runs": exact, "tolerances": tolerances(exact, noisy)}
     with new_file(GOLDEN) as file:

@@ -10,12 +10,16 @@ import pytest
 
 from tests.support.machine import ALONE, Turnstile, cpu_seconds, share_out
 
+pytest_plugins = ["pytester"]
+
 _BEGAN = pytest.StashKey[float]()
 _TURNSTILE = pytest.StashKey[Turnstile]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    worker = getattr(config, "workerinput", None)  # a variable of the environment would reach what tests start
+    worker = getattr(
+        config, "workerinput", None
+    )  # a variable of the environment would reach what tests start
     if worker:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers share the cores
         folder = Path(tempfile.gettempdir()) / f"kvcat-tests-{worker['testrunuid']}"

@@ -17,6 +17,7 @@ PATH_CHANGES = {
     "tests/kernels/test_flash.py": "the same",
     "tests/evaluate/test_asked.py": "a protocol of a user, in a temporary folder",
     "tests/launch/test_image.py": "the image has these scripts and no package",
+    "tests/test_machine.py": "a conftest of a made-up run",
     "tests/test_modules.py": "names it",
 }
 """Files that may change sys.path, and why no module of this project gets a second name by it."""

@@ -100,7 +100,7 @@ def train(job: dict) -> None:
     from kvcat_nemo.nemo.liveness import KVCatLifeline
     from kvcat_nemo.recipes import RECIPES
 
-    recipe = RECIPES["kvcat_tiny"](dir=str(Path(job["folder"]) / "runs"), name="tiny")
+    recipe = RECIPES[job["recipe"]](dir=str(Path(job["folder"]) / "runs"), name="tiny")
     recipe.trainer.devices = job["ranks"]
     if job["data"]:
         recipe.data = run.Config(

@@ -150,8 +150,9 @@ class Server:
         lifeline: tuple[float, float] = (0.5, 30.0),
         loggers: bool = False,
         data: Path | None = None,
+        recipe: str = "kvcat_tiny",
     ) -> Run:
-        """Start a run of kvcat_tiny in `folder`/runs/tiny.
+        """Start a run of a small recipe in `folder`/runs/tiny.
 
         Args:
             overrides: as on the command line of `nemo llm pretrain`; faults: see rank.py's `FAULTS`.
@@ -172,6 +173,7 @@ class Server:
             "lifeline": lifeline,
             "loggers": loggers,
             "data": str(data or ""),
+            "recipe": recipe,
             "logs": list(map(str, logs)),
         }
         os.write(self._asks, (json.dumps(job) + "\n").encode())

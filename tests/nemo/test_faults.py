@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import golden_losses
 from benchmarks.faults import damage, kills, longer, nan, resume, runs
 from benchmarks.faults.server import Server
 
@@ -147,3 +148,36 @@ def test_an_unknown_metric_is_refused_before_training(server, tmp_path):
     assert run.wait(60) == [1]
     assert "log.ckpt.best_metric='perplexity'" in run.output() and "masked_ppl" in run.output()
     assert runs.last_step(tmp_path) == 0
+
+
+GOLDEN = json.loads(golden_losses.GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("name", golden_losses.RUNS)
+def test_golden_losses(server, tmp_path, name):
+    """Every loss part and keep rate of a few steps is what it was; how far another machine may be off is derived."""
+    recipe, more = golden_losses.RUNS[name]
+    run = server.run(tmp_path, golden_losses.SETTINGS | more, recipe=recipe)
+    assert run.wait(120) == [0], run.tail()
+    figures = golden_losses.figures(tmp_path)
+    expected, allowed = GOLDEN["runs"][name], GOLDEN["tolerances"][name]
+    assert figures.keys() == expected.keys(), (
+        "after a change that is meant: python -m benchmarks.golden_losses --golden"
+    )
+    off = {
+        n: (figures[n], expected[n], allowed[n])
+        for n in expected
+        if abs(figures[n] - expected[n]) > allowed[n]
+    }
+    assert not off, f"{off}; after a change that is meant: python -m benchmarks.golden_losses --golden"
+
+
+def test_golden_losses_notice_what_changes_the_method(server, tmp_path):
+    """A hundredth on one loss' weight is far outside of what the tolerance allows."""
+    changed = {"model.config.kvcat.budget_weight": 3.03}
+    run = server.run(tmp_path, golden_losses.SETTINGS | changed)
+    assert run.wait(120) == [0], run.tail()
+    figures = golden_losses.figures(tmp_path)
+    expected, allowed = GOLDEN["runs"]["kvcat_tiny"], GOLDEN["tolerances"]["kvcat_tiny"]
+    off = {n for n in expected if abs(figures[n] - expected[n]) > allowed[n]}
+    assert {"train 1 loss/total", "train 1 weighted/budget"} <= off and "train 1 loss/anchor" not in off
