@@ -1,4 +1,4 @@
-"""The generated parts of docs/roofline.md: tables of benchmarks/roofline.py, and what step.json's shares say of them.
+"""The generated parts of docs/roofline.md: tables of benchmarks/roofline_counts.py, and what step.json's shares say of them.
 
 The page keeps its prose; between `<!-- roofline: NAME -->` and `<!-- end -->` stands what BLOCKS[NAME] returns.
 """
@@ -10,11 +10,13 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import roofline
-from benchmarks.roofline import CONTEXTS, DEVICES, MODELS, PUBLISHED, STEP_TOKENS, Part
+from benchmarks import roofline_counts
+from benchmarks.roofline_counts import CONTEXTS, DEVICES, MODELS, PUBLISHED, STEP_TOKENS, Part
 
 H100, A100 = DEVICES
-ATTENTION, LOSS = (roofline.STEP.with_name(name) for name in ("attention.json", "loss.json"))
+STEP, ATTENTION, LOSS = (
+    Path(__file__).with_name(name) for name in ("step.json", "attention.json", "loss.json")
+)
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -33,7 +35,7 @@ def _context(s: int) -> str:
 
 def parts_at(name: str, s: int) -> str:
     """Every part of a KV-CAT step of one model at one context."""
-    work = roofline.parts(MODELS[name], s)
+    work = roofline_counts.parts(MODELS[name], s)
     flops, seconds = _total(work), {d: _total(work, d) for d in DEVICES}
     body = [
         [
@@ -79,7 +81,7 @@ def contexts(name: str) -> str:
     m = MODELS[name]
     body = []
     for s in CONTEXTS:
-        work, plain = roofline.parts(m, s), roofline.parts(m, s, kvcat=False)
+        work, plain = roofline_counts.parts(m, s), roofline_counts.parts(m, s, kvcat=False)
         narrow = _total(work) - work["attention, gated"].flops + work["attention, dense"].flops
         flops = _total(work)
         body.append(
@@ -136,12 +138,12 @@ def losses() -> str:
         for memory in (128, 512, 2048, 8192):
             line = [f"{form}, {memory:,}"]
             for name in PUBLISHED:
-                work = roofline.loss(MODELS[name], STEP_TOKENS, 2, memory, triton)
+                work = roofline_counts.loss(MODELS[name], STEP_TOKENS, 2, memory, triton)
                 line += [f"{work.flops / work.bytes:,.0f}", f"{work.seconds(DEVICES[H100]) * 1e3:,.0f}"]
             body.append(line)
     body.append(["compute alone"])
     for name in PUBLISHED:
-        floor = roofline.loss(MODELS[name], STEP_TOKENS, 2).flops / DEVICES[H100].flops
+        floor = roofline_counts.loss(MODELS[name], STEP_TOKENS, 2).flops / DEVICES[H100].flops
         body[-1] += ["", f"{floor * 1e3:,.0f}"]
     head = ["form, loss_memory_mib"] + [x for name in PUBLISHED for x in (f"{name} FLOP/byte", "H100 ms")]
     return table(head, body)
@@ -150,13 +152,17 @@ def losses() -> str:
 def logits() -> str:
     """Bytes of traffic per logit."""
     body = [
-        [form, str(roofline.logit_bytes(1, triton)), f"{roofline.logit_bytes(2, triton) / 2:.0f}"]
+        [
+            form,
+            str(roofline_counts.logit_bytes(1, triton)),
+            f"{roofline_counts.logit_bytes(2, triton) / 2:.0f}",
+        ]
         for form, triton in (("PyTorch's operations", False), ("Triton", True))
     ]
     return table(["form", "CE alone, bytes a logit", "CE + KL, bytes a logit"], body)
 
 
-def measured(path: Path = roofline.STEP) -> str:
+def measured(path: Path = STEP) -> str:
     """The computed shares beside those measured on a CPU, if benchmarks/step.json is there."""
     if not path.exists():
         return (
@@ -224,10 +230,10 @@ def _cpu_work(row: dict, form: str) -> dict[str, Part]:
     """The parts of one window of a row of step.json."""
     m = dataclasses.replace(MODELS["SmolLM2-135M"], layers=row["layers"])
     T = row["tokens"]
-    work = roofline.parts(m, T, form == "kvcat", N=T)
+    work = roofline_counts.parts(m, T, form == "kvcat", N=T)
     if form == "kvcat":
         width = -(-(m.head_dim + 2) // CPU_MULTIPLE) * CPU_MULTIPLE
-        work["attention, gated"] = roofline.attention(m, T, T, width, width)
+        work["attention, gated"] = roofline_counts.attention(m, T, T, width, width)
     return work
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/roofline.py: its counts against published sizes and torch's own counter; the page is what it generates."""
+"""benchmarks/roofline_counts.py: its counts against published sizes and torch's own counter; the page is what it generates."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import roofline, roofline_page
+from benchmarks import roofline, roofline_counts, roofline_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,16 +19,16 @@ PARAMETERS = {  # of the published checkpoints
 }
 
 
-@pytest.mark.parametrize("name", roofline.MODELS)
+@pytest.mark.parametrize("name", roofline_counts.MODELS)
 def test_shapes_give_the_published_parameter_counts(name):
-    assert roofline.MODELS[name].parameters == PARAMETERS[name]
+    assert roofline_counts.MODELS[name].parameters == PARAMETERS[name]
 
 
 def test_flops_equal_torchs_count_on_a_small_model():
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    m = roofline.Model(2, 64, 4, 2, 16, 128, 256, qkv_bias=False)
+    m = roofline_counts.Model(2, 64, 4, 2, 16, 128, 256, qkv_bias=False)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -46,7 +46,7 @@ def test_flops_equal_torchs_count_on_a_small_model():
     counts = counter.get_flop_counts()["Global"]
     batched = sum(n for op, n in counts.items() if "bmm" in str(op))
     flat = sum(counts.values()) - batched
-    work = roofline.parts(m, 32, kvcat=False, N=96)
+    work = roofline_counts.parts(m, 32, kvcat=False, N=96)
     assert flat == sum(work[part].flops for part in ("projections", "MLP", "CE"))
     # Eager attention knows no causality (twice the pairs) and keeps the scores (six products instead of seven). The
     # rotary embedding's outer product is a bmm as well.
@@ -55,16 +55,16 @@ def test_flops_equal_torchs_count_on_a_small_model():
 
 
 def test_gated_attention_differs_from_dense_by_its_widths_alone():
-    m = roofline.MODELS["Qwen2.5-0.5B"]
-    assert m.padded == (72, 96) and roofline.MODELS["Qwen2.5-7B"].padded == (136, 192)
-    work = roofline.parts(m, 4096)
+    m = roofline_counts.MODELS["Qwen2.5-0.5B"]
+    assert m.padded == (72, 96) and roofline_counts.MODELS["Qwen2.5-7B"].padded == (136, 192)
+    work = roofline_counts.parts(m, 4096)
     assert work["attention, gated"].flops == 1.5 * work["attention, dense"].flops
     assert work["attention, gated"].bytes < 1.13 * work["attention, dense"].bytes
 
 
 def test_two_passes_double_what_is_shared():
-    m = roofline.MODELS["Qwen2.5-1.5B"]
-    kvcat, plain = roofline.parts(m, 1024), roofline.parts(m, 1024, kvcat=False)
+    m = roofline_counts.MODELS["Qwen2.5-1.5B"]
+    kvcat, plain = roofline_counts.parts(m, 1024), roofline_counts.parts(m, 1024, kvcat=False)
     for part in ("projections", "MLP"):
         assert kvcat[part].flops == 2 * plain[part].flops
     assert kvcat["CE + KL"].flops == 2 * plain["CE"].flops
@@ -76,7 +76,7 @@ def test_widths_are_those_of_the_kernels():
     from kvcat_nemo.kernels.fused.flash import FlashKernel
 
     more = extra_columns(torch.bfloat16)
-    for m in roofline.MODELS.values():
+    for m in roofline_counts.MODELS.values():
         widths = FlashKernel().widths(m.head_dim + more[0], m.head_dim + more[1])
         assert widths == (m.padded[0],) * 2
 
@@ -86,10 +86,10 @@ def test_rows_of_a_chunk_are_those_of_the_loss():
 
     weight = torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16)
     settings = Settings(Vocabulary.of(None, False, len(weight), len(weight)), True, 1.0, 1.0, 128 * 2**20)
-    m = roofline.MODELS["Qwen2.5-0.5B"]
+    m = roofline_counts.MODELS["Qwen2.5-0.5B"]
     for triton in (False, True):
         rows, _ = dataclasses.replace(settings, triton=triton).rows(weight, torch.float32)
-        one, two = (roofline.loss(m, n * rows, 2, 128, triton).bytes for n in (1, 2))
+        one, two = (roofline_counts.loss(m, n * rows, 2, 128, triton).bytes for n in (1, 2))
         per_chunk = m.vocabulary * m.width * 16
         # What grows with tokens grows twice; what a chunk costs, its weight, is paid once for each.
         assert two == pytest.approx(2 * one, rel=0.01) and one > per_chunk
@@ -126,15 +126,15 @@ def test_traffic_of_a_logit_is_what_the_operations_read_and_write():
         counted = seen.bytes / (N * V) + around
         # Gathers and scatters name the whole tensor and touch a few of its numbers.
         assert (
-            roofline.logit_bytes(passes, False)
+            roofline_counts.logit_bytes(passes, False)
             <= counted
-            <= roofline.logit_bytes(passes, False) + 24 * passes
+            <= roofline_counts.logit_bytes(passes, False) + 24 * passes
         )
 
 
 def test_json_and_page_are_up_to_date():
     hint = "run python -m benchmarks.roofline"
-    assert json.loads(roofline.OUT.read_text()) == json.loads(json.dumps(roofline.result())), hint
+    assert json.loads(roofline.OUT.read_text()) == json.loads(json.dumps(roofline_counts.result())), hint
     page = roofline.PAGE.read_text(encoding="utf-8")
     assert roofline_page.rendered(page) == page, hint
     assert "never measured" in page

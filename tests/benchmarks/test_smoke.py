@@ -25,6 +25,7 @@ HELPERS = {
     "smoke",
     "authors_standin",
     "parallel_page",
+    "roofline_counts",
     "roofline_page",
     "settings_page",
 }
