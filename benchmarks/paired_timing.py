@@ -1,6 +1,7 @@
 """Forms that are measured against each other: each in a process of its own, taking turns.
 
-A process of its own makes peak memory the form's own; turns let a busy moment of the machine meet every form.
+A process of its own makes peak memory the form's own; turns let a busy moment of the machine meet every form. Forms that do not
+compute the same are not timed: after the first turn their answers are compared (`agree`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,50 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Disagree(RuntimeError):
+    """A form's results are not those of the form that it is compared with."""
+
+
+def digest(*tensors) -> list[float]:
+    """Of each tensor the norm, and the sum of its elements with signs drawn from a fixed seed: two figures to compare it by.
+
+    A wrong element moves the second as much as it is wrong; the first is its scale.
+    """
+    import torch
+
+    out = []
+    for tensor in tensors:
+        flat = tensor.detach().double().flatten()
+        signs = (
+            torch.randint(0, 2, flat.shape, generator=torch.Generator().manual_seed(1))
+            .double()
+            .mul_(2)
+            .sub_(1)
+        )
+        out += [float(flat.norm()), float(flat @ signs)]
+    return out
+
+
+def compare(answers: dict[str, dict], agree: Sequence[tuple[str, str, float]]) -> None:
+    """Compare forms' `check`, a `digest`, two by two.
+
+    Args:
+        answers: form → its answer; agree: form, the form to be like, and how far a figure may be off, relative to the norm.
+
+    Raises:
+        Disagree: naming both forms and the figures.
+    """
+    for ours, theirs, bound in agree:
+        pairs = zip(answers[ours]["check"], answers[theirs]["check"], strict=True)
+        for number, (mine, other) in enumerate(pairs):
+            scale = answers[theirs]["check"][number // 2 * 2]
+            if not abs(mine - other) <= bound * abs(scale):  # NaN is not
+                raise Disagree(
+                    f"{ours} is not timed: figure {number} of its results is {mine!r}, that of {theirs} {other!r} "
+                    f"(norm {scale!r}, allowed {bound:g} of it)"
+                )
 
 
 class Forked:
@@ -55,15 +100,21 @@ def take_turns(
     rounds: int,
     threads: int,
     fork: Callable[[list[str]], object] | None = None,
+    agree: Sequence[tuple[str, str, float]] = (),
 ) -> dict[str, list[dict]]:
     """Start every form, then run each in turn, `rounds` times, forwards and backwards.
 
     Args:
         module: what `python -m` runs; forms: name → its arguments, for which it must call `serve`.
         fork: the module's `main`, to fork the workers from this process (--smoke).
+        agree: what `compare` compares after the first turn.
 
     Returns:
         each form's answers, in order.
+
+    Raises:
+        Disagree: before anything else is timed.
+        RuntimeError: a worker ended.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     answers: dict[str, list[dict]] = {name: [] for name in forms}
@@ -90,6 +141,8 @@ def take_turns(
                 if not line:
                     raise RuntimeError(f"{module} {' '.join(forms[name])} ended with {worker.wait()}")
                 answers[name].append(json.loads(line))
+            if turn == 0:
+                compare({name: first[0] for name, first in answers.items()}, agree)
     finally:
         for worker in workers.values():
             worker.kill()
@@ -97,20 +150,26 @@ def take_turns(
     return answers
 
 
-def serve(run: Callable[[], dict]) -> None:
-    """The worker's end: run once for every line of standard input, answer with figures, wall time and peak memory."""
+def serve(run: Callable[[], dict | Sequence]) -> None:
+    """The worker's end: run once for every line of standard input, answer with figures, wall time and peak memory.
+
+    run: gives figures by name, or the tensors that it computed: of the first run the answer then has their `digest` as "check",
+    made after the clock has stopped.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    for _ in sys.stdin:
+    for number, _ in enumerate(sys.stdin):
         reset_peak()
         before, cpu, began = memory("VmRSS"), time.process_time(), time.perf_counter()
-        figures = run()
+        result = run()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         peak = memory("VmHWM")
+        figures = result if isinstance(result, dict) else {"check": [] if number else digest(*result)}
+        del result  # not resident any more when the next run begins
         figures |= {
             "seconds": seconds,
             "cpu_seconds": cpu,
-            "peak_bytes": peak - before,
+            "peak_bytes": max(peak - before, os.sysconf("SC_PAGE_SIZE")),  # a ratio to nothing says nothing
             "resident_bytes": peak,
         }
         # Freed memory goes back before the next form's turn: all forms at their peak would not fit together.

@@ -71,3 +71,21 @@ def test_a_workers_figures(tmp_path, monkeypatch):
     assert all(a["peak_bytes"] / 2**20 < 10 and a["seconds"] > 0 for a in answers["small"])
     with pytest.raises(RuntimeError, match="a_worker x ended with 1"):
         paired_timing.take_turns("a_worker", {"broken": ["x"]}, rounds=1, threads=1)
+
+
+def off(arguments):
+    """A worker whose result is 1, 2, … 100, but for one element that is off by its first argument."""
+    result = torch.arange(1.0, 101.0)
+    result[50] += float(arguments[0])
+    paired_timing.serve(lambda: [result.flip(0) if "flipped" in arguments else result])
+
+
+@pytest.mark.parametrize("wrong", [["1.0"], ["nan"], ["0", "flipped"]], ids=" ".join)
+def test_a_form_that_computes_something_else_is_not_timed(wrong):
+    """One wrong element, a NaN, or the right elements in other places; what agrees is timed."""
+    forms = {"right": ["0"], "wrong": wrong}
+    with pytest.raises(paired_timing.Disagree, match="wrong is not timed: figure"):
+        paired_timing.take_turns("", forms, 3, 1, off, [("wrong", "right", 1e-3)])
+    same = {"right": ["0"], "also right": ["1e-5"]}
+    answers = paired_timing.take_turns("", same, 2, 1, off, [("also right", "right", 1e-3)])
+    assert [len(a["check"]) for a in answers["also right"]] == [2, 0]
