@@ -50,6 +50,9 @@ KEPT = ("loss/", "weighted/", "ce_masked", "keep_rate", "grad_norm/")
 NOISE = 2.0**-12
 """What `tolerances` multiplies every module's output by, at most, but for 1."""
 ROUNDING = 2.0**-24
+LOGITS = 32 * ROUNDING
+"""Of KL(dense ‖ masked), which is small because two logarithms of about ln 128 ≈ 5 cancel: each of them is rounded about three
+times, and so are the logits under it, of which the loss makes no module's output."""
 LONGEST_SUM = 256
 """No sum of kvcat_tiny that a library may order otherwise has more terms, but for means over tokens: 176 in the MLP."""
 
@@ -131,12 +134,14 @@ def tolerances(
 
     Its libraries sum in another order. A sum of n terms moves by n·u of its size at most (u = 2⁻²⁴, float32), and what this does to
     a figure is linear in it, so it is measured with a larger cause: every module's output times 1 + NOISE·x, x in [−1, 1]. The
-    largest change over the seeds, times n·u / NOISE, is the tolerance; at least n·u of the figure, for the last sum.
+    largest change over the seeds, times n·u / NOISE, is the tolerance; at least n·u of the figure, for the last sum, and LOGITS.
     """
     scale = LONGEST_SUM * ROUNDING
     return {
         run: {
-            name: max(scale / NOISE * max(abs(one[run][name] - value) for one in noisy), scale * abs(value))
+            name: max(
+                scale / NOISE * max(abs(one[run][name] - value) for one in noisy), scale * abs(value), LOGITS
+            )
             for name, value in values.items()
         }
         for run, values in exact.items()

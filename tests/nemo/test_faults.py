@@ -174,7 +174,7 @@ def test_golden_losses(server, tmp_path, name):
 
 def test_golden_losses_notice_what_changes_the_method(server, tmp_path):
     """A hundredth on one loss' weight is far outside of what the tolerance allows."""
-    changed = {"model.config.kvcat.budget_weight": 3.03}
+    changed = {"model.config.kvcat.budget_weight": 10.1}  # of 10
     run = server.run(tmp_path, golden_losses.SETTINGS | changed)
     assert run.wait(120) == [0], run.tail()
     figures = golden_losses.figures(tmp_path)
