@@ -71,21 +71,12 @@ def shrink(args: argparse.Namespace, parser: argparse.ArgumentParser, **settings
 
 
 def tiny_model(folder: Path) -> Path:
-    """A random Llama of two layers with a tokenizer of bytes, as a Hugging Face folder."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """A random Llama of two layers with a tokenizer of bytes, as a Hugging Face folder: the tests' own."""
+    from tests.support.hf_models import save_model
 
-    words = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=len(words), num_hidden_layers=2, tie_word_embeddings=True, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    return folder
+    return save_model(
+        folder, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2
+    )
 
 
 class Child:

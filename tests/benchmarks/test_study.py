@@ -220,15 +220,10 @@ def test_the_readmes_table_is_the_committed_one():
 
 
 def test_dense_perplexity_is_what_transformers_computes(tmp_path, monkeypatch):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from benchmarks.study import dense
+    from tests.support.hf_models import small_model
 
-    torch.manual_seed(0)
-    shape = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
-    )
-    models = {name: LlamaForCausalLM(LlamaConfig(**shape)).eval() for name in "ab"}
+    models = {name: small_model(seed=seed, vocab_size=50) for seed, name in enumerate("ab")}
     tokens = torch.randint(0, 50, (3, 9))
     loaded = []
 

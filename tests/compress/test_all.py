@@ -14,7 +14,7 @@ import torch
 from kvcat_nemo.compress import COMPRESSORS, Budget, KVCache, make, next_logits, prefill
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.prefill import NEEDS
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 KINDS = ("llama", "qwen2", "qwen3")
 QUICK = {

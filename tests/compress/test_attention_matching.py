@@ -21,7 +21,7 @@ from kvcat_nemo.compress.attention_matching_fit import (
 )
 from kvcat_nemo.compress.solvers.bounded_least_squares import bounded_least_squares
 from kvcat_nemo.compress.solvers.matching_pursuit import pursue
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 SCALE = 0.35
 

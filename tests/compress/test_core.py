@@ -16,7 +16,7 @@ from kvcat_nemo.compress import (
     prefill,
     stack_rows,
 )
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 KINDS = ("llama", "qwen2", "qwen3")
 

@@ -10,7 +10,7 @@ import torch
 from kvcat_nemo.compress import Budget, KVCache, LayerCache, extend, generate, make, next_logits, prefill
 from kvcat_nemo.compress.fit import check_fits, know
 from kvcat_nemo.compress.gradient import Lessons, optimise, teach
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 IDS = torch.tensor([tokens(3)])
 ENTRIES = {

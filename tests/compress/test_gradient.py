@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kvcat_nemo.compress import Budget, make, next_logits, prefill, stack_rows
 from kvcat_nemo.compress.gradient import Step, optimise, sample, teach
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 
 def kl(model, full, cache, ids):

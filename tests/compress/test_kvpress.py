@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 
 from kvcat_nemo.compress import Budget, compress, make, next_logits, prefill
 from kvcat_nemo.compress.hf_attention import NAME, _attention
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 T, SLOTS, MORE = 150, 37, 5
 TEMPLATE = "{% for m in messages %}SYSTEM SAYS BE KIND. USER: {{ m['content'] }}{% endfor %} ANSWER:"

@@ -8,7 +8,7 @@ import torch
 from kvcat_nemo.compress import Budget, LayerCache, make, next_logits, prefill
 from kvcat_nemo.compress.attention_matching_fit import reference
 from kvcat_nemo.compress.kvsculpt import Problem, allot, sculpt
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 
 def problem(G=2, Q=60, T=30, K=5, D=8, E=6, ragged=True):

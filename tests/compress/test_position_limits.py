@@ -8,7 +8,7 @@ import torch
 from kvcat_nemo.compress import Budget, compress, extend, generate, make, next_logits, prefill
 from kvcat_nemo.compress.context_limit import check_positions, position_limit
 from kvcat_nemo.compress.gradient import sample, teach
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 LIMIT = 40
 

@@ -16,7 +16,7 @@ from kvcat_nemo.compress import (
     stack_rows,
 )
 from kvcat_nemo.compress.quantised import QuantisedLayer, encode, from_bytes, to_bytes
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 
 def layer(S=70, B=1, G=2, D=16, E=32, seed=0, dtype=torch.float32):

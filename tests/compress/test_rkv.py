@@ -9,7 +9,7 @@ import torch
 
 from kvcat_nemo.compress import Budget, make, prefill
 from kvcat_nemo.compress import rkv as module
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 
 def loop_importance(q, k, scale, pool):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kvcat_nemo.compress import Budget, KVCache, LayerCache, make, next_logits, prefill
 from kvcat_nemo.compress.cache import FORMAT
-from tests.compress.hf_models import small_model, tokens
+from tests.support.hf_models import small_model, tokens
 
 
 def ragged(dtype=torch.float32) -> KVCache:

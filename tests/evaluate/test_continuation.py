@@ -10,8 +10,8 @@ from kvcat_nemo.compress import Budget, make
 from kvcat_nemo.evaluate.continuation import Batch, Continuation, compare, summary
 from kvcat_nemo.evaluate.protocol import Cell
 from kvcat_nemo.evaluate.windows import Window, write_windows
-from tests.compress.hf_models import small_model, tokens
 from tests.evaluate.killed_runs import kill_after, measured, run_protocol
+from tests.support.hf_models import small_model, tokens
 
 PREFIX, AFTER = 40, 12
 

@@ -11,7 +11,7 @@ from kvcat_nemo.compress.gradient import optimise, teach
 from kvcat_nemo.evaluate.gradient_curve import GradientCurve, speed_up
 from kvcat_nemo.evaluate.models import load_model
 from kvcat_nemo.evaluate.windows import Window, write_windows
-from tests.compress.hf_models import tokens
+from tests.support.hf_models import tokens
 
 PREFIX, AFTER = 40, 12
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcat_nemo.evaluate.models import find_model, find_models, load_model, weights_fingerprint
-from tests.evaluate.model_folders import save_model
+from tests.support.hf_models import save_model
 
 
 def test_a_model_is_loaded_with_its_facts(model_dir, other_model_dir):

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from kvcat_nemo.cli import main
 from kvcat_nemo.evaluate.sweep import load_sweep
 from kvcat_nemo.evaluate.windows import Window, write_windows
-from tests.compress.hf_models import tokens
 from tests.evaluate.killed_runs import kill_after, run_sweep
+from tests.support.hf_models import tokens
 
 
 @pytest.fixture

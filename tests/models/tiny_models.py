@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from tests.support.hf_models import byte_tokenizer
+
 TOKENS = torch.tensor([[1, 5, 9, 200, 17, 255, 3, 42] * 12])
 """96 tokens: beyond every original context below, so that each part of a scaling matters."""
 
@@ -83,20 +85,9 @@ def _made(root: Path, family: str, rope: str, tied: bool, shard: int | None) -> 
             one = parameter.ndim == 1
             parameter.normal_(1.0 if one else 0.0, 0.3)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     with torch.no_grad():
         return folder, model(TOKENS).logits
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {token: i for i, token in enumerate(["<end>", "<a>", "<b>", "<c>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(words, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 def make(root: Path, target: Path, family="Llama", rope="plain", tied=False, shard=None):

@@ -109,7 +109,7 @@ def save_tokenizer(case: Case, folder):
 
 def save_model(case: Case, folder, **sizes):
     """Write a small random model with a case's tokenizer and end tokens."""
-    from tests.compress.hf_models import small_model
+    from tests.support.hf_models import small_model
 
     model = small_model(vocab_size=380, **sizes)
     model.config.eos_token_id, model.config.bos_token_id = case.config_eos, 0

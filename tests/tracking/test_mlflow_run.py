@@ -242,18 +242,9 @@ def test_brought_afterwards(store, tmp_path, monkeypatch):
 @pytest.fixture
 def exported(tmp_path):
     """A plain Hugging Face model as `kvcat export` writes it, of two tiny layers."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tests.support.hf_models import save_model
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(tmp_path / "hf")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).save_pretrained(tmp_path / "hf")
-    return tmp_path / "hf"
+    return save_model(tmp_path / "hf", num_hidden_layers=2)
 
 
 def test_the_exported_model_is_registered(store, tmp_path, monkeypatch, exported):

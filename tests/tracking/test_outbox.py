@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from kvcat_nemo.tracking.outbox import BATCH, Figure, Outbox, Refused
 
+pytestmark = pytest.mark.alone
+
 
 def figure(step, name="loss"):
     return Figure(name, float(step), step, step)

@@ -61,6 +61,7 @@ def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "kvcat" in r.name]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_server_killed_and_started_again(server, tmp_path, caplog, monkeypatch):
     """Steps before, during and after: all in one run, each once; the training never waits, and hears of it once."""
