@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from kvcat_nemo.engine.compat.gates import GatedGPTModel
+from kvcat_nemo.engine.compat.output_layer import adopt
 from kvcat_nemo.engine.output_layer import TokenLossOutputLayer
 from kvcat_nemo.engine.step import token_loss_weights
 from kvcat_nemo.kernels import WindowSplit
@@ -14,7 +15,7 @@ from kvcat_nemo.method.config import KVCatConfig
 from kvcat_nemo.method.spans import Spans
 
 
-class KVCatGPTModel(GPTModel):
+class KVCatGPTModel(GatedGPTModel):
     """Megatron's GPT. With labels it runs the paired pass and returns per-token metrics; without, it is a plain GPT.
 
     Args:
@@ -26,7 +27,7 @@ class KVCatGPTModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = true_vocab_size or self.vocab_size
         if self.post_process:
-            TokenLossOutputLayer.adopt(self.output_layer)
+            adopt(self.output_layer, TokenLossOutputLayer)
 
     def forward(
         self,
@@ -58,35 +59,27 @@ class KVCatGPTModel(GPTModel):
                 "[n + 1], or None"
             )
         if labels is None or not kvcat.paired:
-            return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
+            return self.run(input_ids, position_ids, documents=attention_mask, labels=labels, **kwargs)
         gates, spans = initial_gates(
             kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask
         )
         twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
-        return super().forward(
-            *twice,
-            attention_mask,
-            labels=labels,
-            extra_block_kwargs={"context": gates, "context_mask": spans},
-            **kwargs,
-        )
+        return self.run(*twice, documents=attention_mask, labels=labels, gates=gates, spans=spans, **kwargs)
 
-    def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
+    def token_metrics(
+        self, hidden_TBM: Tensor, weight: Tensor | None, labels_BT: Tensor, loss_mask_BT: Tensor | None
+    ) -> Tensor:
+        """kernels.losses.token_loss.token_losses of this batch, [4 or 1, B, T]."""
         kvcat: KVCatConfig = self.config.kvcat
         return self.output_layer(
-            hidden_states,
+            hidden_TBM,
             weight,
-            labels_BT=labels,
+            labels_BT=labels_BT,
             vocab_size=self.true_vocab_size,
             paired=kvcat.paired,
             temperature=kvcat.distill_temperature,
             forward_share=kvcat.distill_forward_share,
-            loss_weights=None if loss_mask is None else token_loss_weights(loss_mask, kvcat),
+            loss_weights=None if loss_mask_BT is None else token_loss_weights(loss_mask_BT, kvcat),
             memory_mib=kvcat.loss_memory_mib,
             kernel=kvcat.loss_kernel,
         )
