@@ -8,7 +8,8 @@ import kernel_checks
 import pytest
 import torch
 
-from kvcat_nemo.kernels.fused import flash, flash_packages, selection
+from kvcat_nemo.kernels.compat import flash_packages
+from kvcat_nemo.kernels.fused import flash, selection
 
 
 @pytest.fixture
