@@ -1,6 +1,6 @@
 """Program of test_triton_compile: python triton_compile.py CAPABILITY..., where Triton is installed and interprets nothing.
 
-Compiles every kernel of columns_triton.py and row_losses_triton.py for a GPU that this host need not have: the functions
+Compiles every Triton kernel of the package for a GPU that this host need not have: the functions
 that launch kernels are called with tensors on the CPU, and each launch is compiled, down to machine code, but not run. So
 types, divisible sizes and sizes of 1 are specialised as in training. Prints a JSON object:
 capability → kernel → how many of its launches were compiled.
