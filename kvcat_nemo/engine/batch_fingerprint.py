@@ -11,7 +11,7 @@ from kvcat_nemo.method.random_draws import prefix_ids
 _EXACT = (1 << 53) - 1  # integers up to here are exact in JSON and in a double
 
 
-class SampleHash:
+class BatchFingerprint:
     """Sums a hash of (number, tokens) over a step's windows, on each rank its own."""
 
     def __init__(self):

@@ -11,7 +11,7 @@ another:
 
 Epoch 0 is drawn as Megatron draws a single epoch, bit for bit: runs of at most one epoch are as they were.
 
-Letters: N tokens of an epoch, S tokens of a window, D documents.
+Sizes: N tokens of an epoch, S tokens of a window, D documents.
 """
 
 from __future__ import annotations

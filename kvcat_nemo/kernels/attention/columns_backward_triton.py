@@ -33,7 +33,7 @@ def _gradient_columns(
     HEADS,
     E,
     WIDTH,
-    TWICE: tl.constexpr,
+    TERMS: tl.constexpr,
     W2: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -44,9 +44,9 @@ def _gradient_columns(
     delta = tl.sum(do * o, axis=0)
     high = (-delta).to(out_ptr.dtype.element_ty).to(WIDE)
     do = tl.where(c == E, high, do)
-    if TWICE == 2:
+    if TERMS == 2:
         do = tl.where(c == E + 1, -delta - high, do)
-    do = tl.where(c == E + TWICE, 1.0, do)
+    do = tl.where(c == E + TERMS, 1.0, do)
     place = tl.program_id(0).to(tl.int64) * HEADS + h
     tl.store(out_ptr + place * WIDTH + c, do.to(out_ptr.dtype.element_ty), mask=c < WIDTH)
     tl.store(delta_ptr + place, delta)
@@ -80,7 +80,7 @@ def _gate_sums(
     E,
     window,
     scale,
-    TWICE: tl.constexpr,
+    TERMS: tl.constexpr,
     E2: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -92,9 +92,9 @@ def _gate_sums(
     dv = tl.load(dv_row + e * wd, mask=there & (e < E), other=0.0).to(WIDE)
     v = tl.load(row_of(v_ptr, b, t, g, vb, vt, vh) + e * vd, mask=e < E, other=0.0).to(WIDE)
     dropped = tl.sum(dv * v, axis=0) + tl.load(dv_row + E * wd, mask=there, other=0.0).to(WIDE)
-    if TWICE == 2:
+    if TERMS == 2:
         dropped += tl.load(dv_row + (E + 1) * wd, mask=there, other=0.0).to(WIDE)
-    weight = tl.load(dv_row + (E + TWICE) * wd, mask=there, other=0.0).to(WIDE)
+    weight = tl.load(dv_row + (E + TERMS) * wd, mask=there, other=0.0).to(WIDE)
     kept = tl.load(row_of(dk_ptr, b, later, g, kb, kt, kh) + D * kd, mask=there, other=0.0).to(WIDE) / scale
     gate = tl.load(gate_ptr + b.to(tl.int64) * gb + t * gt + g * gg).to(WIDE)
     place = 2 * (tl.program_id(0).to(tl.int64) * G + g)
@@ -136,21 +136,21 @@ def _gate_gradient(
     tl.store(out_ptr + i, tl.where(sink != 0, 0.0, out), mask=ok)
 
 
-def gradient_columns(do: Tensor, o: Tensor, width: int, twice: int) -> tuple[Tensor, Tensor]:
+def gradient_columns(do: Tensor, o: Tensor, width: int, terms: int) -> tuple[Tensor, Tensor]:
     B, T, H, E = do.shape
     wide = torch.promote_types(do.dtype, torch.float32)
     out, delta = do.new_empty(B, T, H, width), do.new_empty(B, T, H, dtype=wide)
     strides = (*do.stride(), *o.stride())
-    settings = settings_of(do, twice, width)
+    settings = settings_of(do, terms, width)
     _gradient_columns[(B * T, H)](do, o, out, delta, *strides, T, H, E, width, **settings)
     return out, delta
 
 
-def gate_sums(dk, dv, v, gate, *, window, D, twice, scale) -> Tensor:
+def gate_sums(dk, dv, v, gate, *, window, D, terms, scale) -> Tensor:
     B, T, G, E = v.shape
     out = gate.new_empty(B, T, G, 2)
     strides = (*dk.stride(), *dv.stride(), *v.stride(), *gate.stride())
-    settings = {"TWICE": twice, "E2": power_of_two(E), "WIDE": WIDE_TYPES[gate.dtype]}
+    settings = {"TERMS": terms, "E2": power_of_two(E), "WIDE": WIDE_TYPES[gate.dtype]}
     _gate_sums[(B * T, G)](dk, dv, v, gate, out, *strides, T, G, D, E, window, scale, **settings)
     return out
 

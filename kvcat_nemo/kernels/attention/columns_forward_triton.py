@@ -26,14 +26,14 @@ def _query_columns(
     HEADS,
     D,
     WIDTH,
-    TWICE: tl.constexpr,
+    TERMS: tl.constexpr,
     W2: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     b, t, h = tl.program_id(0) // T, tl.program_id(0) % T, tl.program_id(1)
     c = tl.arange(0, W2)
     x = tl.load(row_of(x_ptr, b, t, h, sb, st, sh) + c * sd, mask=c < D, other=0.0).to(WIDE)
-    x = tl.where((c >= D) & (c < D + TWICE), 1.0, x)
+    x = tl.where((c >= D) & (c < D + TERMS), 1.0, x)
     place = (tl.program_id(0).to(tl.int64) * HEADS + h) * WIDTH
     tl.store(out_ptr + place + c, x.to(out_ptr.dtype.element_ty), mask=c < WIDTH)
 
@@ -71,7 +71,7 @@ def _slot_columns(
     hidden,
     tiny,
     SHIFTED: tl.constexpr,
-    TWICE: tl.constexpr,
+    TERMS: tl.constexpr,
     W2: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -93,28 +93,28 @@ def _slot_columns(
     high = beta.to(wide_k_ptr.dtype.element_ty).to(WIDE)
     low = (beta - high).to(wide_k_ptr.dtype.element_ty).to(WIDE)
     k = tl.where(c == D, high, k)
-    if TWICE == 2:
+    if TERMS == 2:
         k = tl.where(c == D + 1, low, k)
     seen = opened & inside
-    v = tl.where((c >= E) & (c < E + TWICE), tl.where(seen, 1.0, 0.0), tl.where(seen, v, 0.0))
+    v = tl.where((c >= E) & (c < E + TERMS), tl.where(seen, 1.0, 0.0), tl.where(seen, v, 0.0))
     place = tl.program_id(0).to(tl.int64) * G + g
     tl.store(wide_k_ptr + place * K_WIDTH + c, k.to(wide_k_ptr.dtype.element_ty), mask=c < K_WIDTH)
     tl.store(wide_v_ptr + place * V_WIDTH + c, v.to(wide_v_ptr.dtype.element_ty), mask=c < V_WIDTH)
     held = high.to(tl.float64)
-    if TWICE == 2:
+    if TERMS == 2:
         held += low.to(tl.float64)
     at = (b.to(tl.int64) * (T - window) + j) * G + g
     tl.store(held_ptr + at, held * scale, mask=there)
 
 
-def query_columns(q: Tensor, width: int, twice: int) -> Tensor:
+def query_columns(q: Tensor, width: int, terms: int) -> Tensor:
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H, width)
-    _query_columns[(B * T, H)](q, *q.stride(), out, T, H, D, width, **settings_of(q, twice, width))
+    _query_columns[(B * T, H)](q, *q.stride(), out, T, H, D, width, **settings_of(q, terms, width))
     return out
 
 
-def slot_columns(k, v, gate, position, *, window, widths, twice, scale, shift):
+def slot_columns(k, v, gate, position, *, window, widths, terms, scale, shift):
     B, T, G, D = k.shape
     E, wide = v.shape[-1], gate.dtype
     wide_k, wide_v = k.new_empty(B, T, G, widths[0]), v.new_empty(B, T, G, widths[1])
@@ -147,7 +147,7 @@ def slot_columns(k, v, gate, position, *, window, widths, twice, scale, shift):
         *gate.stride(),
         *sizes,
         SHIFTED=shifted,
-        TWICE=twice,
+        TERMS=terms,
         W2=power_of_two(max(widths)),
         WIDE=WIDE_TYPES[wide],
     )

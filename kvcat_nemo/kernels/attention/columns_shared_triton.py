@@ -17,9 +17,9 @@ def row_of(ptr, b, t, h, sb, st, sh):
     return ptr + b.to(tl.int64) * sb + t.to(tl.int64) * st + h * sh
 
 
-def settings_of(x: Tensor, twice: int, width: int) -> dict:
+def settings_of(x: Tensor, terms: int, width: int) -> dict:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return {"TWICE": twice, "W2": power_of_two(width), "WIDE": WIDE_TYPES[wide]}
+    return {"TERMS": terms, "W2": power_of_two(width), "WIDE": WIDE_TYPES[wide]}
 
 
 def power_of_two(width: int) -> int:

@@ -53,12 +53,12 @@ def failure(device: torch.device) -> str:
     shift = 10 * torch.rand(B, T, G, generator=rng).to(device)
     position = torch.arange(T, device=device)
     lse = numbers(B, T, G * N, dtype=torch.float32)
-    far = numbers(B, T, G * N, width), numbers(B, T, G, width), numbers(B, T, G, width)
-    far[2][..., D + 2].abs_()  # a slot's weight in all rows
+    past_grads = numbers(B, T, G * N, width), numbers(B, T, G, width), numbers(B, T, G, width)
+    past_grads[2][..., D + 2].abs_()  # a slot's weight in all rows
     sink = position[None] < 1
 
-    def slots(form, k, v, gate, window, shift, twice=2):
-        settings = {"window": window, "widths": (width, width), "twice": twice, "scale": scale}
+    def slots(form, k, v, gate, window, shift, terms=2):
+        settings = {"window": window, "widths": (width, width), "terms": terms, "scale": scale}
         return form.slot_columns(k, v, gate, position, shift=shift, **settings)
 
     def run(form):
@@ -70,14 +70,14 @@ def failure(device: torch.device) -> str:
         wide_do, out["δ"] = form.gradient_columns(do, o, width, 2)
         out["output gradients"] = torch.cat([wide_do[..., :D], wide_do[..., D + 2 :]], -1)
         columns["−δ"] = wide_do[..., D : D + 2]
-        sums = out["sums"] = form.gate_sums(*far[1:], v, gate, window=1, D=D, twice=2, scale=scale)
+        sums = out["sums"] = form.gate_sums(*past_grads[1:], v, gate, window=1, D=D, terms=2, scale=scale)
         out["gate gradient"] = form.gate_gradient(sums, out["slots, held"], gate, sink, 3.0, N)
         merged = form.merge_own(q, k, v, o.float(), lse, scale)
         own = do, out["δ"], q, k, v, *merged[1:], scale
         results = {
             "merged": merged,
             "own": form.own_gradients(*own),
-            "own and gated": form.own_and_gated_gradients(*own, far, gate),
+            "own and gated": form.own_and_gated_gradients(*own, past_grads, gate),
         }
         out |= {f"{name} {i}": x for name, several in results.items() for i, x in enumerate(several)}
         return out, columns

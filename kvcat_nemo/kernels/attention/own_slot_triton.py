@@ -20,7 +20,7 @@ def _merge_own(
     o_ptr,
     lse_ptr,
     out_ptr,
-    level_ptr,
+    merged_ptr,
     own_ptr,
     qb,
     qt,
@@ -60,11 +60,11 @@ def _merge_own(
     lse = tl.load(lse_ptr + b.to(tl.int64) * lb + t * lt + h * lh).to(WIDE)
     own = tl.sum(q * k, axis=0) * scale
     top = tl.maximum(lse, own)
-    level = top + tl.log(tl.exp(lse - top) + tl.exp(own - top))
-    out = o * tl.exp(lse - level) + v * tl.exp(own - level)
+    merged_lse = top + tl.log(tl.exp(lse - top) + tl.exp(own - top))
+    out = o * tl.exp(lse - merged_lse) + v * tl.exp(own - merged_lse)
     place = tl.program_id(0).to(tl.int64) * HEADS + h
     tl.store(out_ptr + place * E + c, out.to(out_ptr.dtype.element_ty), mask=c < E)
-    tl.store(level_ptr + place, level)
+    tl.store(merged_ptr + place, merged_lse)
     tl.store(own_ptr + place, own)
 
 
@@ -75,7 +75,7 @@ def _own_gradients(
     q_ptr,
     k_ptr,
     v_ptr,
-    level_ptr,
+    merged_ptr,
     own_ptr,
     far_q_ptr,
     far_k_ptr,
@@ -147,7 +147,7 @@ def _own_gradients(
         place = tl.program_id(0).to(tl.int64) * (G * N) + h
         q = tl.load(row_of(q_ptr, b, t, h, qb, qt, qh) + c * qd, mask=c < D, other=0.0).to(WIDE)
         do = tl.load(row_of(do_ptr, b, t, h, ob, ot, oh) + c * od, mask=c < E, other=0.0).to(WIDE)
-        p = tl.exp(tl.load(own_ptr + place) - tl.load(level_ptr + place))
+        p = tl.exp(tl.load(own_ptr + place) - tl.load(merged_ptr + place))
         ds = p * (tl.sum(do * v, axis=0) - tl.load(delta_ptr + place)) * scale
         dq = ds * k
         if ADD:
@@ -165,38 +165,40 @@ def merge_own(q, k, v, o, lse, scale):
     G, E = v.shape[2:]
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(B, T, H, E)
-    level, own = (q.new_empty(B, T, H, dtype=wide) for _ in range(2))
+    merged_lse, own = (q.new_empty(B, T, H, dtype=wide) for _ in range(2))
     strides = (*q.stride(), *k.stride(), *v.stride(), *o.stride(), *lse.stride())
     settings = {"W2": power_of_two(max(D, E)), "WIDE": WIDE_TYPES[wide]}
-    _merge_own[(B * T, H)](q, k, v, o, lse, out, level, own, *strides, T, H, H // G, D, E, scale, **settings)
-    return out, level, own
+    _merge_own[(B * T, H)](
+        q, k, v, o, lse, out, merged_lse, own, *strides, T, H, H // G, D, E, scale, **settings
+    )
+    return out, merged_lse, own
 
 
-def own_gradients(do, delta, q, k, v, level, own, scale):
-    return _own(do, delta, q, k, v, level, own, scale, None, None)
+def own_gradients(do, delta, q, k, v, merged_lse, own, scale):
+    return _own(do, delta, q, k, v, merged_lse, own, scale, None, None)
 
 
-def own_and_gated_gradients(do, delta, q, k, v, level, own, scale, far, gate):
-    return _own(do, delta, q, k, v, level, own, scale, far, gate)
+def own_and_gated_gradients(do, delta, q, k, v, merged_lse, own, scale, past_grads, gate):
+    return _own(do, delta, q, k, v, merged_lse, own, scale, past_grads, gate)
 
 
-def _own(do, delta, q, k, v, level, own, scale, far, gate):
+def _own(do, delta, q, k, v, merged_lse, own, scale, past_grads, gate):
     B, T, H, D = q.shape
     G, E = v.shape[2:]
     dq, dk, dv = q.new_empty(B, T, H, D), k.new_empty(B, T, G, D), v.new_empty(B, T, G, E)
-    add = far is not None
-    dq_, dk_, dv_ = far[:3] if add else (q, k, v)
+    add = past_grads is not None
+    dq_, dk_, dv_ = past_grads[:3] if add else (q, k, v)
     gate = gate if add else delta
     strides = [s for x in (do, q, k, v, dq_, dk_, dv_, gate) for s in x.stride()]
-    delta, level, own = delta.contiguous(), level.contiguous(), own.contiguous()
-    settings = {"N": H // G, "ADD": add, "W2": power_of_two(max(D, E)), "WIDE": WIDE_TYPES[level.dtype]}
+    delta, merged_lse, own = delta.contiguous(), merged_lse.contiguous(), own.contiguous()
+    settings = {"N": H // G, "ADD": add, "W2": power_of_two(max(D, E)), "WIDE": WIDE_TYPES[merged_lse.dtype]}
     _own_gradients[(B * T, G)](
         do,
         delta,
         q,
         k,
         v,
-        level,
+        merged_lse,
         own,
         dq_,
         dk_,
