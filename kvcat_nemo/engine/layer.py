@@ -90,7 +90,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
             gates = gate[None]
         gate = gates[self.group if len(gates) > 1 else 0]
         held = None if spans is None else Spans.from_table(spans, *gate.shape[:2])
-        if self.router is None and self.begins_group and not self._replaying:
+        if self.router is None and self.begins_group and not self._is_recomputation:
             split = self.self_attention.core_attention.split
             self.stats.append(fixed_stats(self.group, self.config.kvcat, gate, documents, held, split))
         hidden_states = self.plain_forward(hidden_states, gate=Gate(gate, held), **rest)
@@ -129,7 +129,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
         weighted = budget * kvcat.budget_weight / kvcat.num_groups
         if torch.is_grad_enabled():
             hidden_states = MoEAuxLossAutoScaler.apply(hidden_states, weighted)
-        if not self._replaying:
+        if not self._is_recomputation:
             flipped = self._flipped_by_last_update(h_BTM, routing.hard_BT, segments, position_BT)
             self.stats.append(GroupStats(self.group, kept, probability.detach(), budget.detach(), flipped))
         # Attention needs the gates of all of this rank's keys, for its own heads.
@@ -163,7 +163,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
         return segments, position_BT
 
     @property
-    def _replaying(self) -> bool:
+    def _is_recomputation(self) -> bool:
         """Whether this is the second run of a layer under full recomputation.
 
         The first runs without gradients; the router's loss therefore rides on the second alone, and figures are taken in

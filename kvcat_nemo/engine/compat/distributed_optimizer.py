@@ -31,16 +31,16 @@ REACHED = {
 """Methods of Megatron's DistributedOptimizer that are wrapped, and parameters that the wrappers know."""
 
 
-def mend_distributed_optimizer() -> None:
-    """Mend the faults above, once per process; call it before an optimizer is built."""
+def patch_distributed_optimizer() -> None:
+    """Patch the faults above, once per process; call it before an optimizer is built."""
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer
-    if getattr(cls, "kvcat_mended", False):
+    if getattr(cls, "kvcat_patched", False):
         return
     for name, takes in REACHED.items():
         MEGATRON.reach(cls, name, _WHY, takes=takes)
-    cls.kvcat_mended = True
+    cls.kvcat_patched = True
     _number_parameters_as_they_are_kept(cls)
     _cut_parameters_without_padding(cls)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
