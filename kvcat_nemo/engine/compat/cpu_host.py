@@ -95,6 +95,8 @@ def _hide_cuda_packages() -> None:
         return
     from megatron.core import utils
 
+    for name in ("applier", "l2_norm", "scale"):
+        MEGATRON.reach(utils, f"local_multi_tensor_{name}", "clip gradients on a CPU")
     own = {
         "Adam": torch.optim.AdamW,
         "SGD": torch.optim.SGD,

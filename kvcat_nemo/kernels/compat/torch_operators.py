@@ -18,8 +18,8 @@ CPU_FORWARD, CPU_BACKWARD = (
 )
 """Forward gives log-sum-exps, backward takes them; `scaled_dot_product_attention` on a CPU is these two."""
 
-for _name in ("_version",):
-    TORCH.reach(torch.Tensor, _name, "see that a kept tensor was not written to")
+TORCH.reach(torch.Tensor, "_version", "see that a kept tensor was not written to")
+TORCH.reach(torch, "_assert_async", "check labels on a GPU")
 
 
 def version_of(x: Tensor) -> int:
@@ -29,7 +29,7 @@ def version_of(x: Tensor) -> int:
 
 def assert_later(holds: Tensor, message: str) -> None:
     """Stop a CUDA device where a condition does not hold, without waiting for it (no public operator does)."""
-    TORCH.reach(torch, "_assert_async", "check labels on a GPU")(holds, message)
+    torch._assert_async(holds, message)
 
 
 def cuda_flash(name: str):
