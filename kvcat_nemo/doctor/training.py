@@ -357,12 +357,12 @@ def counts(profiled) -> dict[str, int]:
 
 def main(jobs_file: str, rank: int, world_size: int) -> None:
     from kvcat_nemo.engine import hardware
-    from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
+    from kvcat_nemo.engine.compat.distributed_optimizer import patch_distributed_optimizer
 
     hardware.enable()
     from megatron.core import parallel_state, tensor_parallel
 
-    mend_distributed_optimizer()
+    patch_distributed_optimizer()
     if hardware.is_cuda():
         torch.cuda.set_device(rank)
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kvcat_nemo.engine import rank_sync
-from kvcat_nemo.method.policies import prefix_ids
+from kvcat_nemo.method.random_draws import prefix_ids
 
 _EXACT = (1 << 53) - 1  # integers up to here are exact in JSON and in a double
 
 
-class SampleHash:
+class BatchFingerprint:
     """Sums a hash of (number, tokens) over a step's windows, on each rank its own."""
 
     def __init__(self):

@@ -1,8 +1,9 @@
-"""Autograd functions that carry gates and router losses across ranks and layers."""
+"""Autograd functions that carry gates across ranks, and the scale of routers' losses."""
 
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 
@@ -67,28 +68,11 @@ def window_mean(x_BT: Tensor, group) -> Tensor:
     return (window_sum(own, group) + (own - own.detach())) / (x_BT.numel() * group.size())
 
 
-class RouterLoss(torch.autograd.Function):
-    """Lets a scalar loss ride on hidden states: forward passes them on, backward adds `scale` × d(loss).
-
-    So every pipeline stage back-propagates its own routers' loss, wherever the main loss is computed.
-    """
-
-    scale: float = 1.0
-    """What the main loss is multiplied by before its backward; set at every forward step (`set_router_loss_scale`)."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (loss,) = ctx.saved_tensors
-        return grad, torch.full_like(loss, RouterLoss.scale)
-
-
 def set_router_loss_scale(config, num_microbatches: int) -> None:
     """Give router losses the scale that Megatron's schedules, and engine.step, give the main loss.
+
+    Routers' losses ride on hidden states by the scaler of Megatron's mixture-of-experts losses, so that every pipeline stage
+    back-propagates its own. Megatron's schedules set its scale for such models alone, and leave context parallelism out.
 
     Args:
         config: the model's TransformerConfig; its `grad_scale_func` applies when a precision plugin scales losses.
@@ -97,4 +81,5 @@ def set_router_loss_scale(config, num_microbatches: int) -> None:
     """
     unit = torch.ones(())
     scale = float(config.grad_scale_func(unit)) if config.grad_scale_func else 1.0
-    RouterLoss.scale = scale * config.context_parallel_size / num_microbatches
+    scale *= config.context_parallel_size / num_microbatches
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, dtype=torch.float64))

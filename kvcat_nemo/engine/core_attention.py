@@ -9,14 +9,10 @@ heads of this rank, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from kvcat_nemo.engine.compat.gates import Gate, GatedCoreAttentionBase
 from kvcat_nemo.engine.shared_rows import FirstSpansShared
 from kvcat_nemo.kernels import (
     WindowSplit,
@@ -26,55 +22,14 @@ from kvcat_nemo.kernels import (
     select_backend,
     span_gated_attention,
 )
+from kvcat_nemo.method.accumulated_attention import accumulated_attention
 from kvcat_nemo.method.attention import document_positions
-from kvcat_nemo.method.policies import accumulated_attention, attention_gate
-from kvcat_nemo.method.spans import Spans
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What Megatron hands to core attention as `attention_bias`, the one argument of a layer's own that it hands on."""
-
-    gate: Tensor
-    """[B, T], or [B, T, G] for each of all ranks' KV heads."""
-    spans: Spans | None = None
-    """Which rows it applies to; None: every later one."""
-
-
-class GatedSelfAttention(SelfAttention):
-    """Megatron's, but selective recomputation gets the gate as an input of what it replays.
-
-    Megatron's closes over `attention_bias`: replaying would back-propagate through the router's graph, once in every layer
-    of the group, instead of handing the gate's gradient on.
-    """
-
-    def _checkpointed_attention_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        rotary_pos_emb=None,
-        attn_mask_type=None,
-        attention_bias: Gate | None = None,
-        packed_seq_params=None,
-    ) -> Tensor:
-        spans = None if attention_bias is None else attention_bias.spans
-
-        def replayed(query, key, value, documents, gate):
-            bias = None if gate is None else Gate(gate, spans)
-            return self.core_attention(
-                query, key, value, documents, attention_bias=bias, packed_seq_params=packed_seq_params
-            )
-
-        gate = None if attention_bias is None else attention_bias.gate
-        return tensor_parallel.checkpoint(replayed, False, query, key, value, attention_mask, gate)
-
-
-class GatedCoreAttention(MegatronModule):
+class GatedCoreAttention(GatedCoreAttentionBase):
     """Plain causal attention for the dense half of the batch, gated attention for the masked half.
 
-    The gate comes as `attention_bias`; without it the whole batch is dense. Where it applies to rows behind a cut alone, the
+    Without a gate the whole batch is dense. Where it applies to rows behind a cut alone, the
     rows before are the dense half's, whose keys, values and outputs the masked half gets bit for bit: fused kernels may
     round a row otherwise in a call of another length.
     """
@@ -98,27 +53,15 @@ class GatedCoreAttention(MegatronModule):
         self.cp_group = pg_collection.cp if pg_collection is not None else None
         self.split = WindowSplit.over(self.cp_group)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type=None,
-        attention_bias: Gate | None = None,
-        packed_seq_params=None,
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, gate: Gate | None, documents: Tensor | None
     ) -> Tensor:
         """[T, 2B, H, D], [T, 2B, G, D] twice, the gate or None → [T, 2B, H·D]. Always causal.
 
-        attention_mask: [n + 1] boundaries of the documents in the B windows, laid end to end; None: a window is one.
+        documents: [n + 1] boundaries of the documents in the B windows, laid end to end; None: a window is one.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "packed_seq_params: packed documents come as their boundaries (engine.paired_model)"
-            )
-        documents = attention_mask
         assert documents is None or documents.dim() == 1  # engine.paired_model has seen to it
-        spans = None if attention_bias is None else attention_bias.spans
+        spans = None if gate is None else gate.spans
         if spans is not None:
             key, value = (FirstSpansShared.apply(x, spans) for x in (key, value))
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
@@ -128,19 +71,19 @@ class GatedCoreAttention(MegatronModule):
             device=q.device,
             dtype=q.dtype,
             head_dim=q.shape[-1],
-            gated=attention_bias is not None,
+            gated=gate is not None,
             recent_window=self.config.kvcat.recent_window,
             packed=documents is not None,
             split=self.split is not None,
             spans=spans is not None,
         )
         announce(self.backend, q)
-        if attention_bias is None:
+        if gate is None:
             out = self._dense(q, k, v, documents)
         else:
-            B = attention_bias.gate.shape[0]
+            B = gate.gate.shape[0]
             dense = self._dense(q[:B], k[:B], v[:B], documents)
-            masked = self._masked(q[B:], k[B:], v[B:], attention_bias, documents)
+            masked = self._masked(q[B:], k[B:], v[B:], gate, documents)
             out = torch.cat([dense, masked])
         out = out.transpose(0, 1)
         if spans is not None:
@@ -155,10 +98,10 @@ class GatedCoreAttention(MegatronModule):
         return out.reshape(q_BTHD.shape)
 
     def _masked(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, bias: Gate, documents: Tensor | None
+        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, given: Gate, documents: Tensor | None
     ) -> Tensor:
-        kvcat, gate_BT = self.config.kvcat, bias.gate
-        if kvcat.policy == "attention":
+        kvcat, gate_BT = self.config.kvcat, given.gate
+        if kvcat.gate_policy.reads_attention:
             gate_BT = self._attention_gate(q_BTHD, k_BTGD, documents)
         gate_BTG = gate_BT[..., None] if gate_BT.dim() == 2 else self._own_heads(gate_BT, k_BTGD.shape[2])
         settings = {
@@ -167,9 +110,9 @@ class GatedCoreAttention(MegatronModule):
             "gradient_cap": kvcat.gate_gradient_cap,
             "backend": self.backend,
         }
-        if bias.spans is not None:  # which know the documents
+        if given.spans is not None:  # which know the documents
             return span_gated_attention(
-                q_BTHD, k_BTGD, v_BTGD, gate_BTG, spans=bias.spans, first_spans=False, **settings
+                q_BTHD, k_BTGD, v_BTGD, gate_BTG, spans=given.spans, first_spans=False, **settings
             )
         q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
         out = gated_attention(
@@ -191,7 +134,7 @@ class GatedCoreAttention(MegatronModule):
 
     @torch.no_grad()
     def _attention_gate(self, q_BTHD: Tensor, k_BTGD: Tensor, documents: Tensor | None) -> Tensor:
-        """[B, T]: the slots that get most attention, from the mass of all ranks' queries and heads."""
+        """[B, T]: what a policy that reads attention makes of the mass of all ranks' queries and heads."""
         split = self.split
         position_BT = places = None
         if documents is not None:
@@ -207,7 +150,8 @@ class GatedCoreAttention(MegatronModule):
             mass = split.sum(mass)
         if self.tp_group is not None and self.tp_group.size() > 1:
             torch.distributed.all_reduce(mass, group=self.tp_group)  # each rank holds its own heads' mass
-        gate_BT = attention_gate(mass, self.config.kvcat.target_keep_fraction, position_BT)
+        kvcat = self.config.kvcat
+        gate_BT = kvcat.gate_policy.attention_gates(kvcat, mass, position_BT)
         return gate_BT if split is None else split.own(gate_BT)
 
 

@@ -11,7 +11,7 @@ another:
 
 Epoch 0 is drawn as Megatron draws a single epoch, bit for bit: runs of at most one epoch are as they were.
 
-Letters: N tokens of an epoch, S tokens of a window, D documents.
+Sizes: N tokens of an epoch, S tokens of a window, D documents.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from kvcat_nemo.common.folders import new_folder
 from kvcat_nemo.data.window_counts import INDEX_FOLDER, check_epochs, contents, epochs_needed, windows_in
+from kvcat_nemo.engine.compat.dataset_index import IndexedDataset
 
 PARTS = ("document_index", "sample_index", "shuffle_index")
 
@@ -73,7 +73,7 @@ def build_index(lengths: np.ndarray, documents: np.ndarray, seq_length: int, epo
     return Index(order, sample_index, np.concatenate(shuffled))
 
 
-class EpochDataset(GPTDataset):
+class EpochDataset(IndexedDataset):
     """Megatron's GPTDataset with the order of `build_index`: whole epochs, at least `num_samples` windows of them.
 
     The index is kept, whole or not at all, in `path_to_cache` or beside the dataset, under a name made of everything that
@@ -83,7 +83,7 @@ class EpochDataset(GPTDataset):
         ValueError: when the split has no token but windows are asked of it, or more epochs than `data.window_counts` allows.
     """
 
-    def _build_document_sample_shuffle_indices(self):
+    def window_index(self):
         lengths = self.dataset.sequence_lengths
         tokens = int(lengths[self.indices].sum(dtype=np.int64))
         S, split = self.config.sequence_length, self.index_split.name

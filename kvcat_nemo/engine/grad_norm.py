@@ -11,6 +11,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from kvcat_nemo.engine.compat.gradient_buffers import owned_gradients
+
 
 def gradient_norms(chunks: Iterable[DistributedDataParallel]) -> dict[str, float]:
     """L2 norms after gradients are final and before they are clipped. A collective call.
@@ -25,7 +27,7 @@ def gradient_norms(chunks: Iterable[DistributedDataParallel]) -> dict[str, float
     scattered = False
     for ddp in chunks:
         scattered |= ddp.ddp_config.use_distributed_optimizer
-        for parameter, grad in _owned_gradients(ddp):
+        for parameter, grad in _counted_gradients(ddp):
             if squares is None:
                 squares = torch.zeros(2, dtype=torch.float64, device=grad.device)
             squares[int(getattr(parameter, "is_router", False))] += grad.double().square().sum()
@@ -38,18 +40,8 @@ def gradient_norms(chunks: Iterable[DistributedDataParallel]) -> dict[str, float
     return {"backbone": backbone, "routers": routers}
 
 
-def _owned_gradients(ddp: DistributedDataParallel) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Each parameter's gradient once over all ranks (its part of it, where the optimizer is distributed)."""
-    for buffer in ddp.buffers:
-        ranks, rank = buffer.data_parallel_world_size, buffer.data_parallel_group.rank()
-        for parameter, (start, end, bucket_id) in buffer.param_index_map.items():
-            if not param_is_not_shared(parameter) or not param_is_not_tensor_parallel_duplicate(parameter):
-                continue
-            grad = parameter.main_grad.flatten()
-            if ddp.ddp_config.use_distributed_optimizer:
-                # After the reduce-scatter only this rank's equal share of each bucket is summed.
-                bucket = buffer.buckets[bucket_id]
-                share = bucket.grad_data.numel() // ranks
-                first = bucket.offset + rank * share - start
-                grad = grad[max(first, 0) : max(min(first + share, end - start), 0)]
+def _counted_gradients(ddp: DistributedDataParallel) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Each parameter's gradient once over all ranks."""
+    for parameter, grad in owned_gradients(ddp):
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
             yield parameter, grad

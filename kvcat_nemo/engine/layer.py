@@ -1,8 +1,7 @@
 """A transformer layer of the paired pass: the first layer of each group owns a router.
 
-The gate of a group travels from layer to layer as Megatron's `context` (unused by decoder-only models), so that it is
-an input and an output of the layer like the hidden states; `context_mask` says which rows gates apply to, where these are
-not all. Packed documents come as their boundaries in place of Megatron's `attention_mask` (engine.paired_model).
+The gate of a group travels from layer to layer, an input and an output of each like the hidden states (engine.compat.gates).
+Packed documents come as their boundaries.
 
 Shapes: T tokens of this rank's part of a window (all of it without sequence and context parallelism), B windows, 2B the
 paired batch [dense | masked], M model width.
@@ -13,31 +12,29 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from kvcat_nemo.engine.collectives import (
-    RouterLoss,
     copy_to_tensor_parallel,
     gather_sequence,
     window_mean,
     window_sum,
 )
-from kvcat_nemo.engine.core_attention import Gate
+from kvcat_nemo.engine.compat.gates import Gate, GatedTransformerLayer
 from kvcat_nemo.engine.group_stats import GroupStats, fixed_stats
 from kvcat_nemo.engine.segments import TokenSegments
 from kvcat_nemo.engine.shared_rows import FirstSpansShared
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.losses import budget_of_means
-from kvcat_nemo.method.router import Router, Routing
+from kvcat_nemo.method.router import Routing
 from kvcat_nemo.method.spans import Spans
 
 PROBE_TOKENS = 256
 """First tokens of the last window on which the share of gates that an update flipped is measured."""
 
 
-class KVCatTransformerLayer(TransformerLayer):
+class KVCatTransformerLayer(GatedTransformerLayer):
     """Megatron's layer, with a router where a group begins and the group's gate handed to its attention."""
 
     def __init__(self, config, submodules, layer_number: int = 1, **kwargs):
@@ -48,8 +45,10 @@ class KVCatTransformerLayer(TransformerLayer):
         self.group = kvcat.group_of_layer(layer, config.num_layers)
         self.begins_group = layer in kvcat.group_starts(config.num_layers)
         self.router = None
-        if kvcat.policy == "router" and self.begins_group:
-            self.router = Router(config.hidden_size, kvcat, self.group, config.num_query_groups)
+        if kvcat.gate_policy.has_routers and self.begins_group:
+            self.router = kvcat.gate_policy.build_router(
+                kvcat, config.hidden_size, self.group, config.num_query_groups
+            )
             for parameter in self.router.parameters():
                 parameter.is_router = True
                 # A rank routes its own tokens: Megatron then sums the gradients over tensor-parallel ranks, once.
@@ -58,45 +57,47 @@ class KVCatTransformerLayer(TransformerLayer):
         self._probe: tuple | None = None
         self._probe_due = False
 
-    def forward(
+    def gated_forward(
         self,
         hidden_states: Tensor,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
+        *,
+        gates: Tensor | None,
+        spans: Tensor | None,
+        documents: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
         **kwargs,
-    ):
+    ) -> tuple[Tensor, Tensor | None]:
         """One layer.
 
         Args:
-            hidden_states: [T, 2B, M] (T/tp under sequence parallelism); context: the gates, [1 or R, B, T] ([1, B, T, G]
-                with a mask for each of all ranks' G KV heads), or None for a plain dense pass.
-            context_mask: the table of method.spans, where gates apply to rows behind a cut alone; None: to all rows.
-            attention_mask (among the others): [n + 1] boundaries of packed documents, or None.
+            hidden_states: [T, 2B, M] (T/tp under sequence parallelism).
+            gates: [1 or R, B, T] ([1, B, T, G] with a mask for each of all ranks' G KV heads), or None for a plain dense pass.
+            spans: the table of method.spans, where gates apply to rows behind a cut alone; None: to all rows.
+            documents: [n + 1] boundaries of packed documents, or None.
+            rotary_pos_emb: angles of the window's places.
 
         Returns:
             hidden states, and the gates for the next layer.
         """
-        documents = kwargs.get("attention_mask")
-        if documents is not None and kwargs.get("rotary_pos_emb") is not None:
-            passes = 1 if context is None else 2
-            angles = kwargs["rotary_pos_emb"]
-            kwargs["rotary_pos_emb"] = self._begin_anew(angles, documents, hidden_states.shape[1], passes)
-        if context is None:
-            return super().forward(hidden_states=hidden_states, context=None, **kwargs)
+        if documents is not None and rotary_pos_emb is not None:
+            passes = 1 if gates is None else 2
+            rotary_pos_emb = self._begin_anew(rotary_pos_emb, documents, hidden_states.shape[1], passes)
+        rest = {"documents": documents, "rotary_pos_emb": rotary_pos_emb, **kwargs}
+        if gates is None:
+            return self.plain_forward(hidden_states, gate=None, **rest), None
         if self.router is not None:
             hidden_states, gate = self.route(hidden_states, documents)
-            context = gate[None]
-        gate = context[self.group if self.config.kvcat.policy == "random" else 0]
-        spans = None if context_mask is None else Spans.from_table(context_mask, *gate.shape[:2])
-        if self.router is None and self.begins_group and not self._replaying:
+            gates = gate[None]
+        gate = gates[self.group if len(gates) > 1 else 0]
+        held = None if spans is None else Spans.from_table(spans, *gate.shape[:2])
+        if self.router is None and self.begins_group and not self._is_recomputation:
             split = self.self_attention.core_attention.split
-            self.stats.append(fixed_stats(self.group, self.config.kvcat, gate, documents, spans, split))
-        kwargs["attention_bias"] = Gate(gate, spans)
-        hidden_states, _ = super().forward(hidden_states=hidden_states, context=None, **kwargs)
-        if spans is not None:
+            self.stats.append(fixed_stats(self.group, self.config.kvcat, gate, documents, held, split))
+        hidden_states = self.plain_forward(hidden_states, gate=Gate(gate, held), **rest)
+        if held is not None:
             first = hidden_states.shape[0] * (self._tp_group.rank() if self._sequence_parallel else 0)
-            hidden_states = FirstSpansShared.apply(hidden_states, spans, first)
-        return hidden_states, context
+            hidden_states = FirstSpansShared.apply(hidden_states, held, first)
+        return hidden_states, gates
 
     def _begin_anew(self, angles_T11D: Tensor, documents: Tensor, rows: int, passes: int) -> Tensor:
         """Rotary angles by each token's place in its document, [T, rows, 1, D], rows being the windows of all passes.
@@ -124,11 +125,11 @@ class KVCatTransformerLayer(TransformerLayer):
         routing: Routing = self.router(h_BTM, segments, position_BT)
         group = None if segments is None else segments.group
         kept, probability = window_mean(routing.hard_BT, group), window_mean(routing.p_BT, group)
-        budget = budget_of_means(kept, probability, kvcat.target_keep_fraction)
+        budget = kvcat.gate_policy.router_loss(kvcat, kept, probability)
         weighted = budget * kvcat.budget_weight / kvcat.num_groups
         if torch.is_grad_enabled():
-            hidden_states = RouterLoss.apply(hidden_states, weighted)
-        if not self._replaying:
+            hidden_states = MoEAuxLossAutoScaler.apply(hidden_states, weighted)
+        if not self._is_recomputation:
             flipped = self._flipped_by_last_update(h_BTM, routing.hard_BT, segments, position_BT)
             self.stats.append(GroupStats(self.group, kept, probability.detach(), budget.detach(), flipped))
         # Attention needs the gates of all of this rank's keys, for its own heads.
@@ -162,7 +163,7 @@ class KVCatTransformerLayer(TransformerLayer):
         return segments, position_BT
 
     @property
-    def _replaying(self) -> bool:
+    def _is_recomputation(self) -> bool:
         """Whether this is the second run of a layer under full recomputation.
 
         The first runs without gradients; the router's loss therefore rides on the second alone, and figures are taken in

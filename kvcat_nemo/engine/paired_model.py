@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from kvcat_nemo.engine.compat.gates import GatedGPTModel
+from kvcat_nemo.engine.compat.output_layer import adopt
 from kvcat_nemo.engine.output_layer import TokenLossOutputLayer
 from kvcat_nemo.engine.step import token_loss_weights
 from kvcat_nemo.kernels import WindowSplit
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.policies import prefix_ids, random_gate, random_prefix
 from kvcat_nemo.method.spans import Spans
 
 
-class KVCatGPTModel(GPTModel):
+class KVCatGPTModel(GatedGPTModel):
     """Megatron's GPT. With labels it runs the paired pass and returns per-token metrics; without, it is a plain GPT.
 
     Args:
@@ -27,7 +27,7 @@ class KVCatGPTModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = true_vocab_size or self.vocab_size
         if self.post_process:
-            TokenLossOutputLayer.adopt(self.output_layer)
+            adopt(self.output_layer, TokenLossOutputLayer)
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class KVCatGPTModel(GPTModel):
 
         Args:
             input_ids, position_ids, labels: [B, T]; under context parallelism this rank's tokens of each window.
-                Every pipeline stage needs input_ids: the random policy draws from them.
+                Every pipeline stage needs input_ids: a policy may draw its gates from them.
             attention_mask: boundaries of documents packed into the windows (`document_boundaries`); None: a window is one
                 document. Attention, routers, sinks and random masks begin anew at each. Rotary positions count through the
                 window: only their differences matter.
@@ -59,35 +59,27 @@ class KVCatGPTModel(GPTModel):
                 "[n + 1], or None"
             )
         if labels is None or not kvcat.paired:
-            return super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
+            return self.run(input_ids, position_ids, documents=attention_mask, labels=labels, **kwargs)
         gates, spans = initial_gates(
             kvcat, input_ids, WindowSplit.over(self.pg_collection.cp), attention_mask
         )
         twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
-        return super().forward(
-            *twice,
-            attention_mask,
-            labels=labels,
-            extra_block_kwargs={"context": gates, "context_mask": spans},
-            **kwargs,
-        )
+        return self.run(*twice, documents=attention_mask, labels=labels, gates=gates, spans=spans, **kwargs)
 
-    def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
+    def token_metrics(
+        self, hidden_TBM: Tensor, weight: Tensor | None, labels_BT: Tensor, loss_mask_BT: Tensor | None
+    ) -> Tensor:
+        """kernels.losses.token_loss.token_losses of this batch, [4 or 1, B, T]."""
         kvcat: KVCatConfig = self.config.kvcat
         return self.output_layer(
-            hidden_states,
+            hidden_TBM,
             weight,
-            labels_BT=labels,
+            labels_BT=labels_BT,
             vocab_size=self.true_vocab_size,
             paired=kvcat.paired,
             temperature=kvcat.distill_temperature,
             forward_share=kvcat.distill_forward_share,
-            loss_weights=None if loss_mask is None else token_loss_weights(loss_mask, kvcat),
+            loss_weights=None if loss_mask_BT is None else token_loss_weights(loss_mask_BT, kvcat),
             memory_mib=kvcat.loss_memory_mib,
             kernel=kvcat.loss_kernel,
         )
@@ -118,29 +110,23 @@ def initial_gates(
         split: input_ids are this rank's tokens of split windows; documents: as `document_boundaries` gives them.
 
     Returns:
-        [R, B, T] draws of the random policy, else a placeholder of ones; and with mask_span=prefix method.spans' table, on
+        [R, B, T] of a policy that reads tokens, else a placeholder of ones; and with mask_span=prefix method.spans' table, on
         the CPU, for which a GPU is waited for.
     """
     B, T = input_ids.shape
-    if kvcat.policy != "random":
+    policy = kvcat.gate_policy
+    if not policy.reads_tokens:
         return torch.ones(1, B, T, device=input_ids.device), None
     if split is not None:
-        input_ids = split.whole(input_ids)  # a slot's draw depends on the window up to it
+        input_ids = split.whole(input_ids)  # a slot's gate depends on the window up to it
     position_BT = None
     if documents is not None:
         position_BT = document_positions(input_ids.numel(), documents)[0].view(input_ids.shape)
-    ids = prefix_ids(input_ids, position_BT)
-    draw = {"seed": kvcat.seed, "position_BT": position_BT}
-    keep, spans = kvcat.target_keep_fraction, None
+    gates_RBT, cut_BT = policy.window_gates(kvcat, input_ids, position_BT)
+    spans = None
     if kvcat.masks_prefix:
-        cut_BT, keep = random_prefix(
-            ids,
-            keep_min=kvcat.prefix_keep_min,
-            keep_max=kvcat.prefix_keep_max,
-            multiple=kvcat.prefix_cut_multiple,
-            **draw,
-        )
         cuts = [row.nonzero()[:, 0].tolist() for row in cut_BT.cpu()]
         spans = Spans.from_cuts(cuts, T, documents).table()
-    draws = [random_gate(ids, keep=keep, group=group, **draw) for group in range(kvcat.num_groups)]
-    return torch.stack(draws if split is None else [split.own(gate) for gate in draws]), spans
+    if split is not None:
+        gates_RBT = torch.stack([split.own(gate) for gate in gates_RBT])
+    return gates_RBT, spans

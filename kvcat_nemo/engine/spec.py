@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from kvcat_nemo.engine.core_attention import GatedCoreAttention, GatedSelfAttention
+from kvcat_nemo.engine.compat.gates import GatedSelfAttention
+from kvcat_nemo.engine.core_attention import GatedCoreAttention
 from kvcat_nemo.engine.layer import KVCatTransformerLayer
 
 

@@ -10,7 +10,7 @@ from nemo.collections import llm
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
-from kvcat_nemo.engine.batch_fingerprint import SampleHash
+from kvcat_nemo.engine.batch_fingerprint import BatchFingerprint
 from kvcat_nemo.engine.collectives import set_router_loss_scale
 from kvcat_nemo.engine.paired_model import document_boundaries
 from kvcat_nemo.engine.step import microbatch_loss
@@ -84,10 +84,10 @@ class KVCatModel(llm.GPTModel):
             )
 
     @property
-    def samples(self) -> SampleHash:
+    def samples(self) -> BatchFingerprint:
         """Windows read since the last step; the metrics callback takes it."""
         if not hasattr(self, "_samples"):
-            self._samples = SampleHash()
+            self._samples = BatchFingerprint()
         return self._samples
 
     @property

@@ -19,7 +19,7 @@ from nemo.utils import logging
 
 from kvcat_nemo.common.processes import children_die_with_us
 from kvcat_nemo.engine import hardware
-from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
+from kvcat_nemo.engine.compat.distributed_optimizer import patch_distributed_optimizer
 from kvcat_nemo.nemo.base_model import check_base
 from kvcat_nemo.nemo.checkpoint_check import first_whole, whole_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
@@ -43,7 +43,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     _foreign = False
 
     def connect(self, model) -> None:
-        mend_distributed_optimizer()
+        patch_distributed_optimizer()
         if not hardware.is_cuda():
             self._fit_cpu(model)
         self._check(model)

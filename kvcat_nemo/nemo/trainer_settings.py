@@ -11,7 +11,8 @@ from typing import Any
 
 import fiddle as fdl
 
-from kvcat_nemo.engine.megatron_settings import MODEL, ONE_SCALE, Refused, check
+from kvcat_nemo.engine.megatron_settings import check
+from kvcat_nemo.engine.refused_settings import MODEL, ONE_SCALE, Refused
 
 NO_FSDP = "sharded parameters are not supported; set it to {}"
 FSDP = NO_FSDP.format("False") + " (optim.config.use_distributed_optimizer=True shards the optimizer)"

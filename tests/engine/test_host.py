@@ -11,8 +11,8 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 if sys.argv[1] == "enabled":
-    from kvcat_nemo.engine import host
-    assert host.enable()
+    from kvcat_nemo.engine import hardware
+    assert hardware.enable()
 
 def resident():
     return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS")).split()[1])
@@ -70,8 +70,8 @@ package, order = sys.argv[1:]
 if order == "megatron first":
     import megatron.core.optimizer as before
     assert before.Adam.__module__.startswith(package), before.Adam
-from kvcat_nemo.engine import host
-assert host.enable()
+from kvcat_nemo.engine import hardware
+assert hardware.enable()
 import torch
 from megatron.core.optimizer import Adam, USING_PYTORCH_OPTIMIZER, clip_grads, distrib_optimizer, optimizer
 
@@ -85,7 +85,7 @@ optimizer._multi_tensor_copy_this_to_that([weight.grad.bfloat16()], [torch.zeros
 adam.step()
 assert abs(norm - 12**0.5) < 1e-5 and float(weight[0]) < 1 and USING_PYTORCH_OPTIMIZER
 assert issubclass(torch.optim.AdamW, distrib_optimizer.Adam) and not distrib_optimizer.HAVE_APEX_OR_TE
-assert host.installed(package) and not host.installed({"apex": "transformer_engine"}.get(package, "apex"))
+assert hardware.installed(package) and not hardware.installed({"apex": "transformer_engine"}.get(package, "apex"))
 if order == "enabled first":
     try:
         __import__(package)

@@ -95,6 +95,7 @@ def test_hooks_on_the_output_layer_run(make):
 def test_an_output_layer_that_does_more_is_refused(make):
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
+    from kvcat_nemo.engine.compat.output_layer import adopt
     from kvcat_nemo.engine.output_layer import TokenLossOutputLayer
 
     config = make().config
@@ -106,7 +107,7 @@ def test_an_output_layer_that_does_more_is_refused(make):
     adapted = Adapter(4, 4, config=config, init_method=torch.nn.init.zeros_, bias=False)
     for layer in (with_bias, adapted):
         with pytest.raises(ValueError, match="ColumnParallelLinear without bias"):
-            TokenLossOutputLayer.adopt(layer)
+            adopt(layer, TokenLossOutputLayer)
 
 
 def test_labels_that_are_no_tokens_are_refused(make):

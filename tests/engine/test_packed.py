@@ -50,10 +50,11 @@ def gradients(model, metrics, weight):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_document_trains_as_if_alone(name, kvcat, backend):
     """Metrics of every token and gradients of every parameter, routers included, are the sum over documents alone."""
-    from kvcat_nemo.engine.collectives import RouterLoss
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from kvcat_nemo.engine.paired_model import document_boundaries
 
-    RouterLoss.scale = 1.0
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0, dtype=torch.float64))
     if "behind a cut" in name and kvcat:
         kvcat = {"sinks": 2}  # a row sees all slots behind the cut, recent or not
     model = model_of(name, attention_backend=backend, **kvcat)

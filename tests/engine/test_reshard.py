@@ -1,6 +1,6 @@
 """A checkpoint of the distributed optimizer goes on in another layout: the form that recipes save in on GPU hosts.
 
-Real gloo processes on plain Megatron-core. Its Adam is PyTorch's here, which engine.optimizer_state lets resume. Weights,
+Real gloo processes on plain Megatron-core. Its Adam is PyTorch's here, which engine.compat.distributed_optimizer lets resume. Weights,
 master weights and moments are compared to the last bit: what a layout reads it writes down again before it goes on.
 """
 

@@ -18,21 +18,21 @@ FUNCTIONS = ("query", "slots", "gradient", "sums", "gate", "merge", "own", "own 
 ROUNDINGS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 
 
-def results(form, x, window, widths, twice, scale, shift, cap):
+def results(form, x, window, widths, terms, scale, shift, cap):
     """Every function of a form of the columns, on the same tensors."""
     wide = form.slot_columns(
-        x["k"], x["v"], x["gate"], x["position"], window=window, widths=widths, twice=twice, scale=scale, shift=shift
+        x["k"], x["v"], x["gate"], x["position"], window=window, widths=widths, terms=terms, scale=scale, shift=shift
     )  # fmt: skip
     N = x["q"].shape[2] // x["k"].shape[2]
-    wide_do, delta = form.gradient_columns(x["do"], x["o"], widths[1], twice)
+    wide_do, delta = form.gradient_columns(x["do"], x["o"], widths[1], terms)
     far = x["far"]
     sums = form.gate_sums(
-        far[1], far[2], x["v"], x["gate"], window=window, D=x["k"].shape[-1], twice=twice, scale=scale
+        far[1], far[2], x["v"], x["gate"], window=window, D=x["k"].shape[-1], terms=terms, scale=scale
     )
     merged = form.merge_own(x["q"], x["k"], x["v"], x["o"], x["lse"], scale)
     own = (x["do"], delta, x["q"], x["k"], x["v"], *merged[1:], scale)
     return {
-        "query": [form.query_columns(x["q"], widths[0], twice)],
+        "query": [form.query_columns(x["q"], widths[0], terms)],
         "slots": wide,
         "gradient": [wide_do, delta],
         "sums": [sums],
@@ -52,8 +52,8 @@ def test_each_function_is_its_namesake(dtype, seed):
     D, E, padding, sinks = draw.randint(1, 9), draw.randint(1, 9), draw.randint(0, 3), draw.randint(0, 2)
     window = draw.randint(1, min(3, T))
     shift = (0.0, columns.HIDDEN, "by slot")[seed % 3]
-    twice = 1 + seed % 2 if dtype.itemsize >= 4 else 2  # a wide number's second column is 0
-    widths = (D + twice + padding, E + twice + 1 + padding)
+    terms = 1 + seed % 2 if dtype.itemsize >= 4 else 2  # a wide number's second column is 0
+    widths = (D + terms + padding, E + terms + 1 + padding)
     rng = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -79,13 +79,13 @@ def test_each_function_is_its_namesake(dtype, seed):
         "sink": (position < sinks)[None],
         "far": (numbers(G * N, widths[0]), numbers(G, widths[0]), numbers(G, widths[1])),
     }
-    x["far"][2][..., E + twice].abs_()  # a slot's weight in all rows
+    x["far"][2][..., E + terms].abs_()  # a slot's weight in all rows
     if shift == "by slot":
         shift = 10 * torch.rand(B, T, G, generator=rng).to(wide)
-    options = (x, window, widths, twice, D**-0.5, shift, 0.0)
+    options = (x, window, widths, terms, D**-0.5, shift, 0.0)
     ours, theirs = results(columns_triton, *options), results(columns, *options)
     # A hidden slot's β has its own size: no other number may be measured by it.
-    beta, minus_delta = slice(D, D + twice), slice(E, E + twice)
+    beta, minus_delta = slice(D, D + terms), slice(E, E + terms)
     for form in (ours, theirs):
         form["β"] = [form["slots"][0][..., beta].double().sum(-1)]
         form["−δ"] = [form["gradient"][0][..., minus_delta].double().sum(-1)]
@@ -127,7 +127,7 @@ def test_two_columns_hold_one_number(form, shift):
     if shift == "by slot":
         shift = 1 + 10 * torch.rand(B, T, G, generator=rng)
     wide_k, _, held = form.slot_columns(
-        k, v, gate, torch.arange(T), window=window, widths=(8, 8), twice=2, scale=scale, shift=shift
+        k, v, gate, torch.arange(T), window=window, widths=(8, 8), terms=2, scale=scale, shift=shift
     )
     exact = torch.full((B, T, G), -columns.HIDDEN, dtype=torch.float64)
     lower = torch.as_tensor(shift).double().expand(B, T, G)
@@ -213,7 +213,7 @@ WRONG = {
     "sums": wrong("gate_sums", lambda x: x[..., 0].mul_(1.01)),
     "gate gradient": wrong("gate_gradient", lambda x: x.mul_(1.01)),
     "merged": wrong("merge_own", lambda x: x[0].mul_(1.1)),
-    "level": wrong("merge_own", lambda x: x[1].add_(0.01)),
+    "merged_lse": wrong("merge_own", lambda x: x[1].add_(0.01)),
     "own gradients": wrong("own_gradients", lambda x: x[2].mul_(1.1)),
     "own and gated gradients": wrong("own_and_gated_gradients", lambda x: x[1].mul_(1.1)),
 }

@@ -374,27 +374,27 @@ def test_determinism_on_blackwell():
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.21.0", "1.13.0", "3.0"])
 def test_other_versions_are_refused_by_name(monkeypatch, version):
-    from kvcat_nemo.kernels.fused import te_selection
+    from kvcat_nemo.kernels.compat import te_package
 
-    te_selection.engine.cache_clear()
-    monkeypatch.setattr(te_selection.importlib.metadata, "version", lambda name: version)
+    te_package.engine.cache_clear()
+    monkeypatch.setattr(te_package.importlib.metadata, "version", lambda name: version)
     short = ".".join(version.split(".")[:2])
     with pytest.raises(ValueError, match=f"Transformer Engine {short} is not supported; install 2.9 to 2.20"):
-        te_selection.engine()
+        te_package.engine()
     monkeypatch.undo()
-    te_selection.engine.cache_clear()
+    te_package.engine.cache_clear()
 
 
 def test_this_version_is_supported():
-    from kvcat_nemo.kernels.fused import te_selection
+    from kvcat_nemo.kernels.compat import te_package
 
-    assert te_selection.OLDEST <= te_selection.version() <= te_selection.NEWEST
-    assert te_selection.version() == tuple(map(int, FACTS.package.split(".")[:2]))
+    assert te_package.OLDEST <= te_package.version() <= te_package.NEWEST
+    assert te_package.version() == tuple(map(int, FACTS.package.split(".")[:2]))
 
 
 def test_hopper_with_a_beta_of_flash_attention_3(monkeypatch):
     """Transformer Engine goes by the package's version alone: FlashAttention-2 serves where the functions do not fit."""
-    from kvcat_nemo.kernels.fused import flash_packages
+    from kvcat_nemo.kernels.compat import flash_packages
 
     true = flash_packages.functions
     monkeypatch.setattr(

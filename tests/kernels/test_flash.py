@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from kvcat_nemo.kernels.fused import flash, flash_packages, selection
+from kvcat_nemo.kernels.compat import flash_packages
+from kvcat_nemo.kernels.fused import flash, selection
 from tests.kernels import flash_standin, kernel_checks
 
 

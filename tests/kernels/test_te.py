@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kvcat_nemo.kernels.fused import te_selection
+from kvcat_nemo.kernels.compat import te_package
 from tests.kernels.te_versions import FACTS, rounded
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_the_pins_are_the_versions_whose_facts_are_known():
     lines = (ROOT / "constraints-te.txt").read_text().splitlines()
     pins = [line.partition("==")[2] for line in lines if line.startswith("transformer-engine==")]
     assert pins == [facts.package for facts in FACTS.values()]
-    assert (min(FACTS), max(FACTS)) == (te_selection.OLDEST, te_selection.NEWEST)
+    assert (min(FACTS), max(FACTS)) == (te_package.OLDEST, te_package.NEWEST)
 
 
 def test_rows_of_the_oldest_versions_statistics():
@@ -68,18 +68,18 @@ def test_rows_of_the_oldest_versions_statistics():
 )
 def test_without_transformer_engine_the_error_says_so(monkeypatch):
     def missing(name):
-        raise te_selection.importlib.metadata.PackageNotFoundError(name)
+        raise te_package.importlib.metadata.PackageNotFoundError(name)
 
-    te_selection.engine.cache_clear()
-    monkeypatch.setattr(te_selection.importlib.metadata, "version", missing)
+    te_package.engine.cache_clear()
+    monkeypatch.setattr(te_package.importlib.metadata, "version", missing)
     with pytest.raises(ValueError, match="Transformer Engine is not installed"):
-        te_selection.engine()
+        te_package.engine()
 
 
 def test_a_broken_installation_is_named(monkeypatch):
-    te_selection.engine.cache_clear()
-    monkeypatch.setattr(te_selection.importlib.metadata, "version", lambda name: "2.20.2")
+    te_package.engine.cache_clear()
+    monkeypatch.setattr(te_package.importlib.metadata, "version", lambda name: "2.20.2")
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(ValueError, match="install it whole"):
-        te_selection.engine()
-    te_selection.engine.cache_clear()
+        te_package.engine()
+    te_package.engine.cache_clear()

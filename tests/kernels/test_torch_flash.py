@@ -169,7 +169,7 @@ def test_an_older_random_state_fits():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"device": "meta"}, "tensors are on meta; it is for CUDA, use auto"),
+        ({"device": "meta"}, "tensors are on meta; it needs CUDA, use auto"),
         ({"dtype": torch.float16}, "use bf16"),
         ({"dtype": torch.float32}, "use bf16"),
         ({"head_dim_qk": 66}, "multiples of 8"),

@@ -99,4 +99,7 @@ def check_choice(rank, groups):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    from nan_memory import nan_memory
+
+    with nan_memory():
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

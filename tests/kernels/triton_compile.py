@@ -1,6 +1,6 @@
 """Program of test_triton_compile: python triton_compile.py CAPABILITY..., where Triton is installed and interprets nothing.
 
-Compiles every kernel of columns_triton.py and row_losses_triton.py for a GPU that this host need not have: the functions
+Compiles every Triton kernel of the package for a GPU that this host need not have: the functions
 that launch kernels are called with tensors on the CPU, and each launch is compiled, down to machine code, but not run. So
 types, divisible sizes and sizes of 1 are specialised as in training. Prints a JSON object:
 capability → kernel → how many of its launches were compiled.
@@ -37,24 +37,24 @@ class Driver:
 
 
 def columns(dtype: torch.dtype, D: int = 128, G: int = 2, N: int = 4, T: int = 32) -> None:
-    twice = 2 if dtype == torch.bfloat16 else 1
+    terms = 2 if dtype == torch.bfloat16 else 1
     widths = (D + 8, D + 8)
     q, do, o, far_q = (torch.zeros(2, T, G * N, width, dtype=dtype) for width in (D, D, D, D + 8))
     k, v, far_k, far_v = (torch.zeros(2, T, G, width, dtype=dtype) for width in (D, D, D + 8, D + 8))
     gate, shift = torch.zeros(2, 2, T, G)
     lse, position = torch.zeros(2, T, G * N), torch.arange(T)
     form = columns_triton
-    form.query_columns(q, widths[0], twice)
+    form.query_columns(q, widths[0], terms)
     for window, by in ((1, 0.0), (4, shift)):
         beta = form.slot_columns(
-            k, v, gate, position, window=window, widths=widths, twice=twice, scale=D**-0.5, shift=by
+            k, v, gate, position, window=window, widths=widths, terms=terms, scale=D**-0.5, shift=by
         )[2]
-        sums = form.gate_sums(far_k, far_v, v, gate, window=window, D=D, twice=twice, scale=D**-0.5)
-    delta = form.gradient_columns(do, o, widths[1], twice)[1]
+        sums = form.gate_sums(far_k, far_v, v, gate, window=window, D=D, terms=terms, scale=D**-0.5)
+    delta = form.gradient_columns(do, o, widths[1], terms)[1]
     form.gate_gradient(sums, beta, gate, position[None] < 1, 3.0, N)
-    level, own = form.merge_own(q, k, v, o.float(), lse, D**-0.5)[1:]
-    form.own_gradients(do, delta, q, k, v, level, own, D**-0.5)
-    form.own_and_gated_gradients(do, delta, q, k, v, level, own, D**-0.5, (far_q, far_k, far_v), gate)
+    merged_lse, own = form.merge_own(q, k, v, o.float(), lse, D**-0.5)[1:]
+    form.own_gradients(do, delta, q, k, v, merged_lse, own, D**-0.5)
+    form.own_and_gated_gradients(do, delta, q, k, v, merged_lse, own, D**-0.5, (far_q, far_k, far_v), gate)
 
 
 def row_losses(dtype: torch.dtype, V: int = 8192) -> None:

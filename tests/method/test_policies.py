@@ -1,17 +1,17 @@
 """Random and attention masks: what they keep, and on what they depend."""
 
 import math
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
-from kvcat_nemo.method.policies import (
-    accumulated_attention,
-    attention_gate,
-    prefix_ids,
-    random_gate,
-    random_prefix,
-)
+from kvcat_nemo.method.accumulated_attention import accumulated_attention, attention_gate
+from kvcat_nemo.method.config import KVCatConfig
+from kvcat_nemo.method.policies import POLICIES
+from kvcat_nemo.method.random_draws import prefix_ids, random_gate, random_prefix
 
 TOKENS = torch.randint(0, 50_000, (64, 2048), generator=torch.Generator().manual_seed(0))
 
@@ -225,3 +225,12 @@ def test_cuts_at_multiples(multiple, places):
     if len(places) > 1:
         expected = len(SHORT) / len(places)
         assert (cut.sum(0)[places] - expected).abs().max() < 4.5 * math.sqrt(expected)
+
+
+def test_every_policy_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
+    table = page.partition("## Policies")[2].partition("## Settings")[0]
+    assert list(POLICIES) == list(dict.fromkeys(re.findall(r"(?m)^\| `(\w+)`", table)[1:]))
+    for policy in POLICIES.values():
+        assert sum((policy.has_routers, policy.reads_tokens, policy.reads_attention)) == int(policy.paired)
+        assert set(policy.settings) <= {field.name for field in fields(KVCatConfig)}

@@ -101,6 +101,6 @@ def _after(x_BTHD: Tensor, rows: int) -> Tensor:
 
 
 def _merge(o: Tensor, lse_BHT: Tensor, other: Tensor, lse_other: Tensor) -> tuple[Tensor, Tensor]:
-    level = torch.logaddexp(lse_BHT, lse_other)
-    share, share_other = ((x - level).exp().transpose(1, 2)[..., None] for x in (lse_BHT, lse_other))
-    return o * share + other * share_other, level
+    merged_lse = torch.logaddexp(lse_BHT, lse_other)
+    share, share_other = ((x - merged_lse).exp().transpose(1, 2)[..., None] for x in (lse_BHT, lse_other))
+    return o * share + other * share_other, merged_lse

@@ -3,7 +3,7 @@
 A query's slots fall in two parts: the last `w` (its window, its own slot at least), which no gate hides, and the
 earlier ones, which are gated. The softmax over all of them is the two parts' softmaxes merged by their log-sum-exps.
 
-**Earlier slots**, one call. Keys and values are moved w tokens later, so that plain causality is "w tokens ago or
+**Earlier slots**, one call. Keys and values are delayed by w tokens, so that plain causality is "w tokens ago or
 earlier". One more column of q (ones) and k adds β_j to slot j's logits: log g_j, and −HIDDEN where g_j = 0, so that the
 softmax is over the visible slots alone. A row that sees none ends near −HIDDEN, and counts for nothing in the merger.
 
@@ -44,9 +44,9 @@ from kvcat_nemo.kernels.attention.columns import add_gated
 from kvcat_nemo.kernels.attention.columns_choice import columns_for
 from kvcat_nemo.kernels.attention.context_parallel import WindowSplit
 from kvcat_nemo.kernels.attention.context_parallel_kernel import SplitKernel
-from kvcat_nemo.kernels.attention.gated_past import Earlier, Slots
+from kvcat_nemo.kernels.attention.gated_past import GatedPast, Slots
 from kvcat_nemo.kernels.attention.overflow import watch
-from kvcat_nemo.kernels.attention.recent_window import OwnSlot, Window
+from kvcat_nemo.kernels.attention.recent_window import OwnSlot, RecentWindow
 from kvcat_nemo.kernels.fused.interface import FusedKernel
 
 
@@ -60,43 +60,43 @@ class GatedAttention(torch.autograd.Function):
         kernel = kernel if split is None else SplitKernel(kernel, split)
         columns = columns_for(q.device)
         slots = Slots(k, v, gate, sinks, cu_seqlens, split)
-        earlier = Earlier(kernel, scale, window, cu_seqlens, q, slots, split, columns)
-        near = OwnSlot(columns, scale) if window == 1 else Window(kernel, scale, window, cu_seqlens)
-        k_near, v_near = (k, v) if window == 1 else (slots.k, slots.v)
-        o, lse, saved = earlier.forward(q, slots)
-        o, level, lse_near = near.merge(q, k_near, v_near, o, lse)
-        ctx.save_for_backward(q, k, v, gate, o, level, lse_near)
-        ctx.earlier, ctx.near, ctx.saved, ctx.gradient_cap = earlier, near, saved, gradient_cap
+        past = GatedPast(kernel, scale, window, cu_seqlens, q, slots, split, columns)
+        recent = OwnSlot(columns, scale) if window == 1 else RecentWindow(kernel, scale, window, cu_seqlens)
+        k_recent, v_recent = (k, v) if window == 1 else (slots.k, slots.v)
+        o, lse, saved = past.forward(q, slots)
+        o, merged_lse, lse_recent = recent.merge(q, k_recent, v_recent, o, lse)
+        ctx.save_for_backward(q, k, v, gate, o, merged_lse, lse_recent)
+        ctx.past, ctx.recent, ctx.saved, ctx.gradient_cap = past, recent, saved, gradient_cap
         ctx.sinks, ctx.cu_seqlens, ctx.split = sinks, cu_seqlens, split
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, gate, o, level, lse_near = ctx.saved_tensors
-        earlier: Earlier = ctx.earlier
+        q, k, v, gate, o, merged_lse, lse_recent = ctx.saved_tensors
+        past: GatedPast = ctx.past
         split: WindowSplit | None = ctx.split
         slots = Slots(k, v, gate, ctx.sinks, ctx.cu_seqlens, split)
-        wide_do, delta = earlier.gradient_columns(do, o)
-        far = earlier.backward(wide_do, q, slots, 0.0, level, ctx.saved)
-        if watch.exceeded(earlier.weights(far), split):
-            shift = earlier.largest_gaps(q, slots.k, level).clamp(min=0)
+        wide_do, delta = past.gradient_columns(do, o)
+        past_grads = past.backward(wide_do, q, slots, 0.0, merged_lse, ctx.saved)
+        if watch.exceeded(past.weights(past_grads), split):
+            shift = past.largest_gaps(q, slots.k, merged_lse).clamp(min=0)
             shift = shift if split is None else split.maximum(shift)
-            far = earlier.backward(wide_do, q, slots, shift, level, ctx.saved)
-        dgate = earlier.gate_gradient(far, q, slots, ctx.gradient_cap)
-        if split is None and isinstance(ctx.near, OwnSlot):
-            grads = earlier.columns.own_and_gated_gradients(
-                do, delta, q, k, v, level, lse_near, earlier.scale, far, slots.gate
+            past_grads = past.backward(wide_do, q, slots, shift, merged_lse, ctx.saved)
+        dgate = past.gate_gradient(past_grads, q, slots, ctx.gradient_cap)
+        if split is None and isinstance(ctx.recent, OwnSlot):
+            grads = past.columns.own_and_gated_gradients(
+                do, delta, q, k, v, merged_lse, lse_recent, past.scale, past_grads, slots.gate
             )
             return *grads, dgate, *[None] * 7
-        own = isinstance(ctx.near, OwnSlot)
-        k_near, v_near = (k, v) if own else (slots.k, slots.v)
-        near = ctx.near.backward(do, delta, q, k_near, v_near, o, level, lse_near)
+        own = isinstance(ctx.recent, OwnSlot)
+        k_recent, v_recent = (k, v) if own else (slots.k, slots.v)
+        recent = ctx.recent.backward(do, delta, q, k_recent, v_recent, o, merged_lse, lse_recent)
         if split is None:
-            dq, dk, dv = add_gated(near, far, slots.gate, earlier.window)
+            dq, dk, dv = add_gated(recent, past_grads, slots.gate, past.window)
         else:
-            dq, *grads = near
+            dq, *grads = recent
             grads = [split.place(x) for x in grads] if own else grads
-            grads = [x.to(y.dtype) for x, y in zip(grads, far[1:3], strict=True)]
-            dq, *grads = add_gated((dq, *grads), far, slots.gate, earlier.window)
+            grads = [x.to(y.dtype) for x, y in zip(grads, past_grads[1:3], strict=True)]
+            dq, *grads = add_gated((dq, *grads), past_grads, slots.gate, past.window)
             dk, dv = (split.sum_to_owner(x.to(k.dtype)) for x in grads)
         return dq, dk, dv, dgate, *[None] * 7

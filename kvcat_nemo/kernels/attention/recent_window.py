@@ -1,4 +1,4 @@
-"""The slots of a query that no gate hides: its own one, or its last few. Part of kernels/attention/gated_function.py, whose letters hold.
+"""The slots of a query that no gate hides: its own one, or its last few. Part of kernels/attention/gated_function.py; shapes as there.
 
 Each form merges its output with that of the gated slots, and has its own part of backward.
 """
@@ -22,11 +22,11 @@ class OwnSlot:
         """The gated slots' output with the own slots': o, L and the own slot's logit."""
         return self.columns.merge_own(q, k, v, o, lse, self.scale)
 
-    def backward(self, do, delta, q, k, v, o, level, lse) -> tuple[Tensor, Tensor, Tensor]:
-        return self.columns.own_gradients(do, delta, q, k, v, level, lse, self.scale)
+    def backward(self, do, delta, q, k, v, o, merged_lse, lse) -> tuple[Tensor, Tensor, Tensor]:
+        return self.columns.own_gradients(do, delta, q, k, v, merged_lse, lse, self.scale)
 
 
-class Window:
+class RecentWindow:
     """A wider window: a plain call in which a query sees its last slots."""
 
     def __init__(self, kernel: FusedKernel, scale: float, window: int, cu_seqlens: Tensor | None):
@@ -40,14 +40,16 @@ class Window:
 
     def merge(self, q, k, v, o, lse) -> tuple[Tensor, Tensor, Tensor]:
         """The gated slots' output with the window's: o, L and the window's log-sum-exp."""
-        out, lse_near, self.saved = self.kernel.forward(*self._padded((q, k), (v,)), **self.settings)
-        lse_near = lse_near.transpose(1, 2)
-        level = torch.logaddexp(lse, lse_near)
-        o = o * (lse - level).exp()[..., None]
-        o.addcmul_(out[..., : v.shape[-1]], (lse_near - level).exp()[..., None])
-        return o.to(q.dtype), level, lse_near
+        out, lse_recent, self.saved = self.kernel.forward(*self._padded((q, k), (v,)), **self.settings)
+        lse_recent = lse_recent.transpose(1, 2)
+        merged_lse = torch.logaddexp(lse, lse_recent)
+        o = o * (lse - merged_lse).exp()[..., None]
+        o.addcmul_(out[..., : v.shape[-1]], (lse_recent - merged_lse).exp()[..., None])
+        return o.to(q.dtype), merged_lse, lse_recent
 
-    def backward(self, do, delta, q, k, v, o, level, lse) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, do, delta, q, k, v, o, merged_lse, lse) -> tuple[Tensor, Tensor, Tensor]:
         q_, k_, v_, o_, do_ = self._padded((q, k), (v, o, do))
-        grads = self.kernel.backward(do_, q_, k_, v_, o_, level.transpose(1, 2), self.saved, **self.settings)
+        grads = self.kernel.backward(
+            do_, q_, k_, v_, o_, merged_lse.transpose(1, 2), self.saved, **self.settings
+        )
         return tuple(g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v), strict=True))

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from kvcat_nemo.kernels.attention.columns import add_gated
 from kvcat_nemo.kernels.attention.gated_past import Slots
 from kvcat_nemo.kernels.attention.overflow import watch
-from kvcat_nemo.kernels.attention.span_kernel import EarlierSpans
+from kvcat_nemo.kernels.attention.span_kernel import GatedPastSpans
 from kvcat_nemo.kernels.fused.interface import FusedKernel
 from kvcat_nemo.kernels.fused.selection import kernel, select_backend
 from kvcat_nemo.method.attention import GATE_GRADIENT_CAP, span_gated_attention_reference
@@ -97,33 +97,33 @@ class SpanGatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gate, kernel: FusedKernel, scale, gradient_cap, spans: Spans, first_spans):
         slots = Slots(k, v, gate, 0, None, None)
-        earlier = EarlierSpans(kernel, spans, scale, q, slots)
+        past = GatedPastSpans(kernel, spans, scale, q, slots)
         own = OwnSpan(kernel, spans.spans if first_spans else spans.behind, scale)
-        o, lse, saved = earlier.forward(q, slots)
-        o, level = own.merge(q, k, v, o, lse)
-        ctx.save_for_backward(q, k, v, gate, o, level)
-        ctx.earlier, ctx.own, ctx.saved, ctx.gradient_cap = earlier, own, saved, gradient_cap
+        o, lse, saved = past.forward(q, slots)
+        o, merged_lse = own.merge(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, gate, o, merged_lse)
+        ctx.past, ctx.own, ctx.saved, ctx.gradient_cap = past, own, saved, gradient_cap
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, gate, o, level = ctx.saved_tensors
-        earlier: EarlierSpans = ctx.earlier
+        q, k, v, gate, o, merged_lse = ctx.saved_tensors
+        past: GatedPastSpans = ctx.past
         slots = Slots(k, v, gate, 0, None, None)
-        near = ctx.own.backward(do, q, k, v, o, level)
-        if not earlier.behind:
+        recent = ctx.own.backward(do, q, k, v, o, merged_lse)
+        if not past.behind:
             return (
-                *(x.to(y.dtype) for x, y in zip(near, (q, k, v), strict=True)),
+                *(x.to(y.dtype) for x, y in zip(recent, (q, k, v), strict=True)),
                 torch.zeros_like(gate),
                 *[None] * 5,
             )
-        wide_do, _ = earlier.gradient_columns(do, o)
-        far = earlier.backward(wide_do, q, slots, 0.0, level, ctx.saved)
-        if watch.exceeded(earlier.weights(far)):
-            shift = earlier.largest_gaps(q, k, level).clamp(min=0)
-            far = earlier.backward(wide_do, q, slots, shift, level, ctx.saved)
-        dgate = earlier.gate_gradient(far, q, slots, ctx.gradient_cap)
-        grads = add_gated(near, far, gate, 0)
+        wide_do, _ = past.gradient_columns(do, o)
+        past_grads = past.backward(wide_do, q, slots, 0.0, merged_lse, ctx.saved)
+        if watch.exceeded(past.weights(past_grads)):
+            shift = past.largest_gaps(q, k, merged_lse).clamp(min=0)
+            past_grads = past.backward(wide_do, q, slots, shift, merged_lse, ctx.saved)
+        dgate = past.gate_gradient(past_grads, q, slots, ctx.gradient_cap)
+        grads = add_gated(recent, past_grads, gate, 0)
         return *(x.to(y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), dgate, *[None] * 5
 
 
@@ -136,7 +136,7 @@ class OwnSpan:
     def merge(self, q, k, v, o_earlier, lse_earlier_BTH) -> tuple[Tensor, Tensor]:
         """(o in q's dtype, L [B, T, H]) of both parts together; 0 and 0 for rows of no span."""
         out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        level = torch.zeros_like(lse_earlier_BTH)
+        merged_lse = torch.zeros_like(lse_earlier_BTH)
         self.saved = []
         for span in self.spans:
             at = _own(span)
@@ -148,10 +148,10 @@ class OwnSpan:
                 both = torch.logaddexp(lse, other)
                 share, share_other = ((x - both).exp()[..., None] for x in (lse, other))
                 o, lse = o * share + o_earlier[at] * share_other, both
-            out[at], level[at] = o, lse
-        return out, level
+            out[at], merged_lse[at] = o, lse
+        return out, merged_lse
 
-    def backward(self, do, q, k, v, o, level) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, do, q, k, v, o, merged_lse) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv of these calls, the latter two in at least float32."""
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros_like(x, dtype=t) for x, t in ((q, q.dtype), (k, wide), (v, wide)))
@@ -160,7 +160,7 @@ class OwnSpan:
             q_, k_, v_ = self._padded(q[at], k[at], v[at])
             o_, do_ = (_pad(x[at], v_.shape[-1]) for x in (o, do))
             grads = self.kernel.backward(
-                do_, q_, k_, v_, o_, level[at].transpose(1, 2), kept, scale=self.scale
+                do_, q_, k_, v_, o_, merged_lse[at].transpose(1, 2), kept, scale=self.scale
             )
             for total, grad in zip((dq, dk, dv), grads, strict=True):
                 total[at] = grad[..., : total.shape[-1]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcat_nemo.kernels.attention.columns_choice import columns_for
-from kvcat_nemo.kernels.attention.gated_past import BLOCK, Earlier, Slots
+from kvcat_nemo.kernels.attention.gated_past import BLOCK, GatedPast, Slots
 from kvcat_nemo.kernels.fused.interface import FusedKernel
 from kvcat_nemo.method.spans import Span, Spans
 
@@ -69,25 +69,25 @@ class SpanKernel:
         return dq, dk, dv
 
 
-class EarlierSpans(Earlier):
-    """The gated call of kernels/attention/gated_past.py over spans: no slot is moved, for no slot of a row's own span takes part."""
+class GatedPastSpans(GatedPast):
+    """The gated call of kernels/attention/gated_past.py over spans: no slot is delayed, for no slot of a row's own span takes part."""
 
     def __init__(self, kernel: FusedKernel, spans: Spans, scale: float, q: Tensor, slots: Slots):
         super().__init__(SpanKernel(kernel, spans), scale, 0, None, q, slots, None, columns_for(q.device))
         self.behind = spans.behind
 
-    def largest_gaps(self, q: Tensor, k: Tensor, level: Tensor) -> Tensor:
+    def largest_gaps(self, q: Tensor, k: Tensor, merged_lse: Tensor) -> Tensor:
         """[B, T, G]: the largest s_ij − L_i among the rows i that see slot j through its gate; −inf if none does."""
         B, T, G, _ = k.shape
-        out = level.new_full((B, T, G), float("-inf"))
+        out = merged_lse.new_full((B, T, G), float("-inf"))
         for span in self.behind:
             b, _, slots = _places(span)
-            keys = k[b, slots].permute(0, 2, 3, 1)[:, :, None].to(level.dtype)
+            keys = k[b, slots].permute(0, 2, 3, 1)[:, :, None].to(merged_lse.dtype)
             for first in range(span.start, span.end, BLOCK):
                 rows = slice(first, min(first + BLOCK, span.end))
-                queries = q[b, rows].to(level.dtype).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
+                queries = q[b, rows].to(merged_lse.dtype).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
                 gap = queries @ keys * self.scale
-                gap -= level[b, rows].unflatten(2, (G, -1)).permute(0, 2, 3, 1)[..., None]
+                gap -= merged_lse[b, rows].unflatten(2, (G, -1)).permute(0, 2, 3, 1)[..., None]
                 out[b, slots] = out[b, slots].maximum(gap.amax((2, 3)).transpose(1, 2))
         return out
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.compat.torch_operators import CPU_BACKWARD, CPU_FORWARD
 from kvcat_nemo.method.attention import document_positions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,12 +24,9 @@ LONG_CALL = 768
 SMALLEST_BLOCK = 64
 """Queries of a block of the sliding window, at least."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
 
 class CpuKernel:
-    """See `protocol.FusedKernel`."""
+    """See FusedKernel for the contract."""
 
     name = "cpu"
     takes_key_bias = True
@@ -55,12 +53,12 @@ class CpuKernel:
             k, v = (x.transpose(1, 2) for x in (k_BTGD, v_BTGE))
             q = _stacked(q_BTHD, k.shape[1])
             mask = None if key_bias_BTG is None else key_bias_BTG.transpose(1, 2)[:, :, None]
-            o, lse = _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+            o, lse = CPU_FORWARD(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
             return _unstacked(o, q_BTHD), lse.unflatten(2, (-1, q_BTHD.shape[1])).flatten(1, 2), None
         if cu_seqlens is None:
             q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGE))
             mask = None if key_bias_BTG is None else _rows_alike(key_bias_BTG, q.shape[1])
-            o, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+            o, lse = CPU_FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
             return o.transpose(1, 2), lse, None
         parts = [
             self.forward(
@@ -95,11 +93,11 @@ class CpuKernel:
             k, v = (x.transpose(1, 2) for x in (k_BTGD, v_BTGE))
             do, q, o = (_stacked(x, k.shape[1]) for x in (do_BTHE, q_BTHD, o_BTHE))
             lse = lse_BHT.unflatten(1, (k.shape[1], -1)).flatten(2).contiguous()
-            dq, dk, dv = _backward(do, q, k, v, o, lse, 0.0, False, scale=scale)
+            dq, dk, dv = CPU_BACKWARD(do, q, k, v, o, lse, 0.0, False, scale=scale)
             return _unstacked(dq, q_BTHD), dk.transpose(1, 2), dv.transpose(1, 2)
         if cu_seqlens is None:
             do, q, k, v, o = (x.transpose(1, 2) for x in (do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE))
-            grads = _backward(do, q, k, v, o, lse_BHT, 0.0, causal, scale=scale)
+            grads = CPU_BACKWARD(do, q, k, v, o, lse_BHT, 0.0, causal, scale=scale)
             return tuple(x.transpose(1, 2) for x in grads)
         tensors = (do_BTHE, q_BTHD, k_BTGD, v_BTGE, o_BTHE)
         parts = [
@@ -111,7 +109,7 @@ class CpuKernel:
     def _window_forward(self, q, k, v, scale, window, cu_seqlens):
         B, T, H, _ = q.shape
         blocks = _Blocks(B, T, window, cu_seqlens, q)
-        o, lse = _forward(
+        o, lse = CPU_FORWARD(
             blocks.queries(q), blocks.keys(k), blocks.keys(v), 0.0, False, attn_mask=blocks.mask, scale=scale
         )
         return blocks.flat(o), blocks.flat(lse[..., None])[..., 0].transpose(1, 2), None
@@ -120,7 +118,7 @@ class CpuKernel:
         B, T, H, _ = q.shape
         blocks = _Blocks(B, T, window, cu_seqlens, q)
         rows = blocks.queries(lse.transpose(1, 2)[..., None])[..., 0].contiguous()
-        dq, dk, dv = _backward(
+        dq, dk, dv = CPU_BACKWARD(
             blocks.queries(do),
             blocks.queries(q),
             blocks.keys(k),

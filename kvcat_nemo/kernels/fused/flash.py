@@ -2,7 +2,7 @@
 
 The functions called are those below flash-attn's autograd layer; signatures as of flash-attn 2.7 to 2.8
 (`flash_attn/flash_attn_interface.py`) and flash-attn-3 3.0.0 (`hopper/flash_attn_interface.py`). The betas of flash-attn-3
-call themselves 3.0.0.b1 whatever their signatures: what a function takes is looked at (kernels/fused/flash_packages.py), and where
+call themselves 3.0.0.b1 whatever their signatures: what a function takes is looked at (kernels/compat/flash_packages.py), and where
 it does not fit FlashAttention-2 serves.
 
 What gated attention relies on, and where the sources do it:
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.compat.flash_packages import available, function, functions
+from kvcat_nemo.kernels.compat.torch_operators import version_of
+from kvcat_nemo.kernels.fused.cuda_kernel import FlashWidths, one_width
 from kvcat_nemo.kernels.fused.determinism import deterministic
-from kvcat_nemo.kernels.fused.flash_packages import available, functions
-
-MAX_WIDTH = 256
 
 
 def left_of(window: int | None) -> int:
@@ -49,11 +49,11 @@ def longest(cu_seqlens: Tensor) -> int:
         if (
             known.data_ptr() == cu_seqlens.data_ptr()
             and known.shape == cu_seqlens.shape
-            and version == cu_seqlens._version
+            and version == version_of(cu_seqlens)
         ):
             return length
     length = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    _lengths.append((cu_seqlens, cu_seqlens._version, length))
+    _lengths.append((cu_seqlens, version_of(cu_seqlens), length))
     return length
 
 
@@ -61,13 +61,10 @@ _lengths: collections.deque = collections.deque(maxlen=16)
 """Boundaries, their version and `longest` of them; a pipeline has several micro-batches under way."""
 
 
-class FlashKernel:
+class FlashKernel(FlashWidths):
     """FlashAttention-2, or -3 where it is installed and the device is a Hopper; see FusedKernel for the contract."""
 
-    name = "flash"
-    takes_key_bias = False
-    device_type = "cuda"
-    dtypes = (torch.bfloat16,)
+    name, needs = "flash", "flash-attn"
 
     def __init__(self, generation: int | None = None):
         """generation: 2 or 3; None chooses by device and by what is installed."""
@@ -92,33 +89,11 @@ class FlashKernel:
     ) -> None:
         """See FusedKernel.check."""
         device = torch.device(device)
-        if device.type != self.device_type:
-            raise ValueError(
-                f"attention_backend=flash: tensors are on {device}; flash-attn needs CUDA, use auto"
-            )
-        if dtype not in self.dtypes:
-            raise ValueError(
-                f"attention_backend=flash: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients)"
-            )
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            raise ValueError(f"attention_backend=flash: compute capability {capability} is below 8.0")
+        self.check_tensors(device, dtype)
+        self.check_capability(device)
         functions(self._generation(device))
-        if head_dim_qk % 8 or head_dim_v % 8 or max(head_dim_qk, head_dim_v) > MAX_WIDTH:
-            raise ValueError(
-                f"attention_backend=flash: head dims ({head_dim_qk}, {head_dim_v}) must be multiples of 8 up to {MAX_WIDTH}"
-            )
-        if window is not None and window < 1:
-            raise ValueError(f"window={window}: give at least 1, a query's own slot")
-
-    def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
-        """Both widths as one multiple of 8."""
-        width = -(-max(head_dim_qk, head_dim_v) // 8) * 8
-        if width > MAX_WIDTH:
-            raise ValueError(
-                f"attention_backend=flash: head dims ({head_dim_qk}, {head_dim_v}) exceed {MAX_WIDTH}"
-            )
-        return width, width
+        self.check_widths(head_dim_qk, head_dim_v)
+        self.check_window(window)
 
     def forward(
         self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, causal=True
@@ -129,17 +104,15 @@ class FlashKernel:
         q, k, v = one_width(q_BTHD, k_BTGD, v_BTGE)
         length = None if cu_seqlens is None else longest(cu_seqlens)
         call = _settings(scale, window, causal)
-        module = functions(generation)
         if generation == 2:
             call |= {"dropout_p": 0.0, "causal": causal, "alibi_slopes": None, "return_softmax": False}
-            function = module._flash_attn_forward if length is None else module._flash_attn_varlen_forward
         else:
             call["causal"] = causal
-            function = module._flash_attn_forward
+        attend = function(generation, "forward", length is not None)
         if length is None:
-            o, lse_BHT, *rest = function(q, k, v, **call)
+            o, lse_BHT, *rest = attend(q, k, v, **call)
         else:
-            o, lse_HT, *rest = function(q[0], k[0], v[0], **call, **_packing(cu_seqlens, length))
+            o, lse_HT, *rest = attend(q[0], k[0], v[0], **call, **_packing(cu_seqlens, length))
             o, lse_BHT = o[None], lse_HT[None]
         return o[..., :E], lse_BHT, (length, rest[-1] if generation == 2 else None)
 
@@ -174,24 +147,15 @@ class FlashKernel:
         # The kernels index these by shape alone.
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[1:4]]
         call |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
-        module = functions(generation)
         if generation == 2:
             call |= {"dropout_p": 0.0, "causal": causal, "alibi_slopes": None, "rng_state": random_state}
-            function = module._flash_attn_backward if length is None else module._flash_attn_varlen_backward
         else:
             call["is_causal"] = causal
-            function = module._flash_attn_backward
-        function(*tensors, lse.contiguous(), **call)
+        function(generation, "backward", length is not None)(*tensors, lse.contiguous(), **call)
         if length is not None:
             grads = [x[None] for x in grads]
         dq, dk, dv = grads
         return dq[..., :D], dk[..., :D], dv[..., :E]
-
-
-def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v padded with zeros to the wider of their widths (`widths` has seen to it; other callers may not)."""
-    width = max(q.shape[-1], v.shape[-1])
-    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
 
 
 def _settings(scale: float, window: int | None, causal: bool) -> dict[str, Any]:

@@ -29,18 +29,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.compat.te_package import call, engine, parameters
+from kvcat_nemo.kernels.fused.cuda_kernel import CudaKernel
 from kvcat_nemo.kernels.fused.determinism import deterministic
 from kvcat_nemo.kernels.fused.flash import left_of, longest
-from kvcat_nemo.kernels.fused.te_selection import Choice, Selection, call, engine, parameters
+from kvcat_nemo.kernels.fused.te_selection import Choice, Selection
 
 
-class TransformerEngineKernel:
+class TransformerEngineKernel(CudaKernel):
     """See FusedKernel for the contract."""
 
-    name = "te"
-    takes_key_bias = False
-    device_type = "cuda"
-    dtypes = (torch.bfloat16,)
+    name, needs = "te", "Transformer Engine"
 
     def __init__(self):
         self.selection = Selection()
@@ -60,17 +59,8 @@ class TransformerEngineKernel:
     ) -> None:
         """See FusedKernel.check."""
         device = torch.device(device)
-        if device.type != self.device_type:
-            raise ValueError(
-                f"attention_backend=te: tensors are on {device}; Transformer Engine needs CUDA, use auto"
-            )
-        if dtype not in self.dtypes:
-            raise ValueError(
-                f"attention_backend=te: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients, FP8 "
-                "attention is not supported)"
-            )
-        if window is not None and window < 1:
-            raise ValueError(f"window={window}: give at least 1, a query's own slot")
+        self.check_tensors(device, dtype)
+        self.check_window(window)
         packing = {"documents": 2, "longest": 2048} if packed else {}
         choice = self.selection.choose(
             head_dim_qk, head_dim_v, dtype=dtype, window=window, causal=causal, **packing

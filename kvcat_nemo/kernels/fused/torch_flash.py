@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcat_nemo.kernels.compat.torch_operators import cuda_flash, schema_of
+from kvcat_nemo.kernels.fused.cuda_kernel import FlashWidths, one_width
 from kvcat_nemo.kernels.fused.determinism import deterministic
-from kvcat_nemo.kernels.fused.flash import MAX_WIDTH, left_of, longest, one_width
+from kvcat_nemo.kernels.fused.flash import left_of, longest
 
 OLDEST = (2, 9)
 """Before it the log-sum-exps of packed documents had another shape in some versions."""
@@ -86,21 +88,18 @@ def _require_operators() -> None:
     if not torch.backends.cuda.is_flash_attention_available():
         raise ValueError(f"attention_backend=torch: this PyTorch was built without FlashAttention; {fix}")
     for name in TAKES:
-        operator = getattr(torch.ops.aten, name, None)
-        why = f"there is no {name}" if operator is None else unfit(name, operator.default._schema)
+        operator = cuda_flash(name)
+        why = f"there is no {name}" if operator is None else unfit(name, schema_of(operator))
         if why:
             raise ValueError(
                 f"attention_backend=torch: PyTorch {torch.__version__} has another interface ({why}); {fix}"
             )
 
 
-class TorchKernel:
+class TorchKernel(FlashWidths):
     """See FusedKernel for the contract."""
 
-    name = "torch"
-    takes_key_bias = False
-    device_type = "cuda"
-    dtypes = (torch.bfloat16,)
+    name, needs = "torch", "it"
 
     def check(
         self,
@@ -115,37 +114,16 @@ class TorchKernel:
     ) -> None:
         """See FusedKernel.check."""
         device = torch.device(device)
-        if device.type != self.device_type:
-            raise ValueError(f"attention_backend=torch: tensors are on {device}; it is for CUDA, use auto")
-        if dtype not in self.dtypes:
-            raise ValueError(
-                f"attention_backend=torch: dtype {dtype} does not fit; use bf16 (fp16 cannot hold the weights of gate gradients)"
-            )
+        self.check_tensors(device, dtype)
         _require_operators()
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            raise ValueError(f"attention_backend=torch: compute capability {capability} is below 8.0")
-        width = max(head_dim_qk, head_dim_v)
-        if head_dim_qk % 8 or head_dim_v % 8 or width > MAX_WIDTH:
-            raise ValueError(
-                f"attention_backend=torch: head dims ({head_dim_qk}, {head_dim_v}) must be multiples of 8 up to {MAX_WIDTH}"
-            )
+        capability, width = self.check_capability(device), max(head_dim_qk, head_dim_v)
+        self.check_widths(head_dim_qk, head_dim_v)
         if 192 < width <= 224 and capability in NO_WIDE_BACKWARD:
             raise ValueError(
                 f"attention_backend=torch: head dims ({head_dim_qk}, {head_dim_v}) have no backward on compute capability "
                 f"{capability[0]}.{capability[1]}; use te or flash"
             )
-        if window is not None and window < 1:
-            raise ValueError(f"window={window}: give at least 1, a query's own slot")
-
-    def widths(self, head_dim_qk: int, head_dim_v: int) -> tuple[int, int]:
-        """Both widths as one multiple of 8."""
-        width = -(-max(head_dim_qk, head_dim_v) // 8) * 8
-        if width > MAX_WIDTH:
-            raise ValueError(
-                f"attention_backend=torch: head dims ({head_dim_qk}, {head_dim_v}) exceed {MAX_WIDTH}"
-            )
-        return width, width
+        self.check_window(window)
 
     def forward(
         self, q_BTHD, k_BTGD, v_BTGE, *, scale, window=None, cu_seqlens=None, causal=True
@@ -157,7 +135,7 @@ class TorchKernel:
         bounds = _bounds(q_BTHD, k_BTGD, cu_seqlens, length)
         if length is not None:
             tensors = [x[0] for x in tensors]
-        o, lse, *random_state, _ = torch.ops.aten._flash_attention_forward(
+        o, lse, *random_state, _ = cuda_flash("_flash_attention_forward")(
             *tensors, *bounds, 0.0, causal, False, **_settings(scale, window, causal)
         )
         if length is not None:
@@ -188,7 +166,7 @@ class TorchKernel:
         if length is not None:
             tensors, lse = [x[0] for x in tensors], lse[0]
         with _one_order():
-            grads = torch.ops.aten._flash_attention_backward(
+            grads = cuda_flash("_flash_attention_backward")(
                 *tensors,
                 lse.contiguous(),
                 *_bounds(q_BTHD, k_BTGD, cu_seqlens, length),

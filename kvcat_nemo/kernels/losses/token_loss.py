@@ -27,6 +27,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from kvcat_nemo.kernels.compat.torch_operators import assert_later
 from kvcat_nemo.kernels.losses.token_sweep import TOKEN_METRICS, Settings, Vocabulary, sweep
 
 __all__ = ["LOSS_KERNELS", "TOKEN_METRICS", "check_labels", "select_loss_kernel", "token_losses"]
@@ -150,7 +151,7 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     bad = (labels < 0) | (labels >= vocab_size)
     message = f"not a token of the vocabulary of {vocab_size}; hide such tokens by loss_mask and give them any token's label"
     if labels.device.type != "cpu":
-        torch._assert_async(~bad.any(), f"labels: {message}")
+        assert_later(~bad.any(), f"labels: {message}")
     elif bad.any():
         raise ValueError(f"labels: {int(labels[bad][0])} is {message}")
 

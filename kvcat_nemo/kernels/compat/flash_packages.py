@@ -8,6 +8,8 @@ import importlib.metadata
 import inspect
 import sys
 
+from kvcat_nemo.kernels.compat.torch_operators import overload_of, schema_of
+
 _BOTH_WAYS = {"q", "k", "v", "softmax_scale", "window_size_left", "window_size_right", "softcap"}
 _GRADIENTS = {"dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic"}
 _PACKED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
@@ -38,11 +40,9 @@ def _installed(distribution: str) -> tuple[int, ...] | None:
 
 def arguments(function) -> tuple[set[str], set[str]] | None:
     """(all arguments, those without a default) of a function or of a torch.library operator; None: it takes anything."""
-    operator = getattr(
-        function, "_opoverload", None
-    )  # torch.library.custom_op hides the signature behind *args
+    operator = overload_of(function)
     if operator is not None:
-        known = operator._schema.arguments
+        known = schema_of(operator).arguments
         return {x.name for x in known}, {x.name for x in known if not x.has_default_value()}
     known = inspect.signature(function).parameters.values()
     if any(x.kind is x.VAR_KEYWORD for x in known):
@@ -110,6 +110,16 @@ def functions(generation: int):
     raise ValueError(
         f"attention_backend=flash: {distribution} has another interface ({why}); install {wanted}, or use attention_backend=torch"
     )
+
+
+def function(generation: int, way: str, packed: bool):
+    """The function of that generation for `forward` or `backward`; packed: of documents laid end to end.
+
+    Raises:
+        ValueError: as `functions`.
+    """
+    varlen = "varlen_" if packed and generation == 2 else ""  # generation 3 has one for both
+    return getattr(functions(generation), f"_flash_attn_{varlen}{way}")
 
 
 def available(generation: int) -> bool:

@@ -17,15 +17,30 @@ import functools
 
 import torch
 
+from kvcat_nemo.engine.compat import MEGATRON
+from kvcat_nemo.engine.compat.gradient_buffers import places_without_padding
 
-def mend_distributed_optimizer() -> None:
-    """Mend the faults above, once per process; call it before an optimizer is built."""
+_WHY = "save and load the optimizer's state"
+REACHED = {
+    "_build_optimizer_group_ranges": ("param_groups", "gbuf_ranges"),
+    "_set_main_param_and_optimizer_states": ("model_param", "tensors"),
+    "sharded_param_state_fully_reshardable": (),
+    "load_state_dict": (),
+    "state_dict": (),
+}
+"""Methods of Megatron's DistributedOptimizer that are wrapped, and parameters that the wrappers know."""
+
+
+def patch_distributed_optimizer() -> None:
+    """Patch the faults above, once per process; call it before an optimizer is built."""
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer
-    if getattr(cls, "_kvcat_mended", False):
+    if getattr(cls, "kvcat_patched", False):
         return
-    cls._kvcat_mended = True
+    for name, takes in REACHED.items():
+        MEGATRON.reach(cls, name, _WHY, takes=takes)
+    cls.kvcat_patched = True
     _number_parameters_as_they_are_kept(cls)
     _cut_parameters_without_padding(cls)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
@@ -54,25 +69,13 @@ def _cut_parameters_without_padding(cls: type) -> None:
         places = [buffer.param_index_map for buffer in self.buffers]
         try:
             for buffer in self.buffers:
-                buffer.param_index_map = _places_without_padding(buffer)
+                buffer.param_index_map = places_without_padding(buffer)
             return form(self, *args, **kwargs)
         finally:
             for buffer, place in zip(self.buffers, places, strict=True):
                 buffer.param_index_map = place
 
     cls.sharded_param_state_fully_reshardable = cut_without_padding
-
-
-def _places_without_padding(buffer) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
-    """Parameter → (start, end, bucket) in the buckets' unpadded contents, one after the other; in the map's order."""
-    begins, at = [], 0
-    for bucket in buffer.buckets:
-        begins.append(at - bucket.offset)
-        at += bucket.numel_unpadded
-    return {
-        parameter: (start + begins[bucket], end + begins[bucket], bucket)
-        for parameter, (start, end, bucket) in buffer.param_index_map.items()
-    }
 
 
 def _keep_torch_adams_step(cls: type) -> None:

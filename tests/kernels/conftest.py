@@ -1,0 +1,15 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from nan_memory import nan_memory
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """Every kernel's test finds NaN where the kernel should have written."""
+    with nan_memory():
+        yield
