@@ -20,6 +20,7 @@ import torch
 from kvcat_nemo.doctor import compare, nemo_training, small_model
 from kvcat_nemo.doctor.ranks import result_of, run_each, run_ranks
 from kvcat_nemo.doctor.report import SKIPPED, Check, Skip, checked
+from kvcat_nemo.runs.layout import RunFolder
 
 
 class Differs(AssertionError):
@@ -219,7 +220,7 @@ def _nemo_job(host: Host, name: str, folder: Path, **more) -> dict[str, Any]:
 def _straight(host: Host, name: str) -> Path:
     """Folder of an unbroken run; made once."""
     folder = host.folder / f"nemo {name}"
-    if not (folder / nemo_training.RUN / "kvcat" / "finished.json").is_file():
+    if not RunFolder(folder / nemo_training.RUN).finished.is_file():
         nemo_training.run_jobs([_nemo_job(host, name, folder)], host.device, host.folder / f"nemo {name} log")
     return folder
 

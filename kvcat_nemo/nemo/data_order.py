@@ -11,10 +11,10 @@ from nemo.utils import logging
 
 from kvcat_nemo.common.limits import check_size
 from kvcat_nemo.data.run_order import EPOCHS, MEGATRON, changes, refusal
+from kvcat_nemo.runs.layout import RunFolder
 
 STATE = "order"
 """Its name in a data module's state, in every checkpoint."""
-ORDER_FILE = "data_order.json"
 """The same beside the run's other records, read before anything has started."""
 
 OLD_RUN = (
@@ -59,7 +59,7 @@ class KeepsOrder:
             self._order = self.describe_order(trainer)
         if not candidates:
             return
-        file = Path(candidates[0]).parent.parent / "kvcat" / ORDER_FILE
+        file = RunFolder.of_checkpoint(candidates[0]).order
         try:
             before = json.loads(file.read_text())
         except (OSError, ValueError):

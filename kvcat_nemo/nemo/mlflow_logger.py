@@ -14,8 +14,9 @@ from nemo.utils import AppState
 from nemo.utils import logging as nemo_logging
 
 from kvcat_nemo.common.redact import redact, refuse_credentials
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
-from kvcat_nemo.tracking.mlflow_run import RUN_FILE, MlflowRun, figures_of, store_uri
+from kvcat_nemo.runs.layout import METRICS_FILE, RUN_FILE, RunFolder
+from kvcat_nemo.tracking.metrics_file import MetricsFile, write_atomically
+from kvcat_nemo.tracking.mlflow_run import MlflowRun, figures_of, store_uri
 from kvcat_nemo.tracking.outbox import Figure, Outbox
 from kvcat_nemo.tracking.system import SystemSampler
 
@@ -28,7 +29,7 @@ CLOSE_SECONDS_LOCAL = 180.0
 
 def run_folder() -> Path:
     """The run's own folder in NeMo's log directory (whose loose files NeMo moves away at every start)."""
-    folder = Path(AppState().log_dir) / "kvcat"
+    folder = RunFolder(AppState().log_dir).records
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

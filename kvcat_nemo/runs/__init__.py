@@ -1,4 +1,4 @@
-"""A run's checkpoints and other sealed folders: what belongs to them, and whether they are complete and whole.
+"""A run's checkpoints and other folders with a manifest: what belongs to them, and whether they are complete and whole.
 
     manifest      kvcat_seal.json: size and hash of every file
     standing      is a folder complete and whole? One answer for every reader

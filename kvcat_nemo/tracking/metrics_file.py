@@ -11,7 +11,6 @@ from typing import Any
 
 from kvcat_nemo.common.files import new_file
 
-METRICS_FILE = "metrics.jsonl"
 TIMED = frozenset({"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"})
 """Figures of the clock and the machine: what differs between two runs that are otherwise equal to the last bit."""
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE
+from kvcat_nemo.runs.layout import MANIFEST, RunFolder
 from kvcat_nemo.watch.tail import Tail
 
 HISTORY = 2000  # points kept of each figure, thinned out evenly beyond
@@ -63,7 +62,8 @@ class RunWatcher:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._tail = Tail(folder / "kvcat" / METRICS_FILE)
+        self._run = RunFolder(folder)
+        self._tail = Tail(self._run.metrics)
         self._config: dict[str, Any] = {}
         self._config_read: float | None = None
         self._reset()
@@ -122,7 +122,7 @@ class RunWatcher:
                 self._history.setdefault(name, History()).add(line["step"], float(value))
 
     def _read_config(self) -> None:
-        path = self.folder / "kvcat" / "config.json"
+        path = self._run.config
         try:
             changed = path.stat().st_mtime
             if changed != self._config_read:
@@ -142,7 +142,7 @@ class RunWatcher:
         return own if not steps or spent <= 0 or spent / steps > 20 * max(own, 0.05) else spent / steps
 
     def _status(self, now: float, step: int, max_steps: int | None) -> tuple[str, str]:
-        if max_steps is not None and step >= max_steps and self._finished_at() >= max_steps:
+        if max_steps is not None and step >= max_steps and (self._run.finished_at() or 0) >= max_steps:
             return "finished", f"finished at step {step:,}"
         seen = max(self._last.get("time", 0), self._validation.get("time", 0))
         saved = self._newest_change()
@@ -168,17 +168,10 @@ class RunWatcher:
             f"silent for {duration(quiet)} where a step takes {duration(typical)}: stopped, killed or hanging",
         )
 
-    def _finished_at(self) -> int:
-        """The last step of a run whose last checkpoint is on disk; a run made longer has an older one's."""
-        try:
-            return json.loads((self.folder / "kvcat" / "finished.json").read_text())["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
-
     def _newest_change(self) -> float:
         """When anything in the run's folder or its checkpoints last changed: a save takes longer than a step."""
         times = [0.0]
-        for folder in (self.folder, self.folder / "checkpoints"):
+        for folder in (self.folder, self._run.checkpoints):
             try:
                 times += [entry.stat().st_mtime for entry in folder.iterdir() if not entry.is_symlink()]
             except OSError:
@@ -187,11 +180,11 @@ class RunWatcher:
 
     def _checkpoint(self, now: float) -> tuple[str | None, float | None]:
         """The newest complete checkpoint and its age, as a resume would see it (hashes left out)."""
-        newest = next(iter(complete(self.folder / "checkpoints")), None)
+        newest = next(iter(complete(self._run.checkpoints)), None)
         if newest is None:
             return None, None
         try:
-            saved = (newest.path / SEAL).stat().st_mtime
+            saved = (newest.path / MANIFEST).stat().st_mtime
         except OSError:  # removed a moment ago
             return None, None
         return newest.path.name, max(now - saved, 0.0)

@@ -9,8 +9,9 @@ import torch
 from conversion_models import build, edit_config, same_bits, tensors_of
 
 from kvcat_nemo.conversion.exporting import export_hf
-from kvcat_nemo.models.function import RECORD, function_of_model, stored_function, write_record
+from kvcat_nemo.models.function import function_of_model, stored_function, write_record
 from kvcat_nemo.models.hf_config import read_model
+from kvcat_nemo.runs.layout import RECORD
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
