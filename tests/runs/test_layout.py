@@ -37,13 +37,9 @@ def spelled_out(source: str) -> list[str]:
         text = getattr(node, "value", None)
         if isinstance(node, ast.Constant) and isinstance(text, str) and text.rpartition("/")[2] in ITS_OWN:
             found.append(f"line {node.lineno}: {text}")
-        if (
-            isinstance(node, ast.BinOp)
-            and isinstance(node.op, ast.Div)
-            and isinstance(node.right, ast.Constant)
-        ):
-            if node.right.value in PARTS:
-                found.append(f"line {node.lineno}: / {node.right.value!r}")
+        joined = node.right if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else None
+        if isinstance(joined, ast.Constant) and joined.value in PARTS:
+            found.append(f"line {node.lineno}: / {joined.value!r}")
     return found
 
 
