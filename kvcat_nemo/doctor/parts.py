@@ -82,7 +82,7 @@ def losses(host: Host) -> Iterator[Check]:
     By PyTorch's operations and by Triton's kernels; and which of them, and of the forms of attention's columns, runs take here.
     """
     yield checked("forms that runs take", functools.partial(_chosen_forms, host))
-    for name in ("row_losses_triton", "columns_triton"):
+    for name in TRITON:
         yield checked(name, functools.partial(_triton_works, host, name))
     for kernel in ("torch", "triton"):
         for name, settings in {
@@ -106,19 +106,27 @@ def _chosen_forms(host: Host) -> dict[str, str]:
     }
 
 
-def _triton(host: Host, module: str):
+TRITON = {
+    "row_losses_triton": "kvcat_nemo.kernels.losses.row_losses_triton",
+    "columns_triton": "kvcat_nemo.kernels.attention.columns_triton",
+}
+
+
+def _triton(host: Host, name: str):
     """A module of Triton kernels. Skip where none can run: then PyTorch's operations are what runs take."""
     if not host.cuda:
         raise Skip("Triton's kernels run on CUDA alone")
     try:
-        return importlib.import_module(f"kvcat_nemo.kernels.{module}")
-    except ImportError as error:
+        return importlib.import_module(TRITON[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise  # a module of the project's own that is not there is a failure
         raise Skip(f"Triton is not installed ({error})") from error
 
 
-def _triton_works(host: Host, module: str) -> None:
+def _triton_works(host: Host, name: str) -> None:
     """A small case, by Triton's kernels and by PyTorch's operations: where it fails, runs silently take the slower form."""
-    why = _triton(host, module).failure(torch.device(host.device))
+    why = _triton(host, name).failure(torch.device(host.device))
     if why:
         raise Differs(f"runs take PyTorch's operations here: {why}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from nemo.utils import logging
 
 from kvcat_nemo.common.limits import check_size
 from kvcat_nemo.data.run_order import EPOCHS, MEGATRON, changes, refusal
-from kvcat_nemo.runs.layout import RunFolder
+from kvcat_nemo.runs.layout import RunFolder, read_record
 
 STATE = "order"
 """Its name in a data module's state, in every checkpoint."""
@@ -61,10 +60,10 @@ class KeepsOrder:
             return
         file = RunFolder.of_checkpoint(candidates[0]).order
         try:
-            before = json.loads(file.read_text())
+            before = read_record(file)
         except (OSError, ValueError):
             return  # the checkpoint has it too, and says so when it is loaded
-        if before.get("index") != MEGATRON:
+        if before and before.get("index") != MEGATRON:
             self._refuse_changes(before, str(candidates[0]), say=False)
 
     def _refuse_changes(self, before: Mapping[str, Any], checkpoint: str, *, say: bool) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from kvcat_nemo.runs import exit_codes
 
@@ -128,7 +129,36 @@ class RunFolder:
     def finished_at(self) -> int | None:
         """The last step of a run whose last checkpoint is on disk; None for one that has not ended, or a record that cannot be read."""
         try:
-            step = json.loads(self.finished.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, KeyError, TypeError):
+            step = read_record(self.finished).get("step")
+        except (OSError, ValueError):
             return None
         return step if type(step) is int else None
+
+
+def max_steps_of(config: dict[str, Any]) -> int | None:
+    """How many steps a run was to make, from its recorded configuration (RunFolder.config); None when it does not say."""
+    trainer = config.get("trainer")
+    steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    return steps if type(steps) is int else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One of a run's JSON records; empty when the file is not there.
+
+    Raises:
+        ValueError: naming the file, when it holds no JSON object; what then helps is to restore or remove it.
+        OSError: when the file system does not give it.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    try:
+        found = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): put it back from a copy, or move it away") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} is damaged (it holds no JSON object): put it back from a copy, or move it away"
+        )
+    return found

@@ -23,6 +23,7 @@ from kvcat_nemo.runs.layout import (
     SCORE,
     UNFINISHED,
     WEIGHTS,
+    read_record,
 )
 
 
@@ -109,10 +110,11 @@ def write_score(folder: Path, metric: str, value: float) -> None:
 def read_score(folder: Path, metric: str) -> float | None:
     """A checkpoint's validation figure, None when it has none of this name."""
     try:
-        stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        stored = read_record(folder / SCORE)
     except (OSError, ValueError):
         return None
-    return stored["value"] if stored.get("metric") == metric else None
+    value = stored.get("value") if stored.get("metric") == metric else None
+    return value if isinstance(value, int | float) else None
 
 
 def _point(link: Path, target: Path) -> None:

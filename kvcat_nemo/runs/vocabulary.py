@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from kvcat_nemo.runs.checkpoints import Checkpoint
-from kvcat_nemo.runs.layout import CARD, RunFolder
+from kvcat_nemo.runs.layout import CARD, RunFolder, read_record
 
 VOCABULARY, PADDED = "vocab_size", "padded_vocab_size"
 """Facts of a manifest: tokens of the vocabulary, and rows of the embedding."""
@@ -27,7 +26,7 @@ def recorded(checkpoint: Checkpoint) -> int | None:
     ):
         if path.is_file():
             try:
-                value = json.loads(path.read_text(encoding="utf-8"))
+                value = read_record(path)
                 for name in names:
                     value = value[name]
                 size = value.get("true_vocab_size") or value.get("vocab_size")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from kvcat_nemo.runs.layout import (
     PROVENANCE_FILE,
     RUN_FILE,
     RunFolder,
+    max_steps_of,
+    read_record,
 )
 from kvcat_nemo.tracking.mlflow_run import MlflowRun, client_of, store_uri
 
@@ -40,14 +41,14 @@ def bring(folder: Path, *, experiment: str = "kvcat", uri: str | None = None) ->
     if uri is not None:
         refuse_credentials([uri])
     where = store_uri(uri)
+    described = read_record(kept.config)
+    read_record(kept.mlflow_run)  # a damaged one is no fault of the store
     run = MlflowRun(kept.records, uri=where, experiment=experiment, name=folder.name)
     try:
         run.connect()
-        described = json.loads(kept.config.read_text()) if kept.config.is_file() else {}
         run.log_params(flatten(described))
         run.log_files([kept.records / name for name in FILES])
-        last = described.get("trainer", {}).get("max_steps")
-        ended = (at := kept.finished_at()) is not None and at == last
+        ended = (at := kept.finished_at()) is not None and at == max_steps_of(described)
         run.end("FINISHED" if ended else "KILLED")
     except Exception as error:  # of MLflow, requests or a database
         raise ValueError(f"MLflow at {redact(where)}: {redact(str(error))}") from None
@@ -87,7 +88,7 @@ def register_model(model: Path, name: str, *, run: Path, uri: str | None = None)
         ValueError: when the run is not known to MLflow, or the store does not answer.
     """
     kept = training_folder(run)
-    run_id = json.loads((kept / RUN_FILE).read_text()).get("run_id")
+    run_id = read_record(kept / RUN_FILE).get("run_id")
     where = store_uri(uri)
     os.environ.setdefault(
         "MLFLOW_HTTP_REQUEST_TIMEOUT", "600"

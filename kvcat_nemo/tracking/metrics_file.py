@@ -27,7 +27,7 @@ def parse_line(text: str) -> dict[str, Any] | None:
     """A line of a metrics file, or None for anything else."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)
     return line if whole else None

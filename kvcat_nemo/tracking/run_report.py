@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.method.config import keep_target
-from kvcat_nemo.runs.layout import LOSSES_PICTURE, RunFolder
+from kvcat_nemo.runs.layout import LOSSES_PICTURE, RunFolder, read_record
 from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.mlflow_run import client_of, store_uri
 from kvcat_nemo.tracking.run_pictures import plot_run
@@ -44,7 +44,7 @@ def write(
     train = [x for x in lines if x["kind"] == "train"]
     held = {x["step"]: x for x in lines if x["kind"] == "validation"}
     before, after = held[0], held[train[-1]["step"]]
-    config = json.loads(RunFolder(run).config.read_text())
+    config = read_record(RunFolder(run).config)
     dataset = json.loads((data / "manifest.json").read_text())
     seconds = sum(x["step_seconds"] for x in train)
 
@@ -120,7 +120,7 @@ def table(report: dict[str, Any]) -> str:
 
 def attach_to_mlflow(run: Path, out: Path) -> None:
     """Add report and picture to the run's artifacts, and its headline figures to the run."""
-    run_id = json.loads(RunFolder(run).mlflow_run.read_text())["run_id"]
+    run_id = read_record(RunFolder(run).mlflow_run)["run_id"]
     client = client_of(store_uri())
     for name in ("report.json", LOSSES_PICTURE, "sample.json"):
         client.log_artifact(run_id, str(out / name))

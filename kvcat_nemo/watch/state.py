@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.runs.layout import MANIFEST, RunFolder
+from kvcat_nemo.runs.layout import MANIFEST, RunFolder, max_steps_of, read_record
 from kvcat_nemo.watch.tail import Tail
 
 HISTORY = 2000  # points kept of each figure, thinned out evenly beyond
@@ -84,7 +83,7 @@ class RunWatcher:
             self._take(line)
         self._read_config()
         step = int(self._last.get("step", self._validation.get("step", 0)))
-        max_steps = self._config.get("trainer", {}).get("max_steps")
+        max_steps = max_steps_of(self._config)
         status, detail = self._status(now, step, max_steps)
         checkpoint, age = self._checkpoint(now)
         pace = self._seconds_per_step()
@@ -108,6 +107,9 @@ class RunWatcher:
         )
 
     def _take(self, line: dict[str, Any]) -> None:
+        line = {
+            name: value for name, value in line.items() if name == "kind" or isinstance(value, int | float)
+        }
         if line["kind"] == "validation":
             self._validation = line
             return
@@ -116,9 +118,7 @@ class RunWatcher:
         self._last = line
         self._recent = [*self._recent, line][-_RECENT:]
         for name, value in line.items():
-            if name.startswith(("loss/", "keep_rate", "tokens_per_second")) and isinstance(
-                value, int | float
-            ):
+            if name.startswith(("loss/", "keep_rate", "tokens_per_second")):
                 self._history.setdefault(name, History()).add(line["step"], float(value))
 
     def _read_config(self) -> None:
@@ -126,7 +126,7 @@ class RunWatcher:
         try:
             changed = path.stat().st_mtime
             if changed != self._config_read:
-                self._config, self._config_read = json.loads(path.read_text()), changed
+                self._config, self._config_read = read_record(path), changed
         except (OSError, ValueError):
             return
 

@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import damages
 import pytest
@@ -54,6 +55,7 @@ def _doctor(folder, made, out):
         raise ValueError("\n".join(lines))
 
 
+ROOT = Path(__file__).parents[2]
 READERS = {
     "examine": _examine,
     "find": _find,
@@ -127,24 +129,39 @@ def test_a_foreign_manifest_is_refused_by_every_reader(copy, made, out):
         assert "its contents changed" in message or "saved with" in message
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "truncated", "being written", "extra weights"])
-def test_watch_and_the_launch_scripts_count_what_a_resume_would_take(damage, copy, made):
+LISTING = {"watch": True, "launch scripts": True, "retention": True, "launch scripts without Python": False}
+"""Readers that list a run's checkpoints, and whether they compare sizes; none reads hashes, which takes minutes."""
+SEEN_BY_ALL = {"no manifest", "being written", "set aside"}
+
+
+def _listed(reader, checkpoints):
+    if reader == "watch":
+        newest = RunWatcher(checkpoints.parent).snapshot().checkpoint
+        return [newest] if newest else []
+    if reader == "retention":
+        return [one.path.name for one in complete(checkpoints)]
+    command = [sys.executable, "-m", "kvcat_nemo.runs", str(checkpoints)]
+    if reader.endswith("without Python"):
+        shell = "source launch/common.sh; python3() { return 127; }; complete_checkpoints"
+        command = ["bash", "-c", shell]
+    environment = os.environ | {"KVCAT_RUN_DIR": str(checkpoints.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("damage", [*damages.WHOLE, *damages.ONE_OF_EACH])
+def test_watch_retention_and_the_launch_scripts_count_what_a_resume_would_take(damage, copy, made):
+    """Of one damage in one file of a checkpoint: names, sizes and the manifest tell, but for a flipped bit."""
     folder = copy("run/checkpoints/step=4")
-    run = folder.parents[1]
-
-    def listed():
-        done = subprocess.run(
-            [sys.executable, "-m", "kvcat_nemo.runs", str(folder.parent)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
-    assert RunWatcher(run).snapshot().checkpoint == "step=4" and listed() == ["step=4"]
-    if damage == "truncated":
-        os.truncate(folder / "weights" / "__0_0.distcp", 10)
-    else:
-        damages.WHOLE[damage](folder)
-    assert RunWatcher(run).snapshot().checkpoint is None and listed() == [] and complete(folder.parent) == []
+    checkpoints = folder.parent
+    for reader in LISTING:
+        assert _listed(reader, checkpoints) == ["step=4"], reader
+    act = damages.WHOLE.get(damage) or damages.ONE_OF_EACH[damage](folder)[0]
+    act(folder)
+    for reader, sizes in LISTING.items():
+        counted = damage == "flipped" or not (sizes or damage in SEEN_BY_ALL)
+        assert _listed(reader, checkpoints) == (["step=4"] if counted else []), reader
 
 
 def test_forty_flipped_bits_and_none_is_exported(made, copy, out):
