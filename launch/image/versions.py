@@ -21,6 +21,7 @@ PINNED = {
     "nemo_run": "nemo-run",
     "lightning": "lightning",
     "modelopt": "nvidia-modelopt",
+    "nvidia_resiliency_ext": "nvidia-resiliency-ext",
     "transformers": "transformers",
     "numpy": "numpy",
 }
