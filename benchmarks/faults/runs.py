@@ -12,7 +12,7 @@ from benchmarks.faults.server import Run, Server
 from kvcat_nemo.runs.checkpoint_manifest import read_manifest
 from kvcat_nemo.runs.checkpoints import complete
 from kvcat_nemo.runs.layout import RunFolder
-from kvcat_nemo.tracking.metrics_file import TIMED
+from kvcat_nemo.runs.metrics_file import TIMED
 
 SAVE_EVERY = 4
 

@@ -113,7 +113,7 @@ def run_jobs(jobs: list[dict[str, Any]], device: str, folder: Path, timeout: flo
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The figures of a run: a line for every step and validation."""
-    from kvcat_nemo.tracking.metrics_file import MetricsFile
+    from kvcat_nemo.runs.metrics_file import MetricsFile
 
     return MetricsFile.lines(RunFolder(folder / RUN).metrics)
 

@@ -25,9 +25,9 @@ from kvcat_nemo.runs.layout import (
     ORDER_FILE,
     PROVENANCE_FILE,
 )
+from kvcat_nemo.runs.pictures import plot_run
 from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.afterwards import flatten
-from kvcat_nemo.tracking.run_pictures import plot_run
 
 
 class KVCatRecords(pl.Callback):

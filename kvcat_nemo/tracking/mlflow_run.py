@@ -15,7 +15,7 @@ from typing import Any
 from kvcat_nemo.common.files import new_file
 from kvcat_nemo.common.redact import redact, redact_tree, split_credentials
 from kvcat_nemo.runs.layout import METRICS_FILE, RUN_FILE, read_record
-from kvcat_nemo.tracking.metrics_file import MetricsFile, write_atomically
+from kvcat_nemo.runs.metrics_file import MetricsFile, write_atomically
 from kvcat_nemo.tracking.outbox import BATCH, Figure, Refused
 from kvcat_nemo.tracking.telemetry import switch_off
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from kvcat_nemo.method.config import keep_target
 from kvcat_nemo.runs.layout import LOSSES_PICTURE, RunFolder, read_record
+from kvcat_nemo.runs.pictures import plot_run
 from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.mlflow_run import client_of, store_uri
-from kvcat_nemo.tracking.run_pictures import plot_run
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

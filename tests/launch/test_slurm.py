@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster, missing
 
-from kvcat_nemo.tracking.metrics_file import TIMED
+from kvcat_nemo.runs.metrics_file import TIMED
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -214,7 +214,7 @@ def test_validates_before_and_after_on_the_same_windows(straight):
 
 def test_resume_is_exact(straight, resumed):
     """Every figure but times and memory, to the last bit, whatever was lost in the kill."""
-    from kvcat_nemo.tracking.metrics_file import TIMED
+    from kvcat_nemo.runs.metrics_file import TIMED
 
     # Measured on the previous step's window, which a new process does not have.
     fresh = {"flipped", "flipped/group0", "flipped/group1"}

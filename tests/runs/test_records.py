@@ -10,10 +10,10 @@ from kvcat_nemo.cli import main
 from kvcat_nemo.models.function import stored_function
 from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.layout import MANIFEST, RECORD, SCORE, RunFolder, read_record
+from kvcat_nemo.runs.metrics_file import MetricsFile
 from kvcat_nemo.runs.retention import read_score, write_score
 from kvcat_nemo.runs.vocabulary import recorded
 from kvcat_nemo.tracking.afterwards import bring, register_model
-from kvcat_nemo.tracking.metrics_file import MetricsFile
 from kvcat_nemo.watch.state import RunWatcher
 
 DAMAGES = {

@@ -20,7 +20,7 @@ def checks(host: Host) -> Iterator[Check]:
 
 
 def _resume(host: Host, name: str) -> dict[str, Any]:
-    from kvcat_nemo.tracking.metrics_file import TIMED
+    from kvcat_nemo.runs.metrics_file import TIMED
 
     straight, folder = unbroken_run(host, name), host.folder / f"nemo {name} killed"
     nemo_training.run_jobs([nemo_job(host, name, folder, kill=True)], host.device, host.folder / "killed log")
