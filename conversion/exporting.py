@@ -217,7 +217,7 @@ def export_hf(
             the checkpoint holds hf/ or a kvcat_base.json.
         max_shard_size: bytes.
         dtype: "keep", "float32" or "bfloat16".
-        unverified: take a checkpoint or base without a seal, of which nothing tells whether its files are whole.
+        unverified: take a checkpoint or base without a manifest, of which nothing tells whether its files are whole.
 
     Raises:
         ValueError: when the checkpoint is not whole (kvcat_nemo.runs), not exactly one model of the base's architecture, was

@@ -12,11 +12,11 @@ from typing import Any
 
 from kvcat_nemo.common.folders import check_replaceable, empty, new_folder
 from kvcat_nemo.models import hf_config as model_config
-from kvcat_nemo.models.function import CARD
 from kvcat_nemo.models.hf_config import read_json
-from kvcat_nemo.runs.checkpoint_manifest import BASE, SEAL, contents, seal, sealed_names
+from kvcat_nemo.runs.checkpoint_manifest import contents, hash_and_write_manifest, listed_names
 from kvcat_nemo.runs.checkpoints import ACCEPT, find_checkpoint
-from kvcat_nemo.runs.integrity import is_sealed, require_whole
+from kvcat_nemo.runs.integrity import has_manifest, require_whole
+from kvcat_nemo.runs.layout import BASE, CARD, MANIFEST, WEIGHTS
 from kvcat_nemo.tokens import is_tokenizer_file, tokenizer_files
 
 _SETTINGS = ("config.json", "generation_config.json")
@@ -84,27 +84,27 @@ def find_base(weights: Path) -> Path:
 
 
 def check_base(base: Path, *, unverified: bool = False) -> None:
-    """Compare config and tokenizer of a base (as `hf_side` or `find_base` gives it) with their seal, where it has one.
+    """Compare config and tokenizer of a base (as `hf_side` or `find_base` gives it) with their manifest, where it has one.
 
     Raises:
-        ValueError: when they changed, or the base is an imported folder without a seal and that is not accepted.
+        ValueError: when they changed, or the base is an imported folder without a manifest and that is not accepted.
     """
     folder = base.parent if (base.parent / CARD).is_file() else base
-    if is_sealed(folder):
-        require_whole(folder, only=lambda name: not name.startswith(("weights/", "model")))
+    if has_manifest(folder):
+        require_whole(folder, only=lambda name: not name.startswith((f"{WEIGHTS}/", "model")))
     elif (folder / CARD).is_file() and not unverified:
         raise ValueError(
-            f"{folder} has no {SEAL}: an older kvcat imported it. Import it again (--force), or, if you trust it, pass {ACCEPT}"
+            f"{folder} has no {MANIFEST}: an older kvcat imported it. Import it again (--force), or, if you trust it, pass {ACCEPT}"
         )
 
 
 def our_names(folder: Path) -> set[str] | None:
     """What of a folder `convert` or `export` wrote; None when it carries no complete mark."""
-    # A sealed training checkpoint is ours too, but nothing that a conversion may replace.
-    if (names := sealed_names(folder, kinds=("import", "export"))) is not None:
+    # A complete training checkpoint is ours too, but nothing that a conversion may replace.
+    if (names := listed_names(folder, kinds=("import", "export"))) is not None:
         return names
-    if (folder / CARD).is_file() and (folder / "weights" / "metadata.json").is_file():
-        # Imported before folders were sealed: the card was written last.
+    if (folder / CARD).is_file() and (folder / WEIGHTS / "metadata.json").is_file():
+        # Imported before folders had a manifest: the card was written last.
         return {name for name in contents(folder) if _is_imported(name)}
     return None
 
@@ -116,21 +116,23 @@ def _is_imported(name: str) -> bool:
     """Whether `convert import` writes a file of this name."""
     beside = name.removeprefix("hf/")
     is_setting = beside != name and (beside in _SETTINGS or is_tokenizer_file(beside))
-    return name in (CARD, SEAL) or is_setting or _WEIGHTS.fullmatch(name) is not None
+    return name in (CARD, MANIFEST) or is_setting or _WEIGHTS.fullmatch(name) is not None
 
 
 def check_out(out: str | Path, *, force: bool, sources: Iterable[str | Path]) -> None:
     """Refuse a folder that must not be written, before any work.
 
     Raises:
-        ValueError: when it exists and force is False, or is not ours, or lies within a sealed folder.
+        ValueError: when it exists and force is False, or is not ours, or lies within a folder that has a manifest.
     """
     out = Path(os.path.abspath(out))
     if out.is_dir() and not out.is_symlink() and not force and not empty(out):
         raise ValueError(f"{out} exists; choose another folder or pass --force to replace it")
     for folder in out.parents:
-        if is_sealed(folder):
-            raise ValueError(f"{out} lies within {folder}, which is sealed: nothing may be added to it")
+        if has_manifest(folder):
+            raise ValueError(
+                f"{out} lies within {folder}, which is complete and has a manifest: nothing may be added to it"
+            )
     check_replaceable(out, our_names, sources=sources)
 
 
@@ -138,11 +140,11 @@ def check_out(out: str | Path, *, force: bool, sources: Iterable[str | Path]) ->
 def published(
     out: str | Path, *, force: bool = False, sources: Iterable[str | Path] = (), kind: str, **facts
 ) -> Iterator[Path]:
-    """A temporary sibling of `out` that is sealed and takes its name when the block ends without an error.
+    """A temporary sibling of `out` that gets its manifest and takes its name when the block ends without an error.
 
     Args:
         sources: what is read; `out` must not be one of them, nor a folder around one.
-        kind, facts: of the seal.
+        kind, facts: of the manifest.
 
     Raises:
         ValueError: as `check_out`.
@@ -151,7 +153,7 @@ def published(
     check_out(out, force=force, sources=sources)
     with new_folder(out, our_names, sources=sources, replace=force) as partial:
         yield partial
-        seal(partial, kind=kind, **facts)
+        hash_and_write_manifest(partial, kind=kind, **facts)
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kvcat_nemo.conversion.arch import Architecture, from_hf_config
 from kvcat_nemo.conversion.dist_checkpoint import CheckpointWriter
-from kvcat_nemo.conversion.folders import CARD, check_out, copy_sidecars, published, require_space
+from kvcat_nemo.conversion.folders import check_out, copy_sidecars, published, require_space
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder, find_not_finite
 from kvcat_nemo.conversion.weight_map import (
     EXTRA_STATE_LAYERED,
@@ -29,6 +29,7 @@ from kvcat_nemo.conversion.weight_map import (
 from kvcat_nemo.models.hf_config import read_config
 from kvcat_nemo.models.weights import EMBEDDING, IGNORED, OUTPUT, check_tied
 from kvcat_nemo.runs.integrity import require_unchanged
+from kvcat_nemo.runs.layout import CARD, WEIGHTS
 
 FORMAT_VERSION = 1
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,8 +66,8 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
         )
         require_space(partial, size)
         copy_sidecars(hf_dir, partial / "hf")
-        (partial / "weights").mkdir()
-        fingerprint = _write_weights(source, arch, partial / "weights", target)
+        (partial / WEIGHTS).mkdir()
+        fingerprint = _write_weights(source, arch, partial / WEIGHTS, target)
         card = {
             "format": "kvcat-checkpoint",
             "format_version": FORMAT_VERSION,

@@ -89,7 +89,7 @@ def verify(
         text: compared text; TEXT when None.
         precision: "float32", or "float64" to tell rounding from error: tensor parallel ranks sum in another order.
         timeout: seconds for the Megatron processes of one layout.
-        unverified: take a checkpoint without a seal, of which nothing tells whether its files are whole.
+        unverified: take a checkpoint without a manifest, of which nothing tells whether its files are whole.
 
     Raises:
         ValueError: when the checkpoint is not whole, one side cannot be read, a layout is impossible, or a rank fails. A difference between

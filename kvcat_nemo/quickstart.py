@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.runs.integrity import examine, is_sealed
+from kvcat_nemo.runs.integrity import examine, has_manifest
+from kvcat_nemo.runs.layout import LOSSES_PICTURE, RunFolder
 from kvcat_nemo.tracking.mlflow_run import store_uri
 from kvcat_nemo.tracking.run_report import attach_to_mlflow, table, write
 
@@ -152,7 +153,7 @@ def main() -> None:
         sys.exit(f"\nquickstart stopped: {failure}")
     minutes = (time.time() - started) / 60
     print(
-        f"\nAll stages took {minutes:.1f} minutes. Training: {REPORT} and {RESULTS / 'losses.png'}"
+        f"\nAll stages took {minutes:.1f} minutes. Training: {REPORT} and {RESULTS / LOSSES_PICTURE}"
         f"\nCompression, base beside KV-CAT: open {PAGE} in a browser"
     )
     print(
@@ -195,7 +196,7 @@ def _stages(stages: Stages, logs: Path) -> None:
         convert,
     )
     training = fingerprint(training_command(), settings(), (DATA / "manifest.json").read_text())
-    finished = RUN / "kvcat" / "finished.json"
+    finished = RunFolder(RUN).finished
 
     def train() -> None:
         if finished.is_file():  # of other settings: a new run must not go on from it
@@ -213,9 +214,9 @@ def _stages(stages: Stages, logs: Path) -> None:
     )
 
     def export() -> None:
-        if EXPORTED.is_dir() and not is_sealed(
+        if EXPORTED.is_dir() and not has_manifest(
             EXPORTED
-        ):  # of an older version: --force replaces sealed folders alone
+        ):  # of an older version: --force replaces folders with a manifest alone
             EXPORTED.rename(EXPORTED.with_name(f"{EXPORTED.name}-{int(EXPORTED.stat().st_mtime)}"))
         run(command("kvcat", "export", RUN, EXPORTED, "--base", BASE, "--force"), logs / "export.log")
         say = command("kvcat", "model", "generate", EXPORTED, "--json", RESULTS / "sample.json")

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
 # What the launch scripts share: messages, attempts, and the verdict on how an attempt ended. Sourced, never run.
 #
-# A run keeps its launch state in KVCAT_RUN_DIR/launch:
+# A run keeps its launch state in KVCAT_RUN_DIR/launch (names: run_names.sh, from kvcat_nemo/runs/layout.py):
 #   submitted          touched at every submission; restarts are counted from there
 #   attempts.tsv       one line per attempt: name, time, job, nodes, complete checkpoints it started from
 #   attempt-NAME/      rank-0000.NODE.log …; exit/rank-0000 (code, node, time, log); exit/node-NODE; health/NODE (ok, alone or bad) and NODE.log; stop
 
-# A process that was asked to stop, saved and wants to be started again (EX_TEMPFAIL of sysexits.h).
-readonly KVCAT_EXIT_AGAIN=75
-# One that ended because another did (EX_UNAVAILABLE); kvcat_nemo/runs/exit_codes.py has both.
-readonly KVCAT_EXIT_PEER_DIED=69
 # Folder of these scripts and their tables.
 KVCAT_HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=run_names.sh
+source "$KVCAT_HERE/run_names.sh"
 
 say() { printf 'kvcat launch: %s\n' "$*"; }
 
@@ -128,24 +126,23 @@ refuse_secret() {
 }
 
 # Names of the complete checkpoints, one a line: what kvcat_nemo.runs calls complete. Where no python with it is at hand (a
-# batch host beside a container), those that are sealed, not being written and not set aside; sizes are then not compared.
+# batch host beside a container), those that have a manifest, are not being written and not set aside; sizes are not compared then.
 complete_checkpoints() {
-  local folder here root
-  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-  for root in "$here/.." "$here/../.."; do
+  local folder root checkpoints=$KVCAT_RUN_DIR/$RUN_CHECKPOINTS
+  for root in "$KVCAT_HERE/.." "$KVCAT_HERE/../.."; do
     [[ -f $root/kvcat_nemo/runs/__main__.py ]] || continue
-    PYTHONPATH=$root python3 -m kvcat_nemo.runs "$KVCAT_RUN_DIR/checkpoints" 2> /dev/null && return
+    PYTHONPATH=$root python3 -m kvcat_nemo.runs "$checkpoints" 2> /dev/null && return
   done
-  for folder in "$KVCAT_RUN_DIR"/checkpoints/*/; do
+  for folder in "$checkpoints"/*/; do
     folder=${folder%/}
-    [[ -f $folder/kvcat_seal.json && ! -L $folder && ! -e $folder-unfinished && $folder != *-broken ]] && printf '%s\n' "${folder##*/}"
+    [[ -f $folder/$RUN_MANIFEST && ! -L $folder && ! -e $folder$RUN_UNFINISHED && $folder != *"$RUN_BROKEN" ]] && printf '%s\n' "${folder##*/}"
   done
   return 0
 }
 
 # Restarts in a row, up to now, that found the checkpoints of the attempt before them.
 stalled_restarts() {
-  local now=$1 table=$KVCAT_RUN_DIR/launch/attempts.tsv
+  local now=$1 table=$KVCAT_RUN_DIR/$RUN_ATTEMPTS
   [[ -f $table ]] || table=/dev/null
   awk -F '\t' -v now="$now" '$1 == "submitted" { n = 0; next } { n = ($5 == now) ? n + 1 : 0 } END { print n + 0 }' "$table"
 }
@@ -153,7 +150,7 @@ stalled_restarts() {
 # begin_attempt NAME JOB NODES: count it, make its folder, and set KVCAT_ATTEMPT_DIR and KVCAT_STOP_FILE.
 # Returns 1 when restarting has stopped helping.
 begin_attempt() {
-  local launch=$KVCAT_RUN_DIR/launch progress stalled
+  local launch=$KVCAT_RUN_DIR/$RUN_LAUNCH progress stalled
   mkdir -p "$launch"
   progress=$(complete_checkpoints | cksum | tr ' ' '-')
   stalled=$(stalled_restarts "$progress")
@@ -162,21 +159,21 @@ begin_attempt() {
       "again. Look at the logs in $launch, mend the cause and submit anew" >&2
     return 1
   fi
-  printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$(date +%FT%T)" "$2" "$3" "$progress" >> "$launch/attempts.tsv"
+  printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$(date +%FT%T)" "$2" "$3" "$progress" >> "$KVCAT_RUN_DIR/$RUN_ATTEMPTS"
   open_attempt "$1"
-  rm -rf "$KVCAT_ATTEMPT_DIR/exit" "$KVCAT_STOP_FILE" # of an attempt of the same name
-  mkdir -p "$KVCAT_ATTEMPT_DIR"/{exit,health,nccl}
+  rm -rf "${KVCAT_ATTEMPT_DIR:?}/$RUN_EXITS" "$KVCAT_STOP_FILE" # of an attempt of the same name
+  mkdir -p "$KVCAT_ATTEMPT_DIR"/{"$RUN_EXITS","$RUN_HEALTH","$RUN_NCCL"}
 }
 
 # open_attempt NAME: name the files of an attempt.
 open_attempt() {
-  export KVCAT_ATTEMPT_DIR=$KVCAT_RUN_DIR/launch/attempt-$1
-  export KVCAT_STOP_FILE=$KVCAT_ATTEMPT_DIR/stop
+  export KVCAT_ATTEMPT_DIR=$KVCAT_RUN_DIR/$RUN_ATTEMPT$1
+  export KVCAT_STOP_FILE=$KVCAT_ATTEMPT_DIR/$RUN_STOP
 }
 
 next_attempt() {
   local n=1
-  while [[ -e $(printf '%s/launch/attempt-%03d' "$KVCAT_RUN_DIR" "$n") ]]; do ((n += 1)); done
+  while [[ -e $(printf '%s/%s%03d' "$KVCAT_RUN_DIR" "$RUN_ATTEMPT" "$n") ]]; do ((n += 1)); done
   printf '%03d' "$n"
 }
 
@@ -204,7 +201,7 @@ write_record() {
 verdict() {
   local rank record code result='done'
   for ((rank = $1; rank <= $2; rank++)); do
-    record=$KVCAT_ATTEMPT_DIR/exit/rank-$(printf '%04d' "$rank")
+    record=$KVCAT_ATTEMPT_DIR/$RUN_EXITS/rank-$(printf '%04d' "$rank")
     code=missing
     [[ -f $record ]] && read -r code _ < "$record"
     case $code in
@@ -222,7 +219,7 @@ verdict() {
 # The rank that failed first by the nodes' clocks, its node, and the end of its log.
 explain_failure() {
   local first code node log rank
-  first=$(for f in "$KVCAT_ATTEMPT_DIR"/exit/rank-[0-9][0-9][0-9][0-9]; do
+  first=$(for f in "$KVCAT_ATTEMPT_DIR/$RUN_EXITS"/rank-[0-9][0-9][0-9][0-9]; do
     [[ -f $f ]] && printf '%s\t%s\n' "${f##*/rank-}" "$(< "$f")"
   done | awk -F '\t' -v again="$KVCAT_EXIT_AGAIN" -v peer="$KVCAT_EXIT_PEER_DIED" \
     '$2 != 0 && $2 != again { print ($2 == peer) "\t" $0 }' | sort -t $'\t' -k 1,1n -k 5,5n | cut -f 2- | head -n 1)

@@ -22,7 +22,7 @@ if [[ -n ${KVCAT_SETUP:-} ]]; then
   set -u
 fi
 
-probe=$KVCAT_ATTEMPT_DIR/health/$node.probe
+probe=$KVCAT_ATTEMPT_DIR/$RUN_HEALTH/$node.probe
 if ! { echo "$node" > "$probe" && [[ $(< "$probe") == "$node" ]]; } 2> /dev/null; then
   wrong "cannot write to $KVCAT_ATTEMPT_DIR (is it the same shared folder on every node?)"
 fi
@@ -48,7 +48,7 @@ if [[ -n ${KVCAT_HEALTH_COMMAND:-} ]]; then
   [[ -z ${KVCAT_INTERFACE:-} ]] || export NCCL_SOCKET_IFNAME=$KVCAT_INTERFACE GLOO_SOCKET_IFNAME=$KVCAT_INTERFACE
   output=$(bash -c "$KVCAT_HEALTH_COMMAND" 2>&1)
   code=$?
-  log=$KVCAT_ATTEMPT_DIR/health/$node.log
+  log=$KVCAT_ATTEMPT_DIR/$RUN_HEALTH/$node.log
   { printf '%s\n' "$output" > "$log"; } 2> /dev/null
   # kvcat train doctor marks what is wrong; of another command, the end of what it said.
   shown=$(grep -w BROKEN <<< "$output") || shown=$(tail -n 15 <<< "$output")
@@ -65,5 +65,5 @@ fi
 result=ok
 ((!alone)) || result=alone
 ((!bad)) || result=bad
-{ write_record "$KVCAT_ATTEMPT_DIR/health/$node" "$result"; } 2> /dev/null
+{ write_record "$KVCAT_ATTEMPT_DIR/$RUN_HEALTH/$node" "$result"; } 2> /dev/null
 [[ $result == ok ]]

@@ -10,9 +10,8 @@ from typing import Any
 from kvcat_nemo.common.redact import refuse_secrets, what_secret
 from kvcat_nemo.launch.job_settings import Settings
 from kvcat_nemo.launch.values import forms, has_control_characters
+from kvcat_nemo.runs import exit_codes
 
-EXIT_AGAIN = 75
-"""Exit code of ranks that were asked to stop and saved; launch/common.sh has the same."""
 SCRIPTS = "/opt/kvcat/launch"
 """Where the project's image has the launch scripts."""
 USER = 10001
@@ -69,7 +68,11 @@ def jobset(settings: Settings, *, scripts: str = SCRIPTS, max_restarts: int = 10
             "rules": [
                 {
                     "action": "FailJob",
-                    "onExitCodes": {"containerName": "ranks", "operator": "In", "values": [EXIT_AGAIN]},
+                    "onExitCodes": {
+                        "containerName": "ranks",
+                        "operator": "In",
+                        "values": [exit_codes.REQUEUE],
+                    },
                 },
                 {
                     "action": "FailJob",

@@ -15,7 +15,7 @@ else
   "$@" >> "$log" 2>&1
 fi
 code=$?
-write_record "$KVCAT_ATTEMPT_DIR/exit/$name" "$code" "$(node_name)" "$(date +%s%N)" "$log"
+write_record "$KVCAT_ATTEMPT_DIR/$RUN_EXITS/$name" "$code" "$(node_name)" "$(date +%s%N)" "$log"
 
 # For torchrun, a rank that stopped as asked has succeeded: it must not end the others while they save.
 ((code == KVCAT_EXIT_AGAIN)) && exit 0

@@ -170,7 +170,7 @@ script() {
   directive --time "$limit"
   printf '#SBATCH %s\n' --requeue --open-mode=append
   directive --signal "B:USR1@$signal_seconds"
-  directive --output "${run_dir//%/%%}/launch/slurm-%j.out" # a % begins one of sbatch's own patterns
+  directive --output "${run_dir//%/%%}/$RUN_LAUNCH/slurm-%j.out" # a % begins one of sbatch's own patterns
   for ((n = 0; n < ${#sbatch[@]}; n += 2)); do directive "${sbatch[n]}" "${sbatch[n + 1]}"; done
   ((gpus == 0)) || echo "#SBATCH --gpus-per-node=$gpus"
   [[ -z $cpus ]] || echo "#SBATCH --cpus-per-task=$cpus"
@@ -180,8 +180,8 @@ script() {
   joined=$(IFS=,; echo "$run_dir:$run_dir${mounts[*]:+,${mounts[*]}}")
   cat << SETTINGS
 export KVCAT_RUN_DIR=$(quoted "$run_dir")
-export KVCAT_LAUNCH_DIR=$(quoted "$run_dir/launch/bin")
-export KVCAT_DONE_FILE=$(quoted "$run_dir/kvcat/finished.json")
+export KVCAT_LAUNCH_DIR=$(quoted "$run_dir/$RUN_SCRIPTS")
+export KVCAT_DONE_FILE=$(quoted "$run_dir/$RUN_FINISHED")
 export KVCAT_GPUS_PER_NODE=$gpus KVCAT_PROCS_PER_NODE=$procs
 export KVCAT_IMAGE=$(quoted "$image")
 export KVCAT_MOUNTS=$(quoted "$joined")
@@ -208,19 +208,19 @@ SETTINGS
 }
 
 if [[ -n $dry_run ]]; then
-  say "would write $run_dir/launch/job.sbatch and run: sbatch --parsable $(quoted "$run_dir/launch/job.sbatch")" >&2
+  say "would write $run_dir/$RUN_JOB_SCRIPT and run: sbatch --parsable $(quoted "$run_dir/$RUN_JOB_SCRIPT")" >&2
   script "$@"
   exit 0
 fi
 
 command -v sbatch > /dev/null || die "sbatch is not on PATH: submit from a node of the cluster, or look at it with --dry-run"
-mkdir -p "$run_dir/launch/bin"
-cp "$here"/{common.sh,health.sh,rank.sh,torchrun.sh,values.tsv} "$run_dir/launch/bin/"
-script "$@" > "$run_dir/launch/.job.sbatch.$$"
-mv -f "$run_dir/launch/.job.sbatch.$$" "$run_dir/launch/job.sbatch"
-printf 'submitted\t%s\n' "$(date +%FT%T)" >> "$run_dir/launch/attempts.tsv" # restarts are counted from here
-touch "$run_dir/launch/submitted"
-say "sbatch --parsable $(quoted "$run_dir/launch/job.sbatch")" >&2
-job=$(sbatch --parsable "$run_dir/launch/job.sbatch") || die "sbatch refused the job (above); the script is $run_dir/launch/job.sbatch"
-say "job $job; its output: $run_dir/launch/slurm-${job%%;*}.out" >&2
+mkdir -p "$run_dir/$RUN_SCRIPTS"
+cp "$here"/{common.sh,health.sh,rank.sh,run_names.sh,torchrun.sh,values.tsv} "$run_dir/$RUN_SCRIPTS/"
+script "$@" > "$run_dir/$RUN_LAUNCH/.job.sbatch.$$"
+mv -f "$run_dir/$RUN_LAUNCH/.job.sbatch.$$" "$run_dir/$RUN_JOB_SCRIPT"
+printf 'submitted\t%s\n' "$(date +%FT%T)" >> "$run_dir/$RUN_ATTEMPTS" # restarts are counted from here
+touch "$run_dir/$RUN_SUBMITTED"
+say "sbatch --parsable $(quoted "$run_dir/$RUN_JOB_SCRIPT")" >&2
+job=$(sbatch --parsable "$run_dir/$RUN_JOB_SCRIPT") || die "sbatch refused the job (above); the script is $run_dir/$RUN_JOB_SCRIPT"
+say "job $job; its output: $run_dir/$RUN_LAUNCH/slurm-${job%%;*}.out" >&2
 echo "$job"

@@ -75,10 +75,10 @@ if [[ -z ${KVCAT_ATTEMPT_DIR:-} ]]; then # otherwise the batch script has begun 
     begin_attempt "${KVCAT_ATTEMPT:-$(next_attempt)}" "${KVCAT_JOB:-local}" "$(node_name)" || exit 1
   else
     open_attempt "$KVCAT_ATTEMPT"
-    mkdir -p "$KVCAT_ATTEMPT_DIR/exit" "$KVCAT_ATTEMPT_DIR/nccl"
+    mkdir -p "$KVCAT_ATTEMPT_DIR/$RUN_EXITS" "$KVCAT_ATTEMPT_DIR/$RUN_NCCL"
   fi
 fi
-export KVCAT_RUN_DIR KVCAT_STOP_FILE TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$KVCAT_ATTEMPT_DIR/nccl/trace-
+export KVCAT_RUN_DIR KVCAT_STOP_FILE TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$KVCAT_ATTEMPT_DIR/$RUN_NCCL/trace-
 
 # torchrun ends its ranks on SIGTERM and dies of SIGUSR1, and with it goes the store that a save needs. So it ignores both,
 # as its ranks do until they have handlers of their own; they are asked by the stop file. SIGQUIT is left to end it all.
@@ -102,7 +102,7 @@ kill "$fresh"
 
 first=$((KVCAT_NODE_RANK * KVCAT_PROCS_PER_NODE))
 result=$(verdict "$first" "$((first + KVCAT_PROCS_PER_NODE - 1))")
-write_record "$KVCAT_ATTEMPT_DIR/exit/node-$(node_name)" "$result" "$code"
+write_record "$KVCAT_ATTEMPT_DIR/$RUN_EXITS/node-$(node_name)" "$result" "$code"
 case $result in
   done) exit 0 ;;
   again) say "$(node_name): stopped and saved; start again to go on"; exit "$KVCAT_EXIT_AGAIN" ;;

@@ -13,7 +13,7 @@ from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
 from kvcat_nemo.nemo.data_module import KVCatDataModule
 from kvcat_nemo.nemo.guard import KVCatGuard
 from kvcat_nemo.nemo.lightning_module import KVCatModel
-from kvcat_nemo.nemo.liveness import KVCatLifeline
+from kvcat_nemo.nemo.liveness import KVCatHeartbeat
 from kvcat_nemo.nemo.mlflow_logger import MLflowTracker
 from kvcat_nemo.nemo.progress import KVCatProgress
 from kvcat_nemo.nemo.records import KVCatRecords
@@ -78,7 +78,7 @@ def as_kvcat(
         KVCatProgress,
         KVCatGuard,
         KVCatStop,
-        KVCatLifeline,
+        KVCatHeartbeat,
         KVCatRecords,
     )
     trainer.callbacks = [run.Config(callback) for callback in callbacks]

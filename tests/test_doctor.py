@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from kvcat_nemo import doctor
 from kvcat_nemo.cli import main
-from kvcat_nemo.runs import checkpoint_manifest as seal
+from kvcat_nemo.runs import checkpoint_manifest as manifest
 
 pytest.importorskip("megatron.core")
 ROOM = ["--disk-gb", "0", "--shm-gb", "0"]
@@ -81,7 +81,7 @@ def checkpoint(folder, step):
     path = folder / "checkpoints" / f"step={step}"
     (path / "weights").mkdir(parents=True)
     (path / "weights" / "__0_0.distcp").write_bytes(bytes(1000 + step))
-    seal.write_seal(path, step, seal.hash_files(path, seal.contents(path)))
+    manifest.write_manifest(path, step, manifest.hash_files(path, manifest.contents(path)))
     return path
 
 
@@ -93,7 +93,7 @@ def test_checkpoints(tmp_path):
     code, found = run("--checkpoint", tmp_path)
     assert code == 1 and "__0_0.distcp: its contents changed" in found["checkpoint step=8"]["text"]
     assert found["checkpoint step=4"]["status"] == "ok"
-    (second / seal.SEAL).unlink()  # what a kill in a save leaves is no fault of the machine
+    (second / manifest.MANIFEST).unlink()  # what a kill in a save leaves is no fault of the machine
     code, found = run("--checkpoint", tmp_path)
     assert code == 0 and found["checkpoint step=8"]["status"] == "note"
     shutil.rmtree(first)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from kvcat_nemo.cli import main
-from kvcat_nemo.doctor import compare, gpu, kernel_cases, parts, report
+from kvcat_nemo.doctor import compare, gpu, kernel_cases, nemo_training, parts, report, small_model
 from kvcat_nemo.doctor.report import FAILED, OK, SKIPPED, Check, PartResult, Skip
 
 pytest.importorskip("megatron.core")
@@ -24,7 +25,7 @@ def host(tmp_path_factory):
 
 
 def ran(host, name):
-    result = report.run_part(name, getattr(parts, name), host)
+    result = report.run_part(name, parts.CHECKS[name], host)
     assert result.status == OK, (result.text, result.checks)
     return {check.name: check for check in result.checks}
 
@@ -41,7 +42,7 @@ def test_kernels(host, monkeypatch):
 
 
 def test_losses(host):
-    result = report.run_part("losses", parts.losses, host)
+    result = report.run_part("losses", parts.CHECKS["losses"], host)
     assert result.status == OK, (result.text, result.checks)
     checks = {check.name: check for check in result.checks}
     assert checks.pop("forms that runs take").figures == {"losses": "torch", "columns": "torch"}
@@ -52,11 +53,28 @@ def test_losses(host):
     assert all(c.status == SKIPPED and c.text == "Triton's kernels run on CUDA alone" for c in others)
 
 
+def test_every_part_has_its_checks_and_every_module_named_by_text_is_there():
+    assert set(parts.CHECKS) == set(gpu.NAMES)
+    for module in parts.losses.TRITON.values():
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize(("missing", "skipped"), [("triton", True), ("kvcat_nemo.kernels.gone", False)])
+def test_a_module_of_our_own_that_is_gone_is_no_skip(missing, skipped, monkeypatch):
+    def gone(name):
+        raise ModuleNotFoundError(missing, name=missing)
+
+    monkeypatch.setattr(parts.losses.importlib, "import_module", gone)
+    here = parts.Host("cuda", None)
+    with pytest.raises(Skip if skipped else ModuleNotFoundError):
+        parts.losses._triton(here, "columns_triton")
+
+
 @pytest.mark.parametrize("why", ["", "dense: differs from the plain form by 0.1"])
 def test_triton_that_runs_would_not_take_is_a_failure(host, monkeypatch, why):
     module = types.SimpleNamespace(failure=lambda device: why)
-    monkeypatch.setattr(parts, "_triton", lambda host, name: module)
-    found = report.checked("row_losses_triton", lambda: parts._triton_works(host, "row_losses_triton"))
+    monkeypatch.setattr(parts.losses, "_triton", lambda host, name: module)
+    found = report.checked("row_losses_triton", lambda: parts.losses._triton_works(host, "row_losses_triton"))
     assert (found.status, why in found.text) == (FAILED if why else OK, True)
 
 
@@ -64,14 +82,14 @@ def test_a_case_runs_with_the_kernel_that_its_name_says(host, monkeypatch):
     from kvcat_nemo.kernels.losses import token_loss
 
     asked, right = [], token_loss.token_losses
-    monkeypatch.setattr(parts, "_triton", lambda *_: None)
+    monkeypatch.setattr(parts.losses, "_triton", lambda *_: None)
     monkeypatch.setattr(
         token_loss,
         "token_losses",
         lambda *x, kernel, **y: asked.append(kernel) or right(*x, kernel="torch", **y),
     )
-    monkeypatch.setattr(parts, "_triton_works", lambda *_: None)
-    assert all(check.status == OK for check in parts.losses(host))
+    monkeypatch.setattr(parts.losses, "_triton_works", lambda *_: None)
+    assert all(check.status == OK for check in parts.CHECKS["losses"](host))
     assert asked == ["torch"] * 4 + ["triton"] * 4
 
 
@@ -101,7 +119,7 @@ def test_a_kernel_that_refuses_a_width_is_skipped_where_auto_has_another(
 
     monkeypatch.setattr(kernel_cases, "CASES", {"gates D 128, plain": functools.partial(case, D=128)})
     monkeypatch.setattr(kernel_cases, "select_backend", select)
-    (check,) = parts.kernels(host)
+    (check,) = parts.CHECKS["kernels"](host)
     assert check.status == status and said in check.text, check
     assert asked[0]["head_dim"] == 128 and asked[0]["gated"]
 
@@ -153,29 +171,29 @@ def test_parallel_and_reshard(host):
 def test_nemo_and_resume(host):
     """Through NeMo, with the distributed optimizer in the form that GPU hosts save, asynchronously. Both parts' runs share
     one process' imports here, as two processes of half a minute less."""
-    name = next(iter(parts.small_model.SHAPES))
+    name = next(iter(small_model.SHAPES))
     straight, killed = host.folder / f"nemo {name}", host.folder / f"nemo {name} killed"
     jobs = [
-        parts._nemo_job(host, name, straight),
-        parts._nemo_job(host, name, killed, kill=True),
-        parts._nemo_job(host, name, killed),
+        parts.nemo.nemo_job(host, name, straight),
+        parts.nemo.nemo_job(host, name, killed, kill=True),
+        parts.nemo.nemo_job(host, name, killed),
     ]
-    parts.nemo_training.run_jobs(jobs, "cpu", host.folder / "nemo log")
-    kept, run_jobs = [], parts.nemo_training.run_jobs
-    parts.nemo_training.run_jobs = lambda given, *_: kept.append(given)
+    nemo_training.run_jobs(jobs, "cpu", host.folder / "nemo log")
+    kept, run_jobs = [], nemo_training.run_jobs
+    nemo_training.run_jobs = lambda given, *_: kept.append(given)
     try:
         assert set(ran(host, "nemo")) == {name}
         (check,) = ran(host, "resume").values()
     finally:
-        parts.nemo_training.run_jobs = run_jobs
+        nemo_training.run_jobs = run_jobs
     assert [len(given) for given in kept] == [1, 1]  # killed, resumed: as above
     assert kept == [[jobs[1]], [jobs[2]]]
-    assert check.figures["lines"] == parts.NEMO_STEPS + 2  # two validations
-    killed_lines = parts.nemo_training.lines_of(killed)
+    assert check.figures["lines"] == parts.nemo.NEMO_STEPS + 2  # two validations
+    killed_lines = nemo_training.lines_of(killed)
     assert [line["step"] for line in killed_lines if line["kind"] == "train"] == list(range(1, 11))
     from torch.distributed.checkpoint import FileSystemReader
 
-    saved = sorted((killed / parts.nemo_training.RUN / "checkpoints").glob("*/weights"))
+    saved = sorted((killed / nemo_training.RUN / "checkpoints").glob("*/weights"))
     keys = FileSystemReader(str(saved[0])).read_metadata().state_dict_metadata
     moments = [key for key in keys if key.startswith("optimizer.state.exp_avg_sq.")]
     assert any(".router.1." in key for key in moments) and not any("dp_group_idx" in key for key in keys)
@@ -196,7 +214,7 @@ def test_a_wrong_kernel_fails(host, monkeypatch):
     monkeypatch.setattr(cpu.CpuKernel, "forward", off)
     name = "gates D 64, plain"
     monkeypatch.setattr(kernel_cases, "CASES", {name: kernel_cases.CASES[name]})
-    result = report.run_part("kernels", parts.kernels, host)
+    result = report.run_part("kernels", parts.CHECKS["kernels"], host)
     assert result.status == FAILED and "relative error" in result.text
 
 
@@ -205,7 +223,7 @@ def test_wrong_losses_fail(host, monkeypatch):
 
     right = token_loss.token_losses
     monkeypatch.setattr(token_loss, "token_losses", lambda *a, **k: 1.03 * right(*a, **k))
-    result = report.run_part("losses", parts.losses, host)
+    result = report.run_part("losses", parts.CHECKS["losses"], host)
     assert result.status == FAILED and "bound 1e-2" in result.text
 
 
@@ -235,13 +253,13 @@ def test_masks_but_for_near_ties():
 
 def test_the_first_bit_that_differs_is_named():
     lines = [{"kind": "train", "step": s, "loss/total": 1.0 / s} for s in range(1, 7)]
-    assert parts.bitwise_differences(lines, lines, saved=4) == []
+    assert parts.resume.bitwise_differences(lines, lines, saved=4) == []
     for at, hint in ((2, True), (5, False)):
         other = [dict(line) for line in lines]
         other[at]["loss/total"] += 1e-16 * 2
-        (text,) = parts.bitwise_differences(other, lines, saved=4)
+        (text,) = parts.resume.bitwise_differences(other, lines, saved=4)
         assert f"train step {at + 1}: loss/total" in text and ("two ways" in text) == hint
-    assert "5 lines" in parts.bitwise_differences(lines[:5], lines, saved=4)[0]
+    assert "5 lines" in parts.resume.bitwise_differences(lines[:5], lines, saved=4)[0]
 
 
 # --- parts, report, exit code ---

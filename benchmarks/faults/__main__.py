@@ -219,7 +219,7 @@ def faults(server: Server, folder: Path, seed: int) -> dict[str, tuple[str, Call
         ),
         "disk_full": ("no space left on the device", disk),
         "damaged_checkpoint": (
-            "a truncated shard, a flipped bit, a seal that is gone",
+            "a truncated shard, a flipped bit, a manifest that is gone",
             lambda: damage.damaged_files(server, folder / "damaged", unbroken(), STEPS).result(),
         ),
         "not_a_number": (

@@ -22,8 +22,8 @@ from benchmarks.faults.runs import (
     until,
 )
 from benchmarks.faults.server import Server
-from kvcat_nemo.runs.checkpoint_manifest import BROKEN
 from kvcat_nemo.runs.checkpoints import complete
+from kvcat_nemo.runs.layout import BROKEN, MANIFEST, WEIGHTS
 
 
 @contextlib.contextmanager
@@ -133,15 +133,15 @@ def damaged_files(server: Server, folder: Path, unbroken: list[dict], steps: int
     start = folder / "start"
     run = server.run(start, settings(2 * SAVE_EVERY) | {"log.ckpt.keep_last": 2})
     assert not any(run.wait(300)), run.tail()
-    for how in ("truncated", "flipped", "flipped, the only one", "seal gone"):
+    for how in ("truncated", "flipped", "flipped, the only one", "manifest gone"):
         place = folder / how.replace(" ", "-").replace(",", "")
         shutil.copytree(start, place, symlinks=True)
         newer, older = (f.path for f in complete(checkpoints(place))[:2])
-        victim = max((newer / "weights").glob("*.distcp"), key=lambda p: p.stat().st_size)
+        victim = max((newer / WEIGHTS).glob("*.distcp"), key=lambda p: p.stat().st_size)
         if how == "truncated":
             os.truncate(victim, victim.stat().st_size - 100)
-        elif how == "seal gone":
-            (newer / "kvcat_seal.json").unlink()
+        elif how == "manifest gone":
+            (newer / MANIFEST).unlink()
         else:
             with victim.open("r+b") as file:
                 file.seek(victim.stat().st_size // 2)
@@ -162,12 +162,12 @@ def damaged_files(server: Server, folder: Path, unbroken: list[dict], steps: int
         else:
             run = server.run(place, settings(steps))
             codes = run.wait(300)
-            name = newer.name if how == "seal gone" else victim.name
+            name = newer.name if how == "manifest gone" else victim.name
             problems = [
                 "" if codes == [0] else f"exit codes {codes}: {run.tail(1500)}",
                 "" if name in run.output() else f"{name} is not named: {run.output()[-1500:]}",
                 ""
-                if how == "seal gone"
+                if how == "manifest gone"
                 or how == "truncated"
                 or any(p.name.endswith(BROKEN) for p in checkpoints(place).iterdir())
                 else "not set aside",

@@ -175,7 +175,7 @@ def one_dies(
     seconds = []
     for victim in victims if victims is not None else range(ranks(layout)):
         place = folder / f"{layout}-{'frozen' if freeze else 'killed'}-{victim}"
-        run = server.run(place, settings(steps, layout), ranks=ranks(layout), lifeline=(0.3, 6.0))
+        run = server.run(place, settings(steps, layout), ranks=ranks(layout), heartbeat=(0.3, 6.0))
         until(lambda run=run, place=place: not run.running or last_step(place) >= SAVE_EVERY + 1, 240)
         time.sleep(rng.random() * 0.3)
         died = time.monotonic()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.faults.runs import FRESH, SAVE_EVERY, Record, lines, newest, ranks, settings
 from benchmarks.faults.server import Server
-from kvcat_nemo.tracking.metrics_file import TIMED
+from kvcat_nemo.runs.metrics_file import TIMED
 
 
 def not_a_number(

@@ -97,7 +97,7 @@ def train(job: dict) -> None:
     from nemo_run.cli.cli_parser import parse_cli_args
 
     from kvcat_nemo.nemo.data_module import KVCatDataModule
-    from kvcat_nemo.nemo.liveness import KVCatLifeline
+    from kvcat_nemo.nemo.liveness import KVCatHeartbeat
     from kvcat_nemo.recipes import RECIPES
 
     recipe = RECIPES[job["recipe"]](dir=str(Path(job["folder"]) / "runs"), name="tiny")
@@ -108,8 +108,8 @@ def train(job: dict) -> None:
         )
     recipe = parse_cli_args(recipe, job["overrides"])
     callbacks = recipe.trainer.callbacks
-    line = next(c for c in callbacks if fdl.get_callable(c) is KVCatLifeline)
-    line.interval, line.patience = job["lifeline"]
+    line = next(c for c in callbacks if fdl.get_callable(c) is KVCatHeartbeat)
+    line.interval, line.patience = job["heartbeat"]
     callbacks[0:0] = [run.Config(FAULTS[f.pop("kind")](), **f) for f in job["faults"]]
     if not job["loggers"]:
         recipe.log.extra_loggers = []

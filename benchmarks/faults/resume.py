@@ -24,6 +24,7 @@ from benchmarks.faults.runs import (
 )
 from benchmarks.faults.server import Server
 from kvcat_nemo.runs.exit_codes import REQUEUE
+from kvcat_nemo.runs.layout import RunFolder
 
 
 def stops(
@@ -58,7 +59,7 @@ def stops(
                 "" if reached <= asked + 6 else f"asked at step {asked}, stopped after {reached}",
                 left_behind(run),
             ]
-            told = home(place) / "kvcat" / "stopped.json"
+            told = RunFolder(home(place)).stopped
             problems.append(
                 ""
                 if told.is_file() and json.loads(told.read_text())["step"] == reached

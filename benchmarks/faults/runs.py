@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.faults.server import Run, Server
-from kvcat_nemo.runs.checkpoint_manifest import read_seal
+from kvcat_nemo.runs.checkpoint_manifest import read_manifest
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.tracking.metrics_file import TIMED
+from kvcat_nemo.runs.layout import RunFolder
+from kvcat_nemo.runs.metrics_file import TIMED
 
 SAVE_EVERY = 4
 
@@ -55,11 +56,11 @@ def home(folder: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> Path:
-    return home(folder) / "checkpoints"
+    return RunFolder(home(folder)).checkpoints
 
 
 def lines(folder: Path) -> list[dict]:
-    path = home(folder) / "kvcat" / "metrics.jsonl"
+    path = RunFolder(home(folder)).metrics
     if not path.is_file():
         return []
     out = []
@@ -112,7 +113,7 @@ def difference(mine: list[dict], other: list[dict], relative: float = 0.0) -> st
 
 
 def checkpoint_megabytes(folder: Path) -> float:
-    return read_seal(complete(checkpoints(folder))[0].path).bytes / 1e6
+    return read_manifest(complete(checkpoints(folder))[0].path).bytes / 1e6
 
 
 @dataclass

@@ -147,7 +147,7 @@ class Server:
         ranks: int = 1,
         faults: list[dict] | None = None,
         environment: dict[str, str] | None = None,
-        lifeline: tuple[float, float] = (0.5, 30.0),
+        heartbeat: tuple[float, float] = (0.5, 30.0),
         loggers: bool = False,
         data: Path | None = None,
         recipe: str = "kvcat_tiny",
@@ -156,7 +156,7 @@ class Server:
 
         Args:
             overrides: as on the command line of `nemo llm pretrain`; faults: see rank.py's `FAULTS`.
-            lifeline: interval and patience of the ranks' signs of life, seconds; loggers: keep MLflow;
+            heartbeat: interval and patience of the ranks' heartbeats, seconds; loggers: keep MLflow;
             data: prefix of an indexed dataset to train on instead of windows that are made up.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ class Server:
             "faults": faults or [],
             "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             | (environment or {}),
-            "lifeline": lifeline,
+            "heartbeat": heartbeat,
             "loggers": loggers,
             "data": str(data or ""),
             "recipe": recipe,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks.study.windows import TokenWindows
 from kvcat_nemo.evaluate.models import find_model, load_model, weights_fingerprint
 from kvcat_nemo.evaluate.runner import set_threads
-from kvcat_nemo.tracking.metrics_file import write_atomically
+from kvcat_nemo.runs.metrics_file import write_atomically
 
 FILE = "dense.json"
 

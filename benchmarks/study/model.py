@@ -16,7 +16,7 @@ def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvcat_nemo.common.folders import new_folder
-    from kvcat_nemo.runs.checkpoint_manifest import seal, sealed_names
+    from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest, listed_names
     from kvcat_nemo.tokens import load
 
     words = load(tokenizer)
@@ -37,10 +37,10 @@ def write_untrained(tokenizer: Path, shape: Shape, out: Path, seed: int) -> Path
             eos_token_id=words.eos_token_id,
         )
     )
-    with new_folder(out, sealed_names) as folder:
+    with new_folder(out, listed_names) as folder:
         model.save_pretrained(folder)
         words.save_pretrained(folder)
-        seal(folder, kind="untrained")
+        hash_and_write_manifest(folder, kind="untrained")
     return out
 
 

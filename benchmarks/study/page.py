@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.tracking.metrics_file import write_atomically
+from kvcat_nemo.runs.metrics_file import write_atomically
 
 _PAPER = "The paper's 0.5B (arXiv 2605.05971), ΔPPL base → KV-CAT: 5 % .780 → .461, 10 % .662 → .422, 20 % .777 → .438, 40 % .592 → .360."
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from kvcat_nemo.runs.layout import HF, RunFolder
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +28,7 @@ def finished(folder: Path, job: dict) -> bool:
             raise ValueError(
                 f"{folder} was made with another {', '.join(sorted(differing))}; move it away or give another --out"
             )
-    return (folder / "kvcat" / "finished.json").is_file() and (folder / "hf" / "config.json").is_file()
+    return RunFolder(folder).finished.is_file() and (folder / HF / "config.json").is_file()
 
 
 def run_jobs(jobs: list[dict], workers: int) -> None:

@@ -13,8 +13,9 @@ from benchmarks.study.measure import rows
 from benchmarks.study.page import write_page
 from benchmarks.study.pool import ROOT
 from benchmarks.study.scales import SCALES
+from kvcat_nemo.runs.layout import METRICS_FILE
+from kvcat_nemo.runs.metrics_file import MetricsFile, write_atomically
 from kvcat_nemo.runs.provenance import manifest
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
 
 RESULTS = ROOT / "benchmarks" / "study"
 EVIDENCE = ROOT / "docs" / "evidence.md"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from kvcat_nemo.evaluate.statistics import paired
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile
+from kvcat_nemo.runs.layout import METRICS_FILE
+from kvcat_nemo.runs.metrics_file import MetricsFile
 
 CONTROL = "none"
 

@@ -13,7 +13,7 @@ from kvcat_nemo.data.corpora import fetch_corpus
 from kvcat_nemo.data.indexed import build_dataset
 from kvcat_nemo.data.reading import ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
-from kvcat_nemo.runs.checkpoint_manifest import seal, sealed_names
+from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest, listed_names
 
 EOS = "<|endoftext|>"
 SPLIT_SEED = 1234
@@ -59,7 +59,7 @@ def make_tokenizer(paths: list[Path], out: Path, vocabulary: int, held_out: floa
         show_progress=False,
     )
     tokenizer.train_from_iterator(training_texts(paths, held_out), trainer)
-    with new_folder(out, sealed_names) as folder:
+    with new_folder(out, listed_names) as folder:
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=EOS,
@@ -67,7 +67,7 @@ def make_tokenizer(paths: list[Path], out: Path, vocabulary: int, held_out: floa
             clean_up_tokenization_spaces=False,
         )
         fast.save_pretrained(folder)
-        seal(folder, kind="tokenizer")
+        hash_and_write_manifest(folder, kind="tokenizer")
     return out
 
 

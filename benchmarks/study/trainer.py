@@ -21,8 +21,9 @@ from benchmarks.study import masks
 from benchmarks.study.model import build, export, start_process
 from benchmarks.study.windows import TokenWindows
 from kvcat_nemo.common.files import new_file
+from kvcat_nemo.runs.layout import METRICS_FILE
+from kvcat_nemo.runs.metrics_file import MetricsFile, write_atomically
 from kvcat_nemo.runs.provenance import manifest
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
 
 
 def rate(step: int, steps: int, warmup: int, floor: float) -> float:

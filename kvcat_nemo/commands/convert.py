@@ -104,7 +104,7 @@ def import_(hf_dir, out, dtype, force):
 def export(ckpt, out, hf_config, max_shard_size, dtype, force, unverified):
     """Write the plain Hugging Face model of the Megatron checkpoint CKPT to the folder OUT.
 
-    Optimizer state and routers are left out; vocabulary padding is cut off. CKPT's files are compared with its seal.
+    Optimizer state and routers are left out; vocabulary padding is cut off. CKPT's files are compared with its manifest.
 
     \b
     Examples:

@@ -31,7 +31,7 @@ def command(ckpt, out, base, max_shard_size, dtype, force, unverified, register)
     """Write the plain Hugging Face model of a training checkpoint CKPT to the folder OUT.
 
     CKPT is a NeMo checkpoint or a run folder, of which the newest finished checkpoint is taken. Its files are
-    compared with its seal first. The result has no router in it and loads with transformers.
+    compared with its manifest first. The result has no router in it and loads with transformers.
 
     \b
     Examples:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvcat_nemo.tracking.metrics_file import TIMED
+from kvcat_nemo.runs.metrics_file import TIMED
 
 BOUND = 1e-2
 """Of a figure, relative where it exceeds 1: bf16 against float32 over ten steps."""

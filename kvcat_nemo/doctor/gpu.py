@@ -211,7 +211,7 @@ def main(name: str, device: str, folder: str, model: str) -> None:
     from kvcat_nemo.doctor import parts
 
     host = parts.Host(device, Path(folder), Path(model) if model else None)
-    function = getattr(parts, name)
+    function = parts.CHECKS[name]
 
     def told(*arguments) -> Iterator[Check]:
         for check in function(*arguments):

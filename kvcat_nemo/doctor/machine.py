@@ -16,7 +16,8 @@ from pathlib import Path
 
 from kvcat_nemo.runs import integrity
 from kvcat_nemo.runs.checkpoints import survey
-from kvcat_nemo.runs.integrity import Standing, is_sealed
+from kvcat_nemo.runs.integrity import Standing, has_manifest
+from kvcat_nemo.runs.layout import CARD, WEIGHTS, RunFolder
 from kvcat_nemo.runs.pickles import check_index
 
 GOOD, NOTE, BROKEN = "ok", "note", "BROKEN"
@@ -184,21 +185,21 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
         raise ValueError(f"{where} is not a folder")
     if where.is_symlink():
         where = where.resolve()
-    if is_sealed(where) or (where / "weights").is_dir():
+    if has_manifest(where) or (where / WEIGHTS).is_dir():
         one = integrity.examine(where, hashes=hashes)
-        imported = (where / "kvcat_checkpoint.json").is_file()
-        if imported and not is_sealed(where):
+        imported = (where / CARD).is_file()
+        if imported and not has_manifest(where):
             yield Verdict(
                 "checkpoint",
                 NOTE,
                 f"{where}: a base model that an older kvcat imported: nothing tells whether it is whole",
             )
             return
-        if one.whole and (where / "weights" / ".metadata").is_file():
-            check_index(where / "weights")
-        yield Verdict("checkpoint", GOOD if one.whole else BROKEN, one.why_not or _sealed(one, hashes))
+        if one.whole and (where / WEIGHTS / ".metadata").is_file():
+            check_index(where / WEIGHTS)
+        yield Verdict("checkpoint", GOOD if one.whole else BROKEN, one.why_not or _good(one, hashes))
         return
-    folder = where / "checkpoints" if (where / "checkpoints").is_dir() else where
+    folder = RunFolder(where).checkpoints if RunFolder(where).checkpoints.is_dir() else where
     found = survey(folder)
     if not found:
         raise ValueError(f"{folder} holds no checkpoint")
@@ -208,7 +209,7 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
         one = integrity.examine(one.path) if hashes and one.whole else one
         # One that is incomplete is what a kill during a save leaves; the run passes over it.
         status = {"whole": GOOD, "incomplete": NOTE, "damaged": BROKEN}[one.state]
-        yield Verdict(f"checkpoint {one.path.name}", status, one.why_not or _sealed(one, hashes))
+        yield Verdict(f"checkpoint {one.path.name}", status, one.why_not or _good(one, hashes))
         whole += one.whole
     if not whole:
         yield Verdict(
@@ -218,10 +219,12 @@ def _checkpoint(where: Path, hashes: bool) -> Iterator[Verdict]:
         )
 
 
-def _sealed(one: Standing, hashes: bool) -> str:
-    assert one.seal is not None
-    kind = {"import": "a converted base model", "export": "an exported model"}.get(one.seal.facts.get("kind"))
-    files = f"{len(one.seal.files)} files, {one.seal.bytes / 1e6:,.1f} MB, {'hashes' if hashes else 'sizes'} agree"
+def _good(one: Standing, hashes: bool) -> str:
+    assert one.manifest is not None
+    kind = {"import": "a converted base model", "export": "an exported model"}.get(
+        one.manifest.facts.get("kind")
+    )
+    files = f"{len(one.manifest.files)} files, {one.manifest.bytes / 1e6:,.1f} MB, {'hashes' if hashes else 'sizes'} agree"
     return f"{kind or f'step {one.step}'}, {files}"
 
 
@@ -246,7 +249,7 @@ def _ports() -> Iterator[Verdict]:
 
 
 def _ranks(seconds: float) -> Iterator[Verdict]:
-    from kvcat_nemo.engine.preflight import OthersMissing, place_from_environment, reach_all
+    from kvcat_nemo.engine.preflight import RanksMissing, check_all_ranks, place_from_environment
 
     place = place_from_environment()
     if place is None:
@@ -263,6 +266,6 @@ def _ranks(seconds: float) -> Iterator[Verdict]:
         torch.cuda.set_device(place.local_rank)
         backends.append("nccl")
     try:
-        yield Verdict("ranks", GOOD, reach_all(place, seconds=seconds, backends=backends))
-    except OthersMissing as error:
+        yield Verdict("ranks", GOOD, check_all_ranks(place, seconds=seconds, backends=backends))
+    except RanksMissing as error:
         yield Verdict("ranks", BROKEN, str(error), elsewhere=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.doctor.ranks import RanksFailed, environment, tail
+from kvcat_nemo.runs.layout import RunFolder
 
 MASKS = "first_masks.pt"
 RUN = Path("runs") / "doctor"
@@ -112,9 +113,9 @@ def run_jobs(jobs: list[dict[str, Any]], device: str, folder: Path, timeout: flo
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The figures of a run: a line for every step and validation."""
-    from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile
+    from kvcat_nemo.runs.metrics_file import MetricsFile
 
-    return MetricsFile.lines(folder / RUN / "kvcat" / METRICS_FILE)
+    return MetricsFile.lines(RunFolder(folder / RUN).metrics)
 
 
 def serve(jobs_file: str, device: str) -> None:
@@ -152,7 +153,7 @@ def serve(jobs_file: str, device: str) -> None:
 def _wait(pid: int, one: dict[str, Any]) -> int:
     from kvcat_nemo.runs.checkpoints import complete
 
-    checkpoints = Path(one["folder"]) / RUN / "checkpoints"
+    checkpoints = RunFolder(Path(one["folder"]) / RUN).checkpoints
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

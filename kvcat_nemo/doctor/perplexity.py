@@ -15,6 +15,7 @@ import torch
 from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.doctor.ranks import RanksFailed, environment, tail
 from kvcat_nemo.doctor.weights import load_weights
+from kvcat_nemo.runs.layout import WEIGHTS
 
 WINDOWS, TOKENS = 4, 256
 
@@ -119,7 +120,7 @@ def main(job_file: str) -> None:
     )
     apply_rope(model, arch)
     model.to(hardware.device()).to(torch.bfloat16).eval()
-    load_weights(model, base / "weights")
+    load_weights(model, base / WEIGHTS)
     ids = job["ids"].to(hardware.device())
     place = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
     torch.save(model(ids, place).float().cpu(), Path(job_file).with_suffix(".logits"))

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kvcat_nemo.runs.layout import CARD
+
 SHAPES: dict[str, dict[str, Any]] = {
     "D 64, tied": {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "tied": True},
     "D 128, untied": {"layers": 4, "hidden": 256, "heads": 2, "kv_heads": 1, "head_dim": 128, "tied": False},
@@ -36,7 +38,7 @@ def make(shape: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     from kvcat_nemo.conversion.importing import import_hf
 
     hf, megatron = folder / "hf", folder / "megatron"
-    if (megatron / "kvcat_checkpoint.json").is_file():
+    if (megatron / CARD).is_file():
         return hf, megatron
     config = Qwen2Config(
         vocab_size=shape["vocab"],

@@ -1,7 +1,7 @@
-"""Signs of life between ranks: who died is named by those who are left, within a bounded time.
+"""Heartbeats between ranks: the ranks that are left name the one that died, within a bounded time.
 
 A collective over a dead rank fails with an address at best, and waits for half an hour at worst. Each rank therefore
-leaves a counter in the job's store, watches its neighbour's, and tells all others when it stands still. Plain torch.
+counts up in the job's store, watches its neighbour's counter, and tells all others when that stands still. Plain torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from kvcat_nemo.runs.exit_codes import PEER_DIED as EXIT_PEER_DIED
 
 
-class Lifeline:
-    """One rank's side.
+class Heartbeat:
+    """One rank's heartbeat, and its watch over the next rank's.
 
     Args:
         store: a connection of its own to the job's store (`connect`): its calls may block.
         rank, world_size: this process' place.
-        interval: seconds between signs; patience: seconds without a sign after which a rank counts as dead.
+        interval: seconds between heartbeats; patience: seconds without one after which a rank counts as dead.
         end: called with the message when another rank is dead; by default it ends this process with code 69.
     """
 
@@ -52,8 +52,8 @@ class Lifeline:
         self._verdict: str | None = None
         self._known: dict[int, dict] = {}
         self._threads = [
-            threading.Thread(target=self._beat, name="kvcat-lifeline", daemon=True),
-            threading.Thread(target=self._watch_store, name="kvcat-lifeline-store", daemon=True),
+            threading.Thread(target=self._beat, name="kvcat-heartbeat", daemon=True),
+            threading.Thread(target=self._watch_store, name="kvcat-heartbeat-store", daemon=True),
         ]
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class Lifeline:
         """This rank ends in good order: nobody is to miss it."""
         self._stopped.set()
         with contextlib.suppress(Exception):
-            # A key of its own: a sign of life that is under way would overwrite it.
+            # A key of its own: a heartbeat that is under way would overwrite it.
             self.store.set(f"done/{self.rank}", "")
 
     def report_own_failure(self, error: BaseException) -> None:
@@ -121,7 +121,7 @@ class Lifeline:
             if now != seen or done:
                 seen, silent = now, 0
             elif silent > self._rounds:
-                text = f"{self._name(neighbour)} died or hangs: no sign of life for {self.patience:g} s"
+                text = f"{self._name(neighbour)} died or hangs: no heartbeat for {self.patience:g} s"
                 with contextlib.suppress(Exception):
                     self._announce(text)
                 self._judge(text)
@@ -226,7 +226,7 @@ def connect(patience: float = 60.0) -> torch.distributed.Store:
         host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience)
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return torch.distributed.PrefixStore(f"kvcat-lifeline/{attempt}", store)
+    return torch.distributed.PrefixStore(f"kvcat-heartbeat/{attempt}", store)
 
 
 def is_communication_error(error: BaseException) -> bool:

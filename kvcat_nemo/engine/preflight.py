@@ -1,4 +1,4 @@
-"""Can all ranks of a job reach each other? A sum over them with a time limit, and the names of those that do not answer.
+"""The check before a job starts: a sum over all ranks with a time limit, and the names of those that do not answer.
 
 Needs torch alone, so that a launcher can ask before it starts anything heavy.
 """
@@ -30,7 +30,7 @@ class Place:
     """torchrun's agent holds the store; otherwise rank 0 does."""
 
 
-class OthersMissing(ValueError):
+class RanksMissing(ValueError):
     """This rank is there; the ones that the message names are not."""
 
 
@@ -73,7 +73,7 @@ def place_from_environment() -> Place | None:
     )
 
 
-def reach_all(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = ("gloo",)) -> str:
+def check_all_ranks(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = ("gloo",)) -> str:
     """Sum the ranks' numbers over all ranks.
 
     Args:
@@ -83,7 +83,7 @@ def reach_all(place: Place, *, seconds: float = 60.0, backends: Sequence[str] = 
         one line on what answered.
 
     Raises:
-        OthersMissing: naming the ranks and hosts that did not answer in time, and where they hang.
+        RanksMissing: naming the ranks and hosts that did not answer in time, and where they hang.
         ValueError: when it did not work out for another reason.
     """
     here = socket.gethostname()
@@ -182,7 +182,7 @@ def _await(store, what: str, verb: str, place: Place, deadline: float, seconds: 
         return f"rank {r} (host {hosts.get(r) or nodes.get(node) or f'of node {node}, not known'})"
 
     listed = ", ".join(map(name, missing[:16])) + (" and more" if len(missing) > 16 else "")
-    raise OthersMissing(f"{listed} {verb} within {seconds:g} s")
+    raise RanksMissing(f"{listed} {verb} within {seconds:g} s")
 
 
 def _outlast_the_others(store, place: Place) -> None:

@@ -11,7 +11,7 @@ import torch
 from kvcat_nemo.engine import hardware
 
 
-class Together(RuntimeError):
+class AllRanksError(RuntimeError):
     """Something failed on one rank, and every rank raised this with the same text."""
 
 
@@ -58,7 +58,7 @@ def on_first_rank(act: Callable[[], Any]) -> Any:
     """Run `act` on rank 0 and give every rank its result. A collective call.
 
     Raises:
-        Together: on every rank, when it raised an OSError or ValueError on rank 0.
+        AllRanksError: on every rank, when it raised an OSError or ValueError on rank 0.
     """
     answer: list[Any] = [None, None]
     if rank() == 0:
@@ -69,5 +69,5 @@ def on_first_rank(act: Callable[[], Any]) -> Any:
     if world_size() > 1:
         torch.distributed.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise Together(answer[1])
+        raise AllRanksError(answer[1])
     return answer[0]

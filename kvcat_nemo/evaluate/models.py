@@ -19,6 +19,7 @@ from kvcat_nemo.models.hf_config import parse_config, read_config
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import check_tied, find_weights
 from kvcat_nemo.runs.integrity import require_unchanged
+from kvcat_nemo.runs.layout import CARD, CHECKPOINTS, CONTEXT, WEIGHTS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -110,7 +111,7 @@ def _supported() -> tuple[str, ...]:
 
 
 def _what_it_is(path: Path) -> str:
-    megatron = ("kvcat_checkpoint.json", "weights", "checkpoints", "metadata.json", "common.pt", "context")
+    megatron = (CARD, WEIGHTS, CHECKPOINTS, "metadata.json", "common.pt", CONTEXT)
     if any((path / name).exists() for name in megatron):
         return "a Megatron checkpoint; export it first: kvcat export CKPT OUT, then give OUT"
     return "no config.json there, so it is no Hugging Face model folder"

@@ -14,11 +14,7 @@ from typing import Any
 
 from kvcat_nemo.models.hf_config import ModelConfig, parse_config, read_config, read_json
 from kvcat_nemo.models.rope import Rope, RopeScaling, read_rope
-
-RECORD = "kvcat_model.json"
-"""In a training checkpoint: the function that its weights were trained in."""
-CARD = "kvcat_checkpoint.json"
-"""In an imported folder, beside hf/ with its config.json."""
+from kvcat_nemo.runs.layout import CARD, CHECKPOINTS, HF, RECORD, WEIGHTS, RunFolder
 
 SAME_EVERYWHERE = {
     "normalization": "RMSNorm",
@@ -210,7 +206,7 @@ def stored_function(path: str | Path) -> tuple[Function, Path] | None:
         ValueError: when the file is damaged, or an imported folder's card and config.json contradict each other.
     """
     path = Path(path).absolute()
-    for folder in (path, path.parent) if path.name == "weights" else (path,):
+    for folder in (path, path.parent) if path.name == WEIGHTS else (path,):
         if (folder / RECORD).is_file():
             record = read_json(folder / RECORD)
             if not isinstance(record, dict) or not isinstance(record.get("function"), dict):
@@ -220,8 +216,8 @@ def stored_function(path: str | Path) -> tuple[Function, Path] | None:
             return record["function"], folder / RECORD
         if (folder / CARD).is_file():
             return _of_imported(folder)
-    runs = [parent.parent for parent in path.parents if parent.name == "checkpoints"][:1]
-    for file in (run / "kvcat" / "config.json" for run in runs):
+    runs = [RunFolder(parent.parent) for parent in path.parents if parent.name == CHECKPOINTS][:1]
+    for file in (run.config for run in runs):
         kept = read_json(file) if file.is_file() else None
         settings = kept.get("model") if isinstance(kept, dict) else None
         if isinstance(settings, dict) and "rotary_base" in settings:
@@ -235,7 +231,7 @@ def _of_imported(folder: Path) -> tuple[Function, Path]:
     if not isinstance(architecture, dict):
         raise ValueError(f"{folder / CARD} is damaged: it names no architecture; import the model again")
     said = _function_of_card(architecture)
-    file = folder / "hf" / "config.json"
+    file = folder / HF / "config.json"
     if not file.is_file():
         return said, folder / CARD
     described = function_of_model(parse_config(read_config(file.parent), str(file)))

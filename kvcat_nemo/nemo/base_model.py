@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvcat_nemo.models.function import CARD, Function, differences, function_of_settings, stored_function
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
-from kvcat_nemo.runs.integrity import examine, is_sealed
+from kvcat_nemo.models.function import Function, differences, function_of_settings, stored_function
+from kvcat_nemo.runs.integrity import examine, has_manifest
+from kvcat_nemo.runs.layout import CARD, MANIFEST
 
 
 def tokenizer_dir(base: str | Path) -> Path:
@@ -24,17 +24,17 @@ def tokenizer_dir(base: str | Path) -> Path:
 
 
 def require_base(base: str | Path, *, unverified: bool) -> None:
-    """Refuse a base that nothing tells to be whole, or whose files have other names or sizes than its seal says.
+    """Refuse a base that nothing tells to be whole, or whose files have other names or sizes than its manifest says.
 
     Hashes are compared by all ranks together, before the base is loaded (nemo.checkpoint_check).
 
     Raises:
         ValueError: says what to do.
     """
-    if not is_sealed(base):
+    if not has_manifest(base):
         if not unverified:
             raise ValueError(
-                f"resume.base={str(base)!r} has no {SEAL}: an older kvcat imported it, or another program wrote it. Import it again "
+                f"resume.base={str(base)!r} has no {MANIFEST}: an older kvcat imported it, or another program wrote it. Import it again "
                 f"(kvcat convert import HF_DIR {base} --force), or, if you trust it, set resume.unverified=True"
             )
         return
@@ -67,7 +67,7 @@ def check_resumed(checkpoint: str | Path, config) -> None:
     try:
         stored = stored_function(checkpoint)
     except ValueError:
-        return  # a damaged record: the seal will say so, and the checkpoint is set aside (nemo.checkpoint_check)
+        return  # a damaged record: the manifest will say so, and the checkpoint is set aside (nemo.checkpoint_check)
     if stored is not None:
         _compare(
             config,

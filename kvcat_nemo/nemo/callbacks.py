@@ -16,16 +16,11 @@ from kvcat_nemo.engine import hardware, rank_sync
 from kvcat_nemo.engine.grad_norm import gradient_norms
 from kvcat_nemo.engine.step import step_metrics
 from kvcat_nemo.nemo.guard import KVCatGuard
-from kvcat_nemo.nemo.mlflow_logger import (
-    METRICS_FILE,
-    MetricsFile,
-    MLflowTracker,
-    run_folder,
-    write_atomically,
-)
+from kvcat_nemo.nemo.mlflow_logger import MetricsFile, MLflowTracker, run_folder, write_atomically
 from kvcat_nemo.nemo.records import tflops_per_gpu
 from kvcat_nemo.nemo.rng_callback import random_state_callback
 from kvcat_nemo.nemo.stop import stop_requested
+from kvcat_nemo.runs.layout import FINISHED, METRICS_FILE
 
 STUCK_KEEP_RATE = 0.99
 
@@ -158,7 +153,7 @@ class KVCatMetrics(pl.Callback):
     def on_fit_end(self, trainer, pl_module) -> None:
         # After the last checkpoint is on disk; what waits for the run looks for this file.
         if trainer.is_global_zero and trainer.global_step >= trainer.max_steps:
-            write_atomically(run_folder() / "finished.json", json.dumps({"step": trainer.global_step}) + "\n")
+            write_atomically(run_folder() / FINISHED, json.dumps({"step": trainer.global_step}) + "\n")
 
     def _validate(self, trainer: pl.Trainer) -> None:
         if not trainer.enable_validation:

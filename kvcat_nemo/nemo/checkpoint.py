@@ -17,14 +17,15 @@ from kvcat_nemo.models.function import write_record
 from kvcat_nemo.nemo.base_model import trained_function
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
 from kvcat_nemo.nemo.stop import stop_requested
-from kvcat_nemo.runs.checkpoint_manifest import UNFINISHED, write_seal
+from kvcat_nemo.runs.checkpoint_manifest import write_manifest
 from kvcat_nemo.runs.checkpoints import complete
+from kvcat_nemo.runs.layout import CONTEXT, UNFINISHED
 from kvcat_nemo.runs.retention import remove, tidy
 from kvcat_nemo.runs.vocabulary import PADDED, VOCABULARY, padded
 
 
 class KVCatCheckpoint(nl.ModelCheckpoint):
-    """Saves to checkpoints/step=N, which is complete once it is sealed (kvcat_nemo.runs) and counts only then.
+    """Saves to checkpoints/step=N, which is complete once its manifest is written (kvcat_nemo.runs) and counts only then.
 
     Args:
         every_n_train_steps: steps between saves; the last step and a requested stop are saved too.
@@ -147,14 +148,14 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             function = trained_function(trainer.lightning_module.config)
             rank_sync.on_first_rank(lambda: write_record(path, function))
             if self.always_save_context:
-                rank_sync.on_first_rank(lambda: _dump_context(trainer, path / "context"))
+                rank_sync.on_first_rank(lambda: _dump_context(trainer, path / CONTEXT))
             if not self.async_save:
                 finish()
         except SAVE_FAILED as error:
             self._failed(path, error)
         except OSError as error:
             if rank_sync.world_size() > 1:
-                raise  # on this rank alone: the others learn of it from the lifeline
+                raise  # on this rank alone: the others learn of it from the heartbeat
             self._failed(path, error)
 
     def _begin(self, path: Path) -> None:
@@ -169,7 +170,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         newest = complete(path.parent)[:1]
         if not newest:
             return
-        needed, free = newest[0].seal.bytes, shutil.disk_usage(path.parent).free
+        needed, free = newest[0].manifest.bytes, shutil.disk_usage(path.parent).free
         if free < needed * 1.02:
             raise OSError(
                 f"no room for a checkpoint: {newest[0].path.name} took {needed / 1e6:,.1f} MB, {path.parent} has "
@@ -182,12 +183,12 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             facts = {"world_size": rank_sync.world_size(), "seconds": round(time.monotonic() - started, 3)}
             facts |= _vocabulary(trainer)
 
-            def seal() -> None:
-                write_seal(path, step, files, **facts)
+            def declare_complete() -> None:
+                write_manifest(path, step, files, **facts)
                 path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
                 self._tidy()  # it is complete: whatever fails from here on is no failed save
 
-            rank_sync.on_first_rank(seal)
+            rank_sync.on_first_rank(declare_complete)
             self.failed = 0
             self.last_model_path = str(path)
             if trainer.is_global_zero:

@@ -5,34 +5,34 @@ from pathlib import Path
 from nemo.utils import logging
 
 from kvcat_nemo.engine import rank_sync
-from kvcat_nemo.runs.checkpoint_manifest import BROKEN
-from kvcat_nemo.runs.integrity import examine, is_sealed
+from kvcat_nemo.runs.integrity import examine, has_manifest
+from kvcat_nemo.runs.layout import BROKEN
 from kvcat_nemo.runs.retention import set_aside
 
 
 def first_whole(candidates: list[Path], *, hashes: bool, unverified: bool = False) -> Path:
-    """The first candidate whose files are what its seal says. A collective call.
+    """The first candidate whose files are what its manifest says. A collective call.
 
     Those before it are set aside (renamed to …-broken), with the reason in the log.
 
     Args:
-        unverified: take one that has no seal, when it is the only one.
+        unverified: take one that has no manifest, when it is the only one.
 
     Raises:
         ValueError: on every rank, when there is none.
     """
     reasons = []
     for path in candidates:
-        if unverified and len(candidates) == 1 and not is_sealed(path):
-            logging.warning(f"kvcat: {path} has no seal: not compared with anything (resume.unverified)")
+        if unverified and len(candidates) == 1 and not has_manifest(path):
+            logging.warning(f"kvcat: {path} has no manifest: not compared with anything (resume.unverified)")
             return path
-        wrong, damaged, seal = _examine(path, hashes)
+        wrong, damaged, manifest = _examine(path, hashes)
         if not wrong:
             if reasons:
-                logging.warning(f"kvcat: resuming from {path} (step {seal.step}) instead")
+                logging.warning(f"kvcat: resuming from {path} (step {manifest.step}) instead")
             elif hashes:
                 logging.info(
-                    f"kvcat: {len(seal.files)} files of {path} are what was saved ({seal.bytes / 1e6:,.1f} MB)"
+                    f"kvcat: {len(manifest.files)} files of {path} are what was saved ({manifest.bytes / 1e6:,.1f} MB)"
                 )
             return path
         reasons += wrong
@@ -45,33 +45,33 @@ def first_whole(candidates: list[Path], *, hashes: bool, unverified: bool = Fals
 
 
 def whole_base(base: Path, *, hashes: bool, unverified: bool) -> None:
-    """Compare a base's files with its seal; one without a seal must have been accepted. A collective call.
+    """Compare a base's files with its manifest; one without a manifest must have been accepted. A collective call.
 
     Raises:
         ValueError: on every rank, when a file differs.
     """
-    if not is_sealed(base):
+    if not has_manifest(base):
         if not unverified:
             raise ValueError(
-                f"{base} has no seal: nothing tells whether it is whole; set resume.unverified=True if you trust it"
+                f"{base} has no manifest: nothing tells whether it is whole; set resume.unverified=True if you trust it"
             )
-        logging.warning(f"kvcat: {base} has no seal: not compared with anything (resume.unverified)")
+        logging.warning(f"kvcat: {base} has no manifest: not compared with anything (resume.unverified)")
         return
-    wrong, _, seal = _examine(base, hashes)
+    wrong, _, manifest = _examine(base, hashes)
     if wrong:
         raise ValueError(
             f"resume.base: {'; '.join(wrong)}. Import it again: kvcat convert import HF_DIR {base} --force"
         )
     if hashes:
         logging.info(
-            f"kvcat: {len(seal.files)} files of {base} are what was written ({seal.bytes / 1e6:,.1f} MB)"
+            f"kvcat: {len(manifest.files)} files of {base} are what was written ({manifest.bytes / 1e6:,.1f} MB)"
         )
 
 
 def _examine(path: Path, hashes: bool):
-    """What is wrong, whether it is damaged, and the seal: the same on every rank."""
+    """What is wrong, whether it is damaged, and the manifest: the same on every rank."""
     found = rank_sync.gather(
         examine(path, hashes=hashes, part=rank_sync.rank(), parts=rank_sync.world_size())
     )
     wrong = sorted({line for one in found for line in one.lines})
-    return wrong, any(one.damaged for one in found), found[0].seal
+    return wrong, any(one.damaged for one in found), found[0].manifest

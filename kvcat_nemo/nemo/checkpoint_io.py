@@ -24,8 +24,9 @@ from kvcat_nemo.common.files import new_file
 from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.runs.checkpoint_manifest import contents, hash_files, owner
+from kvcat_nemo.runs.layout import HASHES
 
-SAVE_FAILED = (CheckpointException, rank_sync.Together)
+SAVE_FAILED = (CheckpointException, rank_sync.AllRanksError)
 """What a save that failed raises on every rank. (torch's CheckpointException is no Exception.)"""
 
 
@@ -82,7 +83,7 @@ def collect_hashes(folder: Path) -> dict[str, dict]:
     Each rank answers for its own files. What an asynchronous writer hashed already is not read again.
 
     Raises:
-        Together: on every rank, when one could not read its files.
+        AllRanksError: on every rank, when one could not read its files.
     """
     me, world = rank_sync.rank(), rank_sync.world_size()
     sidecar = _sidecar(folder, me)
@@ -90,20 +91,20 @@ def collect_hashes(folder: Path) -> dict[str, dict]:
     try:
         done = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
         sidecar.unlink(missing_ok=True)
-        mine = [n for n in contents(folder) if owner(n, world) == me and ".hashes-" not in n]
+        mine = [n for n in contents(folder) if owner(n, world) == me and HASHES not in n]
         answer = ({n: done[n] for n in mine if n in done} | hash_files(folder, set(mine) - set(done)), "")
     except OSError as error:
         answer = ({}, f"{rank_sync.whoami()}: {error}")
     files: dict[str, dict] = {}
     for found, wrong in rank_sync.gather(answer):
         if wrong:
-            raise rank_sync.Together(wrong)
+            raise rank_sync.AllRanksError(wrong)
         files |= found
     return files
 
 
 def _sidecar(folder: Path, rank: int) -> Path:
-    return folder / f".hashes-{rank}.json"
+    return folder / f"{HASHES}{rank}.json"
 
 
 def _write_then_hash(write, folder: str, rank: int, world: int, *args, **kwargs) -> None:

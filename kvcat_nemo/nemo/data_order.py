@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +10,10 @@ from nemo.utils import logging
 
 from kvcat_nemo.common.limits import check_size
 from kvcat_nemo.data.run_order import EPOCHS, MEGATRON, changes, refusal
+from kvcat_nemo.runs.layout import RunFolder, read_record
 
 STATE = "order"
 """Its name in a data module's state, in every checkpoint."""
-ORDER_FILE = "data_order.json"
 """The same beside the run's other records, read before anything has started."""
 
 OLD_RUN = (
@@ -59,12 +58,12 @@ class KeepsOrder:
             self._order = self.describe_order(trainer)
         if not candidates:
             return
-        file = Path(candidates[0]).parent.parent / "kvcat" / ORDER_FILE
+        file = RunFolder.of_checkpoint(candidates[0]).order
         try:
-            before = json.loads(file.read_text())
+            before = read_record(file)
         except (OSError, ValueError):
             return  # the checkpoint has it too, and says so when it is loaded
-        if before.get("index") != MEGATRON:
+        if before and before.get("index") != MEGATRON:
             self._refuse_changes(before, str(candidates[0]), say=False)
 
     def _refuse_changes(self, before: Mapping[str, Any], checkpoint: str, *, say: bool) -> None:

@@ -14,8 +14,9 @@ from nemo.utils import AppState
 from nemo.utils import logging as nemo_logging
 
 from kvcat_nemo.common.redact import redact, refuse_credentials
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
-from kvcat_nemo.tracking.mlflow_run import RUN_FILE, MlflowRun, figures_of, store_uri
+from kvcat_nemo.runs.layout import METRICS_FILE, RUN_FILE, RunFolder
+from kvcat_nemo.runs.metrics_file import MetricsFile, write_atomically
+from kvcat_nemo.tracking.mlflow_run import MlflowRun, figures_of, store_uri
 from kvcat_nemo.tracking.outbox import Figure, Outbox
 from kvcat_nemo.tracking.system import SystemSampler
 
@@ -28,13 +29,13 @@ CLOSE_SECONDS_LOCAL = 180.0
 
 def run_folder() -> Path:
     """The run's own folder in NeMo's log directory (whose loose files NeMo moves away at every start)."""
-    folder = Path(AppState().log_dir) / "kvcat"
+    folder = RunFolder(AppState().log_dir).records
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 class _ToNeMo(logging.Handler):
-    """Tracking's messages, in the console and the log files that NeMo keeps."""
+    """Messages of tracking and of the metrics file, in the console and the log files that NeMo keeps."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say = nemo_logging.warning if record.levelno >= logging.WARNING else nemo_logging.info
@@ -42,11 +43,12 @@ class _ToNeMo(logging.Handler):
 
 
 def _speak_through_nemo() -> None:
-    ours = logging.getLogger("kvcat_nemo.tracking")
-    if not any(isinstance(handler, _ToNeMo) for handler in ours.handlers):
-        ours.addHandler(_ToNeMo())
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
+    for room in ("kvcat_nemo.tracking", "kvcat_nemo.runs"):  # the latter has the metrics file
+        ours = logging.getLogger(room)
+        if not any(isinstance(handler, _ToNeMo) for handler in ours.handlers):
+            ours.addHandler(_ToNeMo())
+            ours.setLevel(logging.INFO)
+            ours.propagate = False
 
 
 class MLflowTracker(Logger):

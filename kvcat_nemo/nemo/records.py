@@ -15,17 +15,19 @@ from nemo.utils import logging
 from kvcat_nemo.common.redact import redact_tree
 from kvcat_nemo.engine.cost import flops_per_step
 from kvcat_nemo.method.config import keep_target
-from kvcat_nemo.nemo.data_order import ORDER_FILE
-from kvcat_nemo.nemo.mlflow_logger import (
+from kvcat_nemo.nemo.mlflow_logger import MetricsFile, MLflowTracker, run_folder, write_atomically
+from kvcat_nemo.runs.layout import (
+    BASE,
+    CONFIG_FILE,
+    CONFIG_YAML,
+    LOSSES_PICTURE,
     METRICS_FILE,
-    MetricsFile,
-    MLflowTracker,
-    run_folder,
-    write_atomically,
+    ORDER_FILE,
+    PROVENANCE_FILE,
 )
+from kvcat_nemo.runs.pictures import plot_run
 from kvcat_nemo.runs.provenance import manifest
 from kvcat_nemo.tracking.afterwards import flatten
-from kvcat_nemo.tracking.run_pictures import plot_run
 
 
 class KVCatRecords(pl.Callback):
@@ -41,19 +43,17 @@ class KVCatRecords(pl.Callback):
         # Through JSON: what is left of NumPy's and others' kinds of numbers and words becomes plain, or YAML refuses it.
         described = json.loads(json.dumps(described, default=str))
         folder = run_folder()
-        write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
-        write_atomically(
-            folder / "config.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
-        )
+        write_atomically(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+        write_atomically(folder / CONFIG_YAML, yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
         if hasattr(trainer.datamodule, "order_record"):
             order = json.dumps(trainer.datamodule.order_record(), indent=1)
             write_atomically(folder / ORDER_FILE, order + "\n")
         facts = redact_tree(manifest(config=described, world_size=trainer.world_size))
-        write_atomically(folder / "manifest.json", json.dumps(facts, indent=2) + "\n")
+        write_atomically(folder / PROVENANCE_FILE, json.dumps(facts, indent=2) + "\n")
         for logger in trainer.loggers:
             logger.log_hyperparams(flatten(described))
             if isinstance(logger, MLflowTracker):
-                logger.log_files(folder / "config.yaml", folder / "config.json", folder / "manifest.json")
+                logger.log_files(folder / CONFIG_YAML, folder / CONFIG_FILE, folder / PROVENANCE_FILE)
 
     def on_train_batch_end(self, trainer, pl_module, *args) -> None:
         # Not at the start: there NeMo has yet to move away the loose files that the run's former process left.
@@ -62,7 +62,7 @@ class KVCatRecords(pl.Callback):
         self._based = True
         base = getattr(trainer.datamodule, "base", None)
         if base:
-            write_atomically(run_folder().parent / "kvcat_base.json", json.dumps({"base": str(base)}) + "\n")
+            write_atomically(run_folder().parent / BASE, json.dumps({"base": str(base)}) + "\n")
 
     def on_fit_end(self, trainer, pl_module) -> None:
         if not trainer.is_global_zero:
@@ -71,7 +71,7 @@ class KVCatRecords(pl.Callback):
         files = [folder / METRICS_FILE]
         try:
             title = f"{folder.parent.name}: step {trainer.global_step:,} of {trainer.max_steps:,}"
-            picture = folder / "losses.png"
+            picture = folder / LOSSES_PICTURE
             plot_run(MetricsFile.lines(files[0]), picture, title=title, target_keep=keep_target(vars(kvcat)))
             files.append(picture)
         except Exception as error:  # a picture must not end a training run

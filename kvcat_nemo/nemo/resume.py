@@ -9,9 +9,9 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
 from kvcat_nemo.nemo.base_model import check_base, check_resumed, require_base
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import survey
-from kvcat_nemo.runs.integrity import is_sealed
+from kvcat_nemo.runs.integrity import has_manifest
+from kvcat_nemo.runs.layout import CHECKPOINTS, MANIFEST, WEIGHTS
 
 
 @dataclass(kw_only=True)
@@ -23,9 +23,9 @@ class KVCatResume(nl.AutoResume):
     mode: Literal["auto", "must", "never"] = "auto"
     """auto: go on from the run's newest complete checkpoint if there is one; must: fail without one; never: fail with one."""
     verify: Literal["hashes", "sizes"] = "hashes"
-    """What of a checkpoint's or base's files is compared with its seal before it is loaded; hashes read every file once more."""
+    """What of a checkpoint's or base's files is compared with its manifest before it is loaded; hashes read every file once more."""
     unverified: bool = False
-    """True takes a base, or a checkpoint named by resume_from_path, that has no seal (a plain NeMo or Megatron checkpoint)."""
+    """True takes a base, or a checkpoint named by resume_from_path, that has no manifest (a plain NeMo or Megatron checkpoint)."""
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     resume_past_end: bool = True
@@ -35,7 +35,7 @@ class KVCatResume(nl.AutoResume):
 
         Raises:
             ValueError: when the mode and what is on disk do not fit, when every checkpoint that was complete once is
-                damaged, when the base does not exist, is damaged or has no seal, or when the run would compute another function
+                damaged, when the base does not exist, is damaged or has no manifest, or when the run would compute another function
                 than its base or its checkpoint.
         """
         if self.mode not in ("auto", "must", "never"):
@@ -48,7 +48,7 @@ class KVCatResume(nl.AutoResume):
                 "give resume.base=FOLDER instead"
             )
         if self.base is not None:
-            if not (Path(self.base) / "weights").is_dir():
+            if not (Path(self.base) / WEIGHTS).is_dir():
                 raise ValueError(
                     f"resume.base={self.base!r}: no checkpoint there (no weights/). Make one: kvcat convert import HF_DIR {self.base}"
                 )
@@ -85,14 +85,14 @@ class KVCatResume(nl.AutoResume):
         )
 
     def _folder(self) -> Path:
-        return Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
+        return Path(self.resume_from_directory or Path(AppState().log_dir) / CHECKPOINTS)
 
     def _find(self) -> list[Path]:
         """Complete checkpoints, newest first; what is passed over is named."""
         if self.resume_from_path:
-            if not is_sealed(self.resume_from_path) and not self.unverified:
+            if not has_manifest(self.resume_from_path) and not self.unverified:
                 raise ValueError(
-                    f"resume.resume_from_path={str(self.resume_from_path)!r} has no {SEAL}: its save did not end, or another program "
+                    f"resume.resume_from_path={str(self.resume_from_path)!r} has no {MANIFEST}: its save did not end, or another program "
                     "wrote it. Take another checkpoint, or, if you trust it, set resume.unverified=True"
                 )
             return [Path(self.resume_from_path)]

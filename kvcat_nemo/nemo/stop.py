@@ -18,10 +18,10 @@ from nemo.utils import logging
 from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.nemo.mlflow_logger import run_folder, write_atomically
 from kvcat_nemo.runs.exit_codes import REQUEUE as EXIT_REQUEUE
+from kvcat_nemo.runs.layout import STOPPED
 
 STOP_FILE = "KVCAT_STOP_FILE"
 """Environment variable: path of a file that asks every rank to stop once it exists. (A signal to torchrun ends torchrun.)"""
-STOPPED = "stopped.json"
 
 
 class KVCatStop(pl.Callback):

@@ -125,7 +125,7 @@ class KVCatStrategy(nl.MegatronStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False):
-        """As NeMo's, from the newest of the candidates whose files are what their seal says.
+        """As NeMo's, from the newest of the candidates whose files are what their manifest says.
 
         Raises:
             ValueError: when there is none; names every damaged file.
@@ -158,7 +158,7 @@ class KVCatStrategy(nl.MegatronStrategy):
         """Load the weights of `restore_config.path`: a converted base model, or a training checkpoint.
 
         Raises:
-            ValueError: when the checkpoint's files are not what its seal says, when it is of another architecture, or lacks a
+            ValueError: when the checkpoint's files are not what its manifest says, when it is of another architecture, or lacks a
                 parameter other than a router's.
         """
         if not self.restore_config:

@@ -23,7 +23,7 @@ STRATEGY: dict[str, Refused] = {
     ),
     "fsdp": Refused(NO_FSDP.format("None"), (None,)),
     "save_ckpt_format": Refused(
-        "seals, resuming and export know torch_dist; set it to 'torch_dist'", ("torch_dist",)
+        "manifests, resuming and export know torch_dist; set it to 'torch_dist'", ("torch_dist",)
     ),
     "ckpt_load_main_params": Refused(
         "a run resumes with its optimizer, and starts from a base without; set it to False"
@@ -69,7 +69,7 @@ PASSES: dict[str, str] = {
     "data_sampler": "the data module's",
     "parallel_devices": "Lightning's",
     "cluster_environment": "Lightning's",
-    "checkpoint_io": "the strategy's own, which seals what it writes",
+    "checkpoint_io": "the strategy's own, which writes the manifest of what it saves",
     "find_unused_parameters": "PyTorch's data parallelism, which is not used",
     "gradient_as_bucket_view": "PyTorch's data parallelism, which is not used",
     "ckpt_include_optimizer": "an older name, which NeMo passes over",

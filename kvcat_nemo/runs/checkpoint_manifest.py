@@ -1,4 +1,4 @@
-"""The manifest of a sealed folder, kvcat_seal.json: size and hash of every file, written when all of them are on disk.
+"""A folder's manifest, kvcat_seal.json: size and hash of every file, written when all of them are on disk.
 
 Checkpoints of runs, imported base models and exported models carry one. Plain files and hashes, no torch.
 """
@@ -16,19 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kvcat_nemo.common.files import flush_folder, new_file
+from kvcat_nemo.runs.layout import MANIFEST, SCORE, UNFINISHED
 
-SEAL = "kvcat_seal.json"
-SCORE = "kvcat_score.json"
-BASE = "kvcat_base.json"
-"""{"base": folder}: where config and tokenizer of a checkpoint come from. A user may lay it into a checkpoint."""
-BROKEN = "-broken"
-"""Ending of a damaged checkpoint's folder that was set aside."""
-UNFINISHED = "-unfinished"
-"""Ending of the file beside a checkpoint's folder while it is written or removed (NeMo's name for it)."""
 FORMAT = 2
 """1, without "format" and "sha256", is what runs wrote before."""
 
-_NOT_SEALED = (SEAL, SCORE)
+_NOT_LISTED = (MANIFEST, SCORE)
 # What file systems and desktops leave in any folder; no reader looks at it.
 _STRAY = re.compile(r"(^|/)(\.nfs[^/]*|\.DS_Store|\._[^/]*|Thumbs\.db)$")
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp$")
@@ -37,15 +30,15 @@ _PIECE = 4 << 20
 
 
 class Incomplete(ValueError):
-    """A folder that was never sealed, or is being written or removed."""
+    """A folder that never had a manifest, or is being written or removed."""
 
 
 class Damaged(ValueError):
-    """A sealed folder whose files are not what the seal says."""
+    """A folder whose files are not what its manifest says."""
 
 
 @dataclass(frozen=True)
-class Seal:
+class Manifest:
     """What kvcat_seal.json holds."""
 
     step: int
@@ -61,12 +54,12 @@ class Seal:
 
 
 def contents(folder: Path) -> list[str]:
-    """Paths within a folder that belong under its seal, sorted: everything but folders, symbolic links included."""
+    """Paths within a folder that its manifest lists, sorted: everything but folders, symbolic links included."""
     found = []
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         found += [Path(place, name).relative_to(folder).as_posix() for name in files + links]
-    return sorted(n for n in found if n not in _NOT_SEALED and ".partial-" not in n and not _STRAY.search(n))
+    return sorted(n for n in found if n not in _NOT_LISTED and ".partial-" not in n and not _STRAY.search(n))
 
 
 def owner(name: str, world_size: int) -> int:
@@ -107,7 +100,7 @@ def _entry(path: Path, flush: bool = False, progress: Callable[[int], Any] | Non
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def write_seal(folder: Path, step: int, files: dict[str, dict], **facts) -> None:
+def write_manifest(folder: Path, step: int, files: dict[str, dict], **facts) -> None:
     """Declare a folder complete. All its files must be on disk.
 
     Raises:
@@ -117,71 +110,71 @@ def write_seal(folder: Path, step: int, files: dict[str, dict], **facts) -> None
     if missing := sorted(set(contents(folder)) ^ set(files)):
         raise Damaged(f"{folder / missing[0]}: the files that were hashed and those in the folder differ")
     body = {"format": FORMAT, "step": step, "files": files, "facts": facts}
-    with new_file(folder / SEAL) as temporary, temporary.open("w", encoding="utf-8") as out:
+    with new_file(folder / MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as out:
         json.dump(body | {"sha256": _digest(body)}, out, indent=1, sort_keys=True)
         out.write("\n")
     for place in (folder, folder.parent):
         flush_folder(place)
 
 
-def seal(folder: Path, step: int = 0, **facts) -> None:
-    """Hash every file of a folder that one process wrote, and seal it."""
-    write_seal(folder, step, hash_files(folder, contents(folder)), **facts)
+def hash_and_write_manifest(folder: Path, step: int = 0, **facts) -> None:
+    """Hash every file of a folder that one process wrote, and write its manifest."""
+    write_manifest(folder, step, hash_files(folder, contents(folder)), **facts)
 
 
 def _digest(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_seal(folder: str | Path) -> Seal:
-    """The seal of a folder.
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a folder.
 
     Raises:
         Incomplete: when it has none, or is marked as being written or removed.
-        Damaged: when the seal itself cannot be read, or is not what was written.
+        Damaged: when the manifest itself cannot be read, or is not what was written.
     """
     folder = Path(folder)
     if folder.with_name(folder.name + UNFINISHED).exists():
         raise Incomplete(f"{folder}: its save (or removal) did not end ({UNFINISHED[1:]} marker)")
-    path = folder / SEAL
+    path = folder / MANIFEST
     if not path.is_file():
-        raise Incomplete(f"{folder}: its save did not end (no {SEAL})")
+        raise Incomplete(f"{folder}: its save did not end (no {MANIFEST})")
     try:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{path}: not a seal ({error})") from None
+        raise Damaged(f"{path}: not a manifest ({error})") from None
 
 
-def sealed_names(folder: Path, kinds: Collection[str] = ()) -> set[str] | None:
-    """What of a folder this project wrote: the files that its seal lists. None when it carries no complete mark.
+def listed_names(folder: Path, kinds: Collection[str] = ()) -> set[str] | None:
+    """What of a folder this project wrote: the files that its manifest lists. None when it has no manifest, or one that cannot be read.
 
     (Their contents are not looked at: a damaged folder is replaced, too.)
 
     Args:
-        kinds: what the seal may be of (its fact "kind"); any kind when there are none.
+        kinds: what the manifest may be of (its fact "kind"); any kind when there are none.
     """
     try:
-        found = read_seal(folder)
+        found = read_manifest(folder)
     except ValueError:
         return None
     if kinds and found.facts.get("kind") not in kinds:
         return None
-    return {SEAL, SCORE, *found.files}
+    return {MANIFEST, SCORE, *found.files}
 
 
-def _parse(stored: dict) -> Seal:
+def _parse(stored: dict) -> Manifest:
     body = {name: stored[name] for name in ("format", "step", "files", "facts") if name in stored}
     if not stored.keys() <= {"step", "files", "facts"}:  # what runs wrote before
         if stored.get("format") != FORMAT:
             raise ValueError(f"format {stored.get('format')!r}, this version reads {FORMAT}")
         if stored.get("sha256") != _digest(body):
             raise ValueError("its own sha256 differs: it changed since it was written")
-    found = Seal(body["step"], body["files"], body["facts"])
+    found = Manifest(body["step"], body["files"], body["facts"])
     if type(found.step) is not int or not isinstance(found.facts, dict) or not found.files:
-        raise ValueError("step, files or facts are not what a seal holds")
+        raise ValueError("step, files or facts are not what a manifest holds")
     for name, entry in found.files.items():
         place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or place.as_posix() != name or name in _NOT_SEALED:
+        if place.is_absolute() or ".." in place.parts or place.as_posix() != name or name in _NOT_LISTED:
             raise ValueError(f"it names {name!r}, which is no file of the folder")
         if type(entry["bytes"]) is not int or not _SHA256.fullmatch(entry["sha256"]):
             raise ValueError(f"{name}: no size and hash")

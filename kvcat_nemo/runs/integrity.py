@@ -1,4 +1,4 @@
-"""Is a sealed folder complete and whole? Every reader of a checkpoint asks here, and nowhere else.
+"""Is a folder complete, and is it what its manifest says? Every reader of a checkpoint asks here, and nowhere else.
 
 Readers: a run's resume and start from a base (kvcat_nemo.nemo), export, verify and whatever else converts, `kvcat train
 doctor`, `kvcat train watch`, the launch scripts, and what decides which checkpoints stay.
@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvcat_nemo.runs.checkpoint_manifest import (
-    BASE,
-    BROKEN,
-    SEAL,
     Damaged,
     Incomplete,
-    Seal,
+    Manifest,
     contents,
     hashes_of,
-    read_seal,
+    read_manifest,
 )
+from kvcat_nemo.runs.layout import BASE, BROKEN, MANIFEST
 
 _SHOWN = 3
 
@@ -34,8 +32,8 @@ class Standing:
 
     path: Path
     state: Literal["whole", "incomplete", "damaged"]
-    """incomplete: never sealed, or marked as being written; damaged: it was complete once."""
-    seal: Seal | None
+    """incomplete: it never had a manifest, or is marked as being written; damaged: it was complete once."""
+    manifest: Manifest | None
     lines: tuple[str, ...] = ()
     """What is wrong, each beginning with the path that is meant."""
 
@@ -49,8 +47,8 @@ class Standing:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done; -1 without a readable seal."""
-        return -1 if self.seal is None else self.seal.step
+        """Optimizer steps done; -1 without a readable manifest."""
+        return -1 if self.manifest is None else self.manifest.step
 
     @property
     def why_not(self) -> str:
@@ -68,7 +66,7 @@ def examine(
     only: Callable[[str], bool] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Standing:
-    """Compare a folder with its seal: no file is missing, added, a link, of another size, or of other contents.
+    """Compare a folder with its manifest: no file is missing, added, a link, of another size, or of other contents.
 
     Args:
         hashes: False compares names and sizes alone, in no time.
@@ -78,29 +76,29 @@ def examine(
     """
     folder = Path(folder)
     try:
-        seal = read_seal(folder)
+        manifest = read_manifest(folder)
     except Incomplete as error:
         return Standing(folder, "incomplete", None, (str(error),))
     except Damaged as error:
         return Standing(folder, "damaged", None, (str(error),))
     found = [f"{folder}: it was set aside as damaged ({BROKEN})"] if folder.name.endswith(BROKEN) else []
-    found += _misfits(folder, seal)
+    found += _misfits(folder, manifest)
     if hashes and not found:
-        names = [name for i, name in enumerate(sorted(seal.files)) if i % parts == part]
+        names = [name for i, name in enumerate(sorted(manifest.files)) if i % parts == part]
         names = [name for name in names if only is None or only(name)]
         try:
             for name, digest in zip(names, hashes_of(folder, names, progress), strict=True):
-                if digest != seal.files[name]["sha256"]:
+                if digest != manifest.files[name]["sha256"]:
                     found.append(f"{folder / name}: its contents changed since it was saved (sha256 differs)")
         except OSError as error:  # a disk that cannot be read is a damaged checkpoint, too
             found.append(f"{error.filename or folder}: {error.strerror or error}")
-    return Standing(folder, "damaged" if found else "whole", seal, tuple(found))
+    return Standing(folder, "damaged" if found else "whole", manifest, tuple(found))
 
 
-def _misfits(folder: Path, seal: Seal) -> list[str]:
+def _misfits(folder: Path, manifest: Manifest) -> list[str]:
     """Files that are missing, of another kind or size, or not listed."""
     found = []
-    for name, entry in seal.files.items():
+    for name, entry in manifest.files.items():
         path = folder / name
         try:
             known = path.lstat()
@@ -113,13 +111,13 @@ def _misfits(folder: Path, seal: Seal) -> list[str]:
         elif known.st_size != entry["bytes"]:
             found.append(f"{path}: {known.st_size:,} bytes, saved with {entry['bytes']:,} (truncated?)")
     for name in contents(folder):
-        if name not in seal.files and name.rsplit("/", 1)[-1] != BASE:
+        if name not in manifest.files and name.rsplit("/", 1)[-1] != BASE:
             found.append(f"{folder / name}: not part of what was saved; move it out of the folder")
     return found
 
 
-def require_whole(folder: str | Path, **options) -> Seal:
-    """The seal of a folder that is complete and whole.
+def require_whole(folder: str | Path, **options) -> Manifest:
+    """The manifest of a folder that is complete and whole.
 
     Args:
         options: as `examine`.
@@ -128,27 +126,27 @@ def require_whole(folder: str | Path, **options) -> Seal:
         ValueError: when it is not; names every file.
     """
     standing = examine(folder, **options)
-    if standing.seal is None or not standing.whole:
+    if standing.manifest is None or not standing.whole:
         raise ValueError(standing.why_not)
-    return standing.seal
+    return standing.manifest
 
 
-def is_sealed(folder: str | Path) -> bool:
-    """Whether there is a seal at all, readable or not."""
-    return (Path(folder) / SEAL).is_file()
+def has_manifest(folder: str | Path) -> bool:
+    """Whether there is a manifest at all, readable or not."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
 def require_unchanged(model: str | Path) -> None:
-    """Of a Hugging Face folder that kvcat exported, and so sealed, every file must be what was written. Others pass.
+    """Of a Hugging Face folder that kvcat exported, and that so has a manifest, every file must be what was written. Others pass.
 
     Raises:
         ValueError: naming the file, and what to do for a change of one's own.
     """
-    if is_sealed(model):
+    if has_manifest(model):
         standing = examine(model)
         if not standing.whole:
             raise ValueError(
-                f"{standing.why_not}. Export it again, or, if you changed it yourself, remove {Path(model) / SEAL}"
+                f"{standing.why_not}. Export it again, or, if you changed it yourself, remove {Path(model) / MANIFEST}"
             )
 
 

@@ -9,13 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcat_nemo.common.files import new_file
-from kvcat_nemo.models.function import RECORD
-from kvcat_nemo.runs.checkpoint_manifest import BASE, BROKEN, SCORE, SEAL, UNFINISHED, contents
+from kvcat_nemo.runs.checkpoint_manifest import contents
 from kvcat_nemo.runs.checkpoints import complete
 from kvcat_nemo.runs.integrity import Standing
-
-LAST = "last"
-"""Symbolic link to the newest complete checkpoint."""
+from kvcat_nemo.runs.layout import (
+    BASE,
+    BROKEN,
+    CONTEXT,
+    HASHES,
+    LAST,
+    MANIFEST,
+    RECORD,
+    SCORE,
+    UNFINISHED,
+    WEIGHTS,
+    read_record,
+)
 
 
 def tidy(
@@ -68,7 +77,7 @@ def remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
         return
-    (path / SEAL).unlink(missing_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)
     if path.is_dir() and any(not _saved(name) for name in contents(path)):
         set_aside(path)
     else:
@@ -79,7 +88,7 @@ def remove(path: Path) -> None:
 
 def _saved(name: str) -> bool:
     # What NeMo and this project write into a checkpoint.
-    return name.startswith(("weights/", "context/", ".hashes-")) or name in (BASE, RECORD)
+    return name.startswith((f"{WEIGHTS}/", f"{CONTEXT}/", HASHES)) or name in (BASE, RECORD)
 
 
 def set_aside(path: Path) -> Path:
@@ -101,10 +110,11 @@ def write_score(folder: Path, metric: str, value: float) -> None:
 def read_score(folder: Path, metric: str) -> float | None:
     """A checkpoint's validation figure, None when it has none of this name."""
     try:
-        stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        stored = read_record(folder / SCORE)
     except (OSError, ValueError):
         return None
-    return stored["value"] if stored.get("metric") == metric else None
+    value = stored.get("value") if stored.get("metric") == metric else None
+    return value if isinstance(value, int | float) else None
 
 
 def _point(link: Path, target: Path) -> None:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from kvcat_nemo.models.function import CARD
 from kvcat_nemo.runs.checkpoints import Checkpoint
+from kvcat_nemo.runs.layout import CARD, RunFolder, read_record
 
 VOCABULARY, PADDED = "vocab_size", "padded_vocab_size"
-"""Facts of a seal: tokens of the vocabulary, and rows of the embedding."""
+"""Facts of a manifest: tokens of the vocabulary, and rows of the embedding."""
 
 
 def recorded(checkpoint: Checkpoint) -> int | None:
-    """The vocabulary that a checkpoint was saved with: from its seal, its card, or its run's configuration; None when nothing tells.
+    """The vocabulary that a checkpoint was saved with: from its manifest, its card, or its run's configuration; None when nothing tells.
 
     Raises:
         ValueError: for a card or configuration that cannot be read.
     """
-    if checkpoint.seal is not None and isinstance(size := checkpoint.seal.facts.get(VOCABULARY), int):
+    if checkpoint.manifest is not None and isinstance(size := checkpoint.manifest.facts.get(VOCABULARY), int):
         return size
     folder = checkpoint.folder
     for path, names in (
         (folder / CARD, ("architecture",)),
-        (folder.parent.parent / "kvcat" / "config.json", ("model",)),
+        (RunFolder.of_checkpoint(folder).config, ("model",)),
     ):
         if path.is_file():
             try:
-                value = json.loads(path.read_text(encoding="utf-8"))
+                value = read_record(path)
                 for name in names:
                     value = value[name]
                 size = value.get("true_vocab_size") or value.get("vocab_size")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from kvcat_nemo.common.redact import redact, refuse_credentials
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE
-from kvcat_nemo.tracking.mlflow_run import RUN_FILE, MlflowRun, client_of, store_uri
+from kvcat_nemo.runs.layout import (
+    CONFIG_FILE,
+    CONFIG_YAML,
+    LOSSES_PICTURE,
+    METRICS_FILE,
+    PROVENANCE_FILE,
+    RUN_FILE,
+    RunFolder,
+    max_steps_of,
+    read_record,
+)
+from kvcat_nemo.tracking.mlflow_run import MlflowRun, client_of, store_uri
 
-FILES = ("config.yaml", "config.json", "manifest.json", METRICS_FILE, "losses.png")
+FILES = (CONFIG_YAML, CONFIG_FILE, PROVENANCE_FILE, METRICS_FILE, LOSSES_PICTURE)
+"""What of a run's records is attached to its MLflow run."""
 
 
 def bring(folder: Path, *, experiment: str = "kvcat", uri: str | None = None) -> tuple[str, str]:
@@ -25,22 +35,20 @@ def bring(folder: Path, *, experiment: str = "kvcat", uri: str | None = None) ->
     Raises:
         ValueError: when the folder holds no run, the address holds credentials, or the store does not answer.
     """
-    kept = folder / "kvcat"
-    if not (kept / METRICS_FILE).is_file():
-        raise ValueError(f"{kept / METRICS_FILE} does not exist: {folder} is no training run's folder")
+    kept = RunFolder(folder)
+    if not kept.metrics.is_file():
+        raise ValueError(f"{kept.metrics} does not exist: {folder} is no training run's folder")
     if uri is not None:
         refuse_credentials([uri])
     where = store_uri(uri)
-    run = MlflowRun(kept, uri=where, experiment=experiment, name=folder.name)
+    described = read_record(kept.config)
+    read_record(kept.mlflow_run)  # a damaged one is no fault of the store
+    run = MlflowRun(kept.records, uri=where, experiment=experiment, name=folder.name)
     try:
         run.connect()
-        config = kept / "config.json"
-        described = json.loads(config.read_text()) if config.is_file() else {}
         run.log_params(flatten(described))
-        run.log_files([kept / name for name in FILES])
-        last = described.get("trainer", {}).get("max_steps")
-        finished = kept / "finished.json"
-        ended = finished.is_file() and json.loads(finished.read_text())["step"] == last
+        run.log_files([kept.records / name for name in FILES])
+        ended = (at := kept.finished_at()) is not None and at == max_steps_of(described)
         run.end("FINISHED" if ended else "KILLED")
     except Exception as error:  # of MLflow, requests or a database
         raise ValueError(f"MLflow at {redact(where)}: {redact(str(error))}") from None
@@ -63,8 +71,8 @@ def training_folder(path: Path) -> Path:
         ValueError: when there is none.
     """
     for folder in [path.absolute(), *path.absolute().parents][:4]:
-        if (folder / "kvcat" / RUN_FILE).is_file():
-            return folder / "kvcat"
+        if RunFolder(folder).mlflow_run.is_file():
+            return RunFolder(folder).records
     raise ValueError(
         f"{path} belongs to no run with {RUN_FILE}; train with the MLflow logger, or kvcat train track first"
     )
@@ -80,7 +88,7 @@ def register_model(model: Path, name: str, *, run: Path, uri: str | None = None)
         ValueError: when the run is not known to MLflow, or the store does not answer.
     """
     kept = training_folder(run)
-    run_id = json.loads((kept / RUN_FILE).read_text()).get("run_id")
+    run_id = read_record(kept / RUN_FILE).get("run_id")
     where = store_uri(uri)
     os.environ.setdefault(
         "MLFLOW_HTTP_REQUEST_TIMEOUT", "600"

@@ -14,11 +14,11 @@ from typing import Any
 
 from kvcat_nemo.common.files import new_file
 from kvcat_nemo.common.redact import redact, redact_tree, split_credentials
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE, MetricsFile, write_atomically
+from kvcat_nemo.runs.layout import METRICS_FILE, RUN_FILE, read_record
+from kvcat_nemo.runs.metrics_file import MetricsFile, write_atomically
 from kvcat_nemo.tracking.outbox import BATCH, Figure, Refused
 from kvcat_nemo.tracking.telemetry import switch_off
 
-RUN_FILE = "mlflow_run.json"
 TRAINING_TAG = "kvcat.training"
 CHANGED_TAG = "kvcat.changed"
 
@@ -169,7 +169,7 @@ class MlflowRun:
 
     def _record(self) -> dict[str, Any]:
         path = self.folder / RUN_FILE
-        record = json.loads(path.read_text()) if path.is_file() else {}
+        record = read_record(path)
         if "training" not in record:
             record["training"] = uuid.uuid4().hex
             write_atomically(path, json.dumps(record) + "\n")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.method.config import keep_target
+from kvcat_nemo.runs.layout import LOSSES_PICTURE, RunFolder, read_record
+from kvcat_nemo.runs.pictures import plot_run
 from kvcat_nemo.runs.provenance import manifest
-from kvcat_nemo.tracking.mlflow_run import RUN_FILE, client_of, store_uri
-from kvcat_nemo.tracking.run_pictures import plot_run
+from kvcat_nemo.tracking.mlflow_run import client_of, store_uri
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -19,7 +20,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: when the run has no validation before its first step and after its last.
     """
-    path = run / "kvcat" / "metrics.jsonl"
+    path = RunFolder(run).metrics
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = max((x["step"] for x in lines if x["kind"] == "train"), default=0)
     validated = {x["step"] for x in lines if x["kind"] == "validation"}
@@ -43,7 +44,7 @@ def write(
     train = [x for x in lines if x["kind"] == "train"]
     held = {x["step"]: x for x in lines if x["kind"] == "validation"}
     before, after = held[0], held[train[-1]["step"]]
-    config = json.loads((run / "kvcat" / "config.json").read_text())
+    config = read_record(RunFolder(run).config)
     dataset = json.loads((data / "manifest.json").read_text())
     seconds = sum(x["step_seconds"] for x in train)
 
@@ -75,7 +76,7 @@ def write(
         ),
     }
     title = f"KV-CAT on {config['data']['base'] or 'a fresh model'}: {result['tokens']:,} tokens in {result['steps']} steps"
-    plot_run(lines, out / "losses.png", title=title, target_keep=keep_target(kvcat))
+    plot_run(lines, out / LOSSES_PICTURE, title=title, target_keep=keep_target(kvcat))
     temporary = out / f".report.{os.getpid()}"
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, out / "report.json")
@@ -119,9 +120,9 @@ def table(report: dict[str, Any]) -> str:
 
 def attach_to_mlflow(run: Path, out: Path) -> None:
     """Add report and picture to the run's artifacts, and its headline figures to the run."""
-    run_id = json.loads((run / "kvcat" / RUN_FILE).read_text())["run_id"]
+    run_id = read_record(RunFolder(run).mlflow_run)["run_id"]
     client = client_of(store_uri())
-    for name in ("report.json", "losses.png", "sample.json"):
+    for name in ("report.json", LOSSES_PICTURE, "sample.json"):
         client.log_artifact(run_id, str(out / name))
     report = json.loads((out / "report.json").read_text())
     for name in ("dense_ppl", "masked_ppl"):

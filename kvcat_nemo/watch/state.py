@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import complete
-from kvcat_nemo.tracking.metrics_file import METRICS_FILE
+from kvcat_nemo.runs.layout import MANIFEST, RunFolder, max_steps_of, read_record
 from kvcat_nemo.watch.tail import Tail
 
 HISTORY = 2000  # points kept of each figure, thinned out evenly beyond
@@ -63,7 +61,8 @@ class RunWatcher:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._tail = Tail(folder / "kvcat" / METRICS_FILE)
+        self._run = RunFolder(folder)
+        self._tail = Tail(self._run.metrics)
         self._config: dict[str, Any] = {}
         self._config_read: float | None = None
         self._reset()
@@ -84,7 +83,7 @@ class RunWatcher:
             self._take(line)
         self._read_config()
         step = int(self._last.get("step", self._validation.get("step", 0)))
-        max_steps = self._config.get("trainer", {}).get("max_steps")
+        max_steps = max_steps_of(self._config)
         status, detail = self._status(now, step, max_steps)
         checkpoint, age = self._checkpoint(now)
         pace = self._seconds_per_step()
@@ -108,6 +107,9 @@ class RunWatcher:
         )
 
     def _take(self, line: dict[str, Any]) -> None:
+        line = {
+            name: value for name, value in line.items() if name == "kind" or isinstance(value, int | float)
+        }
         if line["kind"] == "validation":
             self._validation = line
             return
@@ -116,17 +118,15 @@ class RunWatcher:
         self._last = line
         self._recent = [*self._recent, line][-_RECENT:]
         for name, value in line.items():
-            if name.startswith(("loss/", "keep_rate", "tokens_per_second")) and isinstance(
-                value, int | float
-            ):
+            if name.startswith(("loss/", "keep_rate", "tokens_per_second")):
                 self._history.setdefault(name, History()).add(line["step"], float(value))
 
     def _read_config(self) -> None:
-        path = self.folder / "kvcat" / "config.json"
+        path = self._run.config
         try:
             changed = path.stat().st_mtime
             if changed != self._config_read:
-                self._config, self._config_read = json.loads(path.read_text()), changed
+                self._config, self._config_read = read_record(path), changed
         except (OSError, ValueError):
             return
 
@@ -142,7 +142,7 @@ class RunWatcher:
         return own if not steps or spent <= 0 or spent / steps > 20 * max(own, 0.05) else spent / steps
 
     def _status(self, now: float, step: int, max_steps: int | None) -> tuple[str, str]:
-        if max_steps is not None and step >= max_steps and self._finished_at() >= max_steps:
+        if max_steps is not None and step >= max_steps and (self._run.finished_at() or 0) >= max_steps:
             return "finished", f"finished at step {step:,}"
         seen = max(self._last.get("time", 0), self._validation.get("time", 0))
         saved = self._newest_change()
@@ -168,17 +168,10 @@ class RunWatcher:
             f"silent for {duration(quiet)} where a step takes {duration(typical)}: stopped, killed or hanging",
         )
 
-    def _finished_at(self) -> int:
-        """The last step of a run whose last checkpoint is on disk; a run made longer has an older one's."""
-        try:
-            return json.loads((self.folder / "kvcat" / "finished.json").read_text())["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
-
     def _newest_change(self) -> float:
         """When anything in the run's folder or its checkpoints last changed: a save takes longer than a step."""
         times = [0.0]
-        for folder in (self.folder, self.folder / "checkpoints"):
+        for folder in (self.folder, self._run.checkpoints):
             try:
                 times += [entry.stat().st_mtime for entry in folder.iterdir() if not entry.is_symlink()]
             except OSError:
@@ -187,11 +180,11 @@ class RunWatcher:
 
     def _checkpoint(self, now: float) -> tuple[str | None, float | None]:
         """The newest complete checkpoint and its age, as a resume would see it (hashes left out)."""
-        newest = next(iter(complete(self.folder / "checkpoints")), None)
+        newest = next(iter(complete(self._run.checkpoints)), None)
         if newest is None:
             return None, None
         try:
-            saved = (newest.path / SEAL).stat().st_mtime
+            saved = (newest.path / MANIFEST).stat().st_mtime
         except OSError:  # removed a moment ago
             return None, None
         return newest.path.name, max(now - saved, 0.0)

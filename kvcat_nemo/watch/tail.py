@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.tracking.metrics_file import parse_line
+from kvcat_nemo.runs.metrics_file import parse_line
 
 
 class Tail:

@@ -58,7 +58,9 @@ def render(run: Snapshot, width: int = 100) -> RenderableType:
             key=lambda k: int(k.rpartition("group")[2]),
         )
         if groups:
-            target = keep_target(run.config.get("model", {}).get("kvcat", {}))
+            model = run.config.get("model")
+            settings = model.get("kvcat") if isinstance(model, dict) else None
+            target = keep_target(settings) if isinstance(settings, dict) else None
             title = "keep rate" if target is None else f"keep rate (target {target:g})"
             rows = [(k, f"router {k.rpartition('group')[2]}") for k in groups]
             parts.append(_figures(title, [("keep_rate", "mean"), *rows], run, line, low=0.0, high=1.0))

@@ -16,7 +16,7 @@ from kvcat_nemo.conversion.dist_checkpoint import CheckpointReader
 from kvcat_nemo.conversion.exporting import export_hf, model_prefix
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.conversion.layout import check_layout
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
+from kvcat_nemo.runs.layout import MANIFEST
 from tests.conversion.conversion_models import edit_config, tensors_of
 
 
@@ -174,8 +174,8 @@ def test_export_refuses_truncated_and_damaged_checkpoints(imported, hf_models, t
     whole = data.read_bytes()
     os.truncate(data, len(whole) - 1)
     _refuses_export(checkpoint, tmp_path, "truncated")
-    # What an unsealed one is looked through for.
-    (checkpoint / SEAL).unlink()
+    # What one without a manifest is looked through for.
+    (checkpoint / MANIFEST).unlink()
     accept = {"unverified": True}
     _refuses_export(checkpoint, tmp_path, "missing or truncated", **accept)
     # The last bytes of the first norm's payload become NaN.

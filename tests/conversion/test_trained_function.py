@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kvcat_nemo.conversion.exporting import export_hf
-from kvcat_nemo.models.function import RECORD, function_of_model, stored_function, write_record
+from kvcat_nemo.models.function import function_of_model, stored_function, write_record
 from kvcat_nemo.models.hf_config import read_model
+from kvcat_nemo.runs.layout import RECORD
 from tests.conversion.conversion_models import build, edit_config, same_bits, tensors_of
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import TOKENS, build, enliven, train_step, transformer_config
 
 from kvcat_nemo.method.config import KVCatConfig, keep_target
 from kvcat_nemo.method.policies import POLICIES
+from tests.engine.small_models import TOKENS, build, enliven, train_step, transformer_config
 
 ROOT = Path(__file__).parents[2]
 TOYS = {"every-third": "every_third:EveryThird", "one-weight": "one_weight:OneWeight"}

@@ -5,7 +5,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nan_memory import nan_memory
+from tests.kernels.nan_memory import nan_memory
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def main(folder, rank, world_size):
 
 
 if __name__ == "__main__":
-    from nan_memory import nan_memory
+    from tests.kernels.nan_memory import nan_memory
 
     with nan_memory():
         main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from nan_memory import nan_memory
+
+from tests.kernels.nan_memory import nan_memory
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +38,7 @@ def test_a_kernel_that_forgets_a_row_is_seen():
 
 
 def test_nothing_is_counted_as_an_operation():
-    from launches import Launches
+    from tests.kernels.launches import Launches
 
     with Launches() as counted, nan_memory():
         torch.empty(4)

@@ -99,7 +99,7 @@ def check_choice(rank, groups):
 
 
 if __name__ == "__main__":
-    from nan_memory import nan_memory
+    from tests.kernels.nan_memory import nan_memory
 
     with nan_memory():
         main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

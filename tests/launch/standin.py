@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvcat_nemo.runs.checkpoint_manifest import seal
+from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest
 
 parser = argparse.ArgumentParser()
 parser.add_argument("steps", type=int)
@@ -38,7 +38,7 @@ def save(step: int) -> None:
         unfinished.touch()
         time.sleep(0.2)
         (folder / "weights").write_text("of step " + str(step))
-        seal(folder, step)
+        hash_and_write_manifest(folder, step)
         unfinished.unlink()
 
 

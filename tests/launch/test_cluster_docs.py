@@ -98,7 +98,7 @@ def test_commands_on_files(words, tmp_path):
 
 def test_traces_are_written_where_the_docs_look():
     assert (
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$KVCAT_ATTEMPT_DIR/nccl/trace-"
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$KVCAT_ATTEMPT_DIR/$RUN_NCCL/trace-"
         in (ROOT / "launch/torchrun.sh").read_text()
     )
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from kvcat_nemo.cli import main
 from kvcat_nemo.launch import HERE
 from kvcat_nemo.launch.job_settings import Settings
-from kvcat_nemo.launch.jobset import EXIT_AGAIN, jobset, merge, validate
+from kvcat_nemo.launch.jobset import jobset, merge, validate
 
 
 def settings(**changes):
@@ -136,8 +136,8 @@ def test_preempted_ranks_restart_uncounted():
     """Exit 75 is what the scripts use, and it reaches JobSet's uncounted rule through the job's failure reason."""
     from kvcat_nemo.runs import exit_codes
 
-    lines = (HERE / "common.sh").read_text().splitlines()
-    assert f"readonly KVCAT_EXIT_AGAIN={exit_codes.REQUEUE}" in lines and EXIT_AGAIN == exit_codes.REQUEUE
+    lines = (HERE / "run_names.sh").read_text().splitlines()
+    assert f"readonly KVCAT_EXIT_AGAIN={exit_codes.REQUEUE}" in lines
     assert f"readonly KVCAT_EXIT_PEER_DIED={exit_codes.PEER_DIED}" in lines
     manifest = jobset(settings())
     rules = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]

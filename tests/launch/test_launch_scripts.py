@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
+from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest
+from kvcat_nemo.runs.layout import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -210,9 +211,8 @@ def test_stop_and_go_on(tmp_path, free_port):
     """SIGUSR1 to the launcher: every rank saves and stops, and the exit code asks to be started again; then it finishes."""
     process = ranks(tmp_path, 60, KVCAT_MASTER_PORT=free_port)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and "step 5" not in "".join(
-        f.read_text() for f in tmp_path.glob("launch/attempt-001/rank-0001.*.log")
-    ):
+    logs = "launch/attempt-001/rank-000[01].*.log"
+    while time.monotonic() < deadline and sum("step 5" in f.read_text() for f in tmp_path.glob(logs)) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     code, output = finish(process)
@@ -243,29 +243,29 @@ def test_failing_rank_is_named_and_restarts_without_progress_end(tmp_path, free_
     code, output = finish(ranks(tmp_path, 20, KVCAT_MASTER_PORT=free_port, KVCAT_MAX_STALLED="2"))
     assert code == 1 and "3 attempts in a row saved nothing new" in output
     # A new checkpoint, or a new submission, starts the count again.
-    sealed(tmp_path, "step=10")
+    checkpoint(tmp_path, "step=10")
     code, output = finish(ranks(tmp_path, 12, KVCAT_MASTER_PORT=free_port, KVCAT_MAX_STALLED="2"))
     assert code == 0, output
 
 
-def sealed(run, name):
+def checkpoint(run, name):
     folder = run / "checkpoints" / name
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "common.pt").write_text(name)
-    seal(folder, int(name.removeprefix("step=").partition("-")[0]))
+    hash_and_write_manifest(folder, int(name.removeprefix("step=").partition("-")[0]))
     return folder
 
 
 @pytest.mark.parametrize("python", [True, False])
 def test_unfinished_checkpoints_are_no_progress(tmp_path, python):
     for name in ("step=1", "step=2", "step=2-last", "step=3", "step=4-broken"):
-        sealed(tmp_path, name)
-    (tmp_path / "checkpoints" / "step=3" / SEAL).unlink()
+        checkpoint(tmp_path, name)
+    (tmp_path / "checkpoints" / "step=3" / MANIFEST).unlink()
     (tmp_path / "checkpoints" / "step=2-unfinished").touch()
     (tmp_path / "checkpoints" / "link").symlink_to("step=2")
     if python:  # which also compares sizes
-        os.truncate(sealed(tmp_path, "step=5") / "weights" / "common.pt", 2)
-    # A host without a Python that knows the project: the script tells by the seal alone.
+        os.truncate(checkpoint(tmp_path, "step=5") / "weights" / "common.pt", 2)
+    # A host without a Python that knows the project: the script tells by the manifest alone.
     without = "" if python else "python3() { return 127; }; "
     done = call(
         "bash", "-c", f"source {LAUNCH}/common.sh; {without}complete_checkpoints", KVCAT_RUN_DIR=str(tmp_path)

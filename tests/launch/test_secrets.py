@@ -287,7 +287,7 @@ def test_a_manifest_holds_none(patch, tmp_path):
 
 
 def test_the_shell_without_the_table_lets_nothing_pass(tmp_path):
-    for name in ("submit.sh", "common.sh", "values.tsv"):
+    for name in ("submit.sh", "common.sh", "run_names.sh", "values.tsv"):
         shutil.copy(LAUNCH / name, tmp_path)
     done = subprocess.run(
         ["bash", str(tmp_path / "submit.sh"), "--run-dir", str(tmp_path / "r"), "--dry-run", "--", "true"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcat_nemo.tracking.metrics_file import TIMED
+from kvcat_nemo.runs.metrics_file import TIMED
 from tests.launch.slurm_cluster import SlurmCluster, missing
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,8 @@ def output(run_dir):
 
 
 def metrics(run_dir):
-    from kvcat_nemo.nemo.mlflow_logger import METRICS_FILE, MetricsFile
+    from kvcat_nemo.nemo.mlflow_logger import MetricsFile
+    from kvcat_nemo.runs.layout import METRICS_FILE
 
     return MetricsFile.lines(run_dir / "kvcat" / METRICS_FILE)
 

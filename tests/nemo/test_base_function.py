@@ -287,8 +287,9 @@ def test_the_run_starts_as_exactly_the_base(bases, one_process, kind, fields):
 
 
 def test_resuming_with_another_function_is_refused(tmp_path):
-    from kvcat_nemo.models.function import RECORD, write_record
+    from kvcat_nemo.models.function import write_record
     from kvcat_nemo.nemo.base_model import check_resumed, trained_function
+    from kvcat_nemo.runs.layout import RECORD
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step=2"
     (checkpoint / "weights").mkdir(parents=True)
@@ -298,7 +299,7 @@ def test_resuming_with_another_function_is_refused(tmp_path):
     check_resumed(checkpoint, scaled)
     with pytest.raises(ValueError, match="rope_scaling=None, but the run's checkpoint .* start it as before"):
         check_resumed(checkpoint, built())
-    (checkpoint / RECORD).write_text("{")  # left to the seal, which sets the checkpoint aside
+    (checkpoint / RECORD).write_text("{")  # left to the manifest, which sets the checkpoint aside
     check_resumed(checkpoint, built())
 
 

@@ -76,7 +76,8 @@ def train(folder: Path, base: Path) -> Path:
 
 
 def metrics(run: Path) -> list[dict]:
-    from kvcat_nemo.nemo.mlflow_logger import METRICS_FILE, MetricsFile
+    from kvcat_nemo.nemo.mlflow_logger import MetricsFile
+    from kvcat_nemo.runs.layout import METRICS_FILE
 
     return MetricsFile.lines(run / "kvcat" / METRICS_FILE)
 
@@ -159,15 +160,16 @@ def test_starts_from_the_base_models_weights(straight, base):
 
 
 def test_checkpoints_say_what_was_trained(straight, base, tmp_path):
-    """The record is under the seal; export compares the base with it."""
+    """The record is under the manifest; export compares the base with it."""
     from kvcat_nemo.conversion.exporting import export_hf
-    from kvcat_nemo.models.function import RECORD, differences, function_of_model, stored_function
+    from kvcat_nemo.models.function import differences, function_of_model, stored_function
     from kvcat_nemo.models.hf_config import read_model
-    from kvcat_nemo.runs.checkpoint_manifest import read_seal
+    from kvcat_nemo.runs.checkpoint_manifest import read_manifest
     from kvcat_nemo.runs.checkpoints import complete
+    from kvcat_nemo.runs.layout import RECORD
 
     newest = complete(straight / "checkpoints")[0].path
-    assert RECORD in read_seal(newest).files
+    assert RECORD in read_manifest(newest).files
     function, file = stored_function(newest / "weights")
     described = function_of_model(read_model(base[0]))
     assert file == newest / RECORD and not differences(function, described)
@@ -212,7 +214,7 @@ def test_validates_before_and_after_on_the_same_windows(straight):
 
 def test_resume_is_exact(straight, resumed):
     """Every figure but times and memory, to the last bit, whatever was lost in the kill."""
-    from kvcat_nemo.tracking.metrics_file import TIMED
+    from kvcat_nemo.runs.metrics_file import TIMED
 
     # Measured on the previous step's window, which a new process does not have.
     fresh = {"flipped", "flipped/group0", "flipped/group1"}

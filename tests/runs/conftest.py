@@ -7,9 +7,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """model/ (Hugging Face), imported/ and other/ (imported), run/checkpoints/step=4 (sealed): never changed."""
+    """model/ (Hugging Face), imported/ and other/ (imported), run/checkpoints/step=4 (complete): never changed."""
+
     from kvcat_nemo.conversion.importing import import_hf
-    from kvcat_nemo.runs.checkpoint_manifest import seal
+    from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest
     from tests.runs.run_models import write_model
 
     root = tmp_path_factory.mktemp("made")
@@ -20,7 +21,7 @@ def made(tmp_path_factory):
     shutil.copytree(root / "imported" / "weights", checkpoint / "weights")
     (checkpoint / "context").mkdir()
     (checkpoint / "context" / "io.json").write_text("{}")
-    seal(checkpoint, 4, world_size=1, vocab_size=40, padded_vocab_size=40)
+    hash_and_write_manifest(checkpoint, 4, world_size=1, vocab_size=40, padded_vocab_size=40)
     return root
 
 

@@ -1,18 +1,19 @@
-"""What can be wrong with a sealed folder, for every reader. Each takes the folder and spoils it, and returns the path that is meant now."""
+"""What can be wrong with a folder that has a manifest, for every reader. Each takes the folder and spoils it, and returns the path that is meant now."""
 
 import json
 import os
 import pickle
 import shutil
 
-from kvcat_nemo.runs.checkpoint_manifest import SEAL, read_seal, seal
+from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest, read_manifest
+from kvcat_nemo.runs.layout import MANIFEST
 
 
-def resealed(folder):
-    """Somebody who changes a file can write a seal for it, too: a seal is no signature."""
-    old = read_seal(folder)
-    (folder / SEAL).unlink()
-    seal(folder, old.step, **old.facts)
+def with_new_manifest(folder):
+    """Somebody who changes a file can write a manifest for it, too: a manifest is no signature."""
+    old = read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    hash_and_write_manifest(folder, old.step, **old.facts)
 
 
 def flip(path, position=None, bit=2):
@@ -22,7 +23,7 @@ def flip(path, position=None, bit=2):
 
 
 def files(folder):
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
 def each(act):
@@ -54,11 +55,11 @@ def linked_folder(folder):
     (folder / "weights").symlink_to(folder.parent / "elsewhere")
 
 
-def edit_seal(change):
+def edit_manifest(change):
     def act(folder):
-        value = json.loads((folder / SEAL).read_text())
+        value = json.loads((folder / MANIFEST).read_text())
         change(value)
-        (folder / SEAL).write_text(json.dumps(value))
+        (folder / MANIFEST).write_text(json.dumps(value))
 
     return act
 
@@ -76,15 +77,15 @@ def outside(name):
         for info in metadata.storage_data.values():
             info.relative_path = name.format(secret=secret)
         (weights / ".metadata").write_bytes(pickle.dumps(metadata))
-        resealed(folder)
+        with_new_manifest(folder)
 
     return act
 
 
 def linked_out(folder):
-    """A file of an unsealed checkpoint is a link out of it."""
+    """A file of a checkpoint without a manifest is a link out of it."""
     linked(folder / "weights" / "__0_0.distcp")
-    (folder / SEAL).unlink()
+    (folder / MANIFEST).unlink()
 
 
 ONE_OF_EACH = {
@@ -101,13 +102,13 @@ WHOLE = {
     "extra config": add("config.json"),
     "extra tokenizer": add("hf/tokenizer.json"),
     "linked folder": linked_folder,
-    "no manifest": lambda folder: (folder / SEAL).unlink(),
-    "empty manifest": lambda folder: (folder / SEAL).write_text(""),
-    "manifest of something else": lambda folder: (folder / SEAL).write_text('{"files": ["a"]}'),
-    "manifest is a list": lambda folder: (folder / SEAL).write_text("[1, 2]"),
-    "manifest with another vocabulary": edit_seal(lambda v: v["facts"].update(vocab_size=32)),
-    "manifest of another step": edit_seal(lambda v: v.update(step=5)),
-    "manifest names a file outside": edit_seal(lambda v: v["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}})),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
+    "manifest of something else": lambda folder: (folder / MANIFEST).write_text('{"files": ["a"]}'),
+    "manifest is a list": lambda folder: (folder / MANIFEST).write_text("[1, 2]"),
+    "manifest with another vocabulary": edit_manifest(lambda v: v["facts"].update(vocab_size=32)),
+    "manifest of another step": edit_manifest(lambda v: v.update(step=5)),
+    "manifest names a file outside": edit_manifest(lambda v: v["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}})),
     "being written": lambda folder: folder.with_name(folder.name + "-unfinished").touch(),
     "set aside": lambda folder: folder.rename(folder.with_name(folder.name + "-broken")),
 }  # fmt: skip

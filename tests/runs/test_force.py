@@ -11,8 +11,9 @@ from kvcat_nemo.cli import main
 from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.importing import import_hf
 from kvcat_nemo.runs import retention
-from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
+from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest
 from kvcat_nemo.runs.integrity import examine
+from kvcat_nemo.runs.layout import MANIFEST
 from tests.runs.run_models import write_model
 
 
@@ -57,14 +58,14 @@ CASES = {
     ),
     "the source": (lambda p: None, "model", "model", "is .*model, which is read"),
     "a folder around the source": (lambda p: None, "model", ".", "holds|is the working directory"),
-    "a sealed source": (lambda p: None, "exported", "exported", "which is read"),
+    "an exported source": (lambda p: None, "exported", "exported", "which is read"),
     "another model": (lambda p: write_model(p / "theirs"), "model", "theirs", "no complete mark"),
     "a link to an import": (lambda p: (p / "out").symlink_to("imported"), "model", "out", "is a symbolic link"),
-    "a sealed training checkpoint": (
-        lambda p: seal(_checkpoint(p / "step=4"), 4, world_size=1), "model", "step=4", "no complete mark",
+    "a complete training checkpoint": (
+        lambda p: hash_and_write_manifest(_checkpoint(p / "step=4"), 4, world_size=1), "model", "step=4", "no complete mark",
     ),
     "a file": (lambda p: (p / "out").write_text("mine"), "model", "out", "is a file"),
-    "within an import": (lambda p: None, "model", "imported/new", "lies within .*imported, which is sealed"),
+    "within an import": (lambda p: None, "model", "imported/new", "lies within .*imported, which is complete"),
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_import_and_export(case, place, monkeypatch):
     monkeypatch.chdir(place)
     before = tree(place)
     calls = [("convert", "import", source, out, "--force")]
-    if case not in ("the source", "a sealed source"):
+    if case not in ("the source", "an exported source"):
         calls += [("export", "imported", out, "--force"), ("convert", "export", "imported", out, "--force")]
     for call in calls:
         if case == "a thesis in an import" and call[0] != "convert":
@@ -93,7 +94,7 @@ def test_import_and_export(case, place, monkeypatch):
 def test_an_export_never_writes_over_its_checkpoint_or_base(out, place):
     before = tree(place)
     result = kvcat("export", place / "imported", place / out, "--force")
-    assert result.exit_code == 1 and ("which is read" in result.output or "sealed" in result.output)
+    assert result.exit_code == 1 and ("which is read" in result.output or "is complete" in result.output)
     result = kvcat("export", place / "imported", place / "model", "--base", place / "model", "--force")
     assert result.exit_code == 1 and "which is read" in result.output
     assert tree(place) == before
@@ -104,14 +105,14 @@ def test_ours_is_replaced_damaged_or_of_an_older_version(place):
     (place / "imported" / "weights" / "__0_0.distcp").write_bytes(b"damaged")
     import_hf(place / "model", place / "imported", force=True)
     assert examine(place / "imported").whole
-    (place / "imported" / SEAL).unlink()  # as older versions wrote it
+    (place / "imported" / MANIFEST).unlink()  # as older versions wrote it
     import_hf(place / "model", place / "imported", force=True)
     assert examine(place / "imported").whole
-    (place / "imported" / SEAL).unlink()
+    (place / "imported" / MANIFEST).unlink()
     (place / "imported" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="did not write .*thesis.txt"):
         import_hf(place / "model", place / "imported", force=True)
-    (place / "exported" / SEAL).unlink()  # nothing tells an older export from a model of somebody
+    (place / "exported" / MANIFEST).unlink()  # nothing tells an older export from a model of somebody
     with pytest.raises(ValueError, match="no complete mark"):
         import_hf(place / "model", place / "exported", force=True)
 
@@ -177,13 +178,13 @@ def test_a_dataset_of_other_tools_is_no_dataset_of_ours(out, tmp_path, monkeypat
             check_replaceable(folder, _our_names)
 
 
-def test_a_seal_written_twice_is_the_same(tmp_path):
+def test_a_manifest_written_twice_is_the_same(tmp_path):
     (tmp_path / "a").write_text("1")
-    seal(tmp_path, 3, x=1)
-    first = (tmp_path / SEAL).read_bytes()
-    os.unlink(tmp_path / SEAL)
-    seal(tmp_path, 3, x=1)
-    assert (tmp_path / SEAL).read_bytes() == first
+    hash_and_write_manifest(tmp_path, 3, x=1)
+    first = (tmp_path / MANIFEST).read_bytes()
+    os.unlink(tmp_path / MANIFEST)
+    hash_and_write_manifest(tmp_path, 3, x=1)
+    assert (tmp_path / MANIFEST).read_bytes() == first
 
 
 def test_fetching_a_corpus_spares_a_file_of_somebody(tmp_path, monkeypatch):
@@ -216,7 +217,7 @@ def test_an_exported_model_that_changed_is_not_imported(place):
         ValueError, match="model.safetensors: its contents changed.*if you changed it yourself, remove"
     ):
         import_hf(place / "exported", place / "again")
-    (place / "exported" / SEAL).unlink()
+    (place / "exported" / MANIFEST).unlink()
     import_hf(place / "exported", place / "again")
 
 

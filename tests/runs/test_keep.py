@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from kvcat_nemo.models.function import RECORD
-from kvcat_nemo.runs import checkpoint_manifest, checkpoints, retention
-from kvcat_nemo.runs import checkpoint_manifest as seal
+from kvcat_nemo.runs import checkpoint_manifest as manifest
+from kvcat_nemo.runs import checkpoints, retention
+from kvcat_nemo.runs.layout import BASE, RECORD
 
 
 def make(folder, step):
@@ -15,10 +15,10 @@ def make(folder, step):
     (path / "weights").mkdir(parents=True)
     (path / "weights" / "__0_0.distcp").write_bytes(bytes(step))
     # Whatever a save writes beside the weights.
-    for name in (RECORD, checkpoint_manifest.BASE, "context/model.yaml", ".hashes-0.json"):
+    for name in (RECORD, BASE, "context/model.yaml", ".hashes-0.json"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("{}")
-    seal.write_seal(path, step, seal.hash_files(path, seal.contents(path)))
+    manifest.write_manifest(path, step, manifest.hash_files(path, manifest.contents(path)))
     return path
 
 

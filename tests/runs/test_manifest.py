@@ -1,13 +1,14 @@
-"""A checkpoint counts when it is sealed, and its files are what the seal says."""
+"""A checkpoint counts when its manifest is written, and its files are what the manifest says."""
 
 import json
 import os
 
 import pytest
 
-from kvcat_nemo.runs import checkpoint_manifest as seal
+from kvcat_nemo.runs import checkpoint_manifest as manifest
 from kvcat_nemo.runs import checkpoints, retention
 from kvcat_nemo.runs.integrity import examine
+from kvcat_nemo.runs.layout import BROKEN
 
 
 def make(folder, name="step=4", step=4):
@@ -18,12 +19,12 @@ def make(folder, name="step=4", step=4):
     (path / "weights" / "common.pt").write_bytes(b"c" * 100)
     (path / "context").mkdir()
     (path / "context" / "io.json").write_text("{}")
-    seal.write_seal(path, step, seal.hash_files(path, seal.contents(path)), world_size=2)
+    manifest.write_manifest(path, step, manifest.hash_files(path, manifest.contents(path)), world_size=2)
     return path
 
 
-def test_seal_lists_every_file(tmp_path):
-    found = seal.read_seal(make(tmp_path))
+def test_the_manifest_lists_every_file(tmp_path):
+    found = manifest.read_manifest(make(tmp_path))
     assert found.step == 4 and found.bytes == 8102 and found.facts == {"world_size": 2}
     assert set(found.files) == {
         "weights/__0_0.distcp",
@@ -60,20 +61,20 @@ def test_truncated_and_missing(tmp_path):
     assert checkpoints.survey(tmp_path)[0].damaged
 
 
-def test_unsealed_marked_and_unreadable(tmp_path):
-    no_seal, marked, bad = (
+def test_without_a_manifest_marked_and_unreadable(tmp_path):
+    no_manifest, marked, bad = (
         make(tmp_path, "step=1", 1),
         make(tmp_path, "step=2", 2),
         make(tmp_path, "step=3", 3),
     )
-    (no_seal / seal.SEAL).unlink()
+    (no_manifest / manifest.MANIFEST).unlink()
     marked.with_name("step=2-unfinished").touch()
-    (bad / seal.SEAL).write_text('{"step": 3, "fi')
-    for path in (no_seal, marked):
-        with pytest.raises(seal.Incomplete, match=path.name):
-            seal.read_seal(path)
-    with pytest.raises(seal.Damaged, match="step=3"):
-        seal.read_seal(bad)
+    (bad / manifest.MANIFEST).write_text('{"step": 3, "fi')
+    for path in (no_manifest, marked):
+        with pytest.raises(manifest.Incomplete, match=path.name):
+            manifest.read_manifest(path)
+    with pytest.raises(manifest.Damaged, match="step=3"):
+        manifest.read_manifest(bad)
     assert checkpoints.complete(tmp_path) == []
     assert [f.damaged for f in sorted(checkpoints.survey(tmp_path), key=lambda f: f.path.name)] == [
         False,
@@ -85,22 +86,22 @@ def test_unsealed_marked_and_unreadable(tmp_path):
 def test_newest_first_and_links_and_set_aside_ones_left_out(tmp_path):
     for step in (8, 16, 12):
         make(tmp_path, f"step={step}", step)
-    make(tmp_path, f"step=20{seal.BROKEN}", 20)
+    make(tmp_path, f"step=20{BROKEN}", 20)
     (tmp_path / "last").symlink_to("step=16")
     assert [f.step for f in checkpoints.complete(tmp_path)] == [16, 12, 8]
 
 
-def test_a_file_that_nobody_hashed_prevents_the_seal(tmp_path):
+def test_a_file_that_nobody_hashed_prevents_the_manifest(tmp_path):
     path = make(tmp_path)
-    files = seal.read_seal(path).files
+    files = manifest.read_manifest(path).files
     (path / "weights" / "__2_0.distcp").write_bytes(b"x")
-    with pytest.raises(seal.Damaged, match="__2_0"):
-        seal.write_seal(path, 4, files)
+    with pytest.raises(manifest.Damaged, match="__2_0"):
+        manifest.write_manifest(path, 4, files)
 
 
 def test_owner_is_the_rank_that_wrote():
-    assert seal.owner("weights/__3_1.distcp", 4) == 3
-    assert seal.owner("weights/common.pt", 4) == 0 and seal.owner("weights/.metadata", 4) == 0
+    assert manifest.owner("weights/__3_1.distcp", 4) == 3
+    assert manifest.owner("weights/common.pt", 4) == 0 and manifest.owner("weights/.metadata", 4) == 0
 
 
 def test_score(tmp_path):
@@ -110,5 +111,5 @@ def test_score(tmp_path):
     assert (
         retention.read_score(path, "masked_ppl") == 12.5 and retention.read_score(path, "dense_ppl") is None
     )
-    assert examine(path).whole  # it is no part of the seal
-    assert json.loads((path / seal.SEAL).read_text())["step"] == 4
+    assert examine(path).whole  # it is no part of the manifest
+    assert json.loads((path / manifest.MANIFEST).read_text())["step"] == 4

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
+from kvcat_nemo.runs.layout import MANIFEST
 from tests.runs import damages
 
 pytestmark = pytest.mark.nemo
@@ -48,14 +48,14 @@ def test_refused(damage, kind, made, tmp_path):
             READERS[kind](moved if damage == "set aside" else folder)
 
 
-def test_an_unsealed_one_is_taken_by_name_alone(copy):
+def test_one_without_a_manifest_is_taken_by_name_alone(copy):
     from kvcat_nemo.nemo.base_model import require_base
     from kvcat_nemo.nemo.checkpoint_check import first_whole
     from kvcat_nemo.nemo.resume import KVCatResume
 
     for kind in FOLDERS.values():
         folder = copy(kind)
-        (folder / SEAL).unlink()
+        (folder / MANIFEST).unlink()
         with pytest.raises(ValueError, match="resume.unverified=True"):
             require_base(folder, unverified=False)
         require_base(folder, unverified=True)
@@ -66,7 +66,7 @@ def test_an_unsealed_one_is_taken_by_name_alone(copy):
 
 
 def test_the_index_is_looked_at_before_megatron_unpickles_it(copy, made, tmp_path, monkeypatch):
-    """A malicious index with a seal of its own: resume and start from a base end before torch reads it."""
+    """A malicious index with a manifest of its own: resume and start from a base end before torch reads it."""
     from types import SimpleNamespace
 
     import torch
@@ -80,7 +80,7 @@ def test_the_index_is_looked_at_before_megatron_unpickles_it(copy, made, tmp_pat
     for kind in FOLDERS.values():
         folder = copy(kind)
         (folder / "weights" / ".metadata").write_bytes(damages.malicious(told)["plain"])
-        damages.resealed(folder)
+        damages.with_new_manifest(folder)
         strategy = object.__new__(module.KVCatStrategy)
         strategy.resume_from([folder], verify_hashes=True)
         with pytest.raises(ValueError, match="it asks for posix.system"):
@@ -91,7 +91,7 @@ def test_the_index_is_looked_at_before_megatron_unpickles_it(copy, made, tmp_pat
             strategy.selective_restore()
         shutil.copyfile(clean, folder / "weights" / ".metadata")
         torch.save({"args": damages.Payload(told)}, folder / "weights" / "common.pt")
-        damages.resealed(folder)
+        damages.with_new_manifest(folder)
         for load in (lambda s=strategy, f=folder: s.load_checkpoint(f), strategy.selective_restore):
             with pytest.raises(ValueError, match="common.pt is not read: it asks for posix.system"):
                 load()

@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,8 +14,8 @@ from kvcat_nemo.cli import main
 from kvcat_nemo.conversion.exporting import export_hf
 from kvcat_nemo.conversion.verify import verify
 from kvcat_nemo.runs import integrity
-from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import complete, find_checkpoint
+from kvcat_nemo.runs.layout import MANIFEST
 from kvcat_nemo.runs.pickles import check_index
 from kvcat_nemo.watch.state import RunWatcher
 from tests.runs import damages
@@ -54,6 +55,7 @@ def _doctor(folder, made, out):
         raise ValueError("\n".join(lines))
 
 
+ROOT = Path(__file__).parents[2]
 READERS = {
     "examine": _examine,
     "find": _find,
@@ -121,34 +123,49 @@ def test_a_foreign_manifest_is_refused_by_every_reader(copy, made, out):
     import shutil
 
     folder = copy("imported")
-    shutil.copyfile(made / "other" / SEAL, folder / SEAL)
+    shutil.copyfile(made / "other" / MANIFEST, folder / MANIFEST)
     for read in READERS.values():
         message = _refuses(read, folder, made, out)
         assert "its contents changed" in message or "saved with" in message
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "truncated", "being written", "extra weights"])
-def test_watch_and_the_launch_scripts_count_what_a_resume_would_take(damage, copy, made):
+LISTING = {"watch": True, "launch scripts": True, "retention": True, "launch scripts without Python": False}
+"""Readers that list a run's checkpoints, and whether they compare sizes; none reads hashes, which takes minutes."""
+SEEN_BY_ALL = {"no manifest", "being written", "set aside"}
+
+
+def _listed(reader, checkpoints):
+    if reader == "watch":
+        newest = RunWatcher(checkpoints.parent).snapshot().checkpoint
+        return [newest] if newest else []
+    if reader == "retention":
+        return [one.path.name for one in complete(checkpoints)]
+    command = [sys.executable, "-m", "kvcat_nemo.runs", str(checkpoints)]
+    if reader.endswith("without Python"):
+        shell = "source launch/common.sh; python3() { return 127; }; complete_checkpoints"
+        command = ["bash", "-c", shell]
+    environment = os.environ | {"KVCAT_RUN_DIR": str(checkpoints.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("damage", [*damages.WHOLE, *damages.ONE_OF_EACH])
+def test_watch_retention_and_the_launch_scripts_count_what_a_resume_would_take(damage, copy, made):
+    """Of one damage in one file of a checkpoint: names, sizes and the manifest tell, but for a flipped bit."""
     folder = copy("run/checkpoints/step=4")
-    run = folder.parents[1]
-
-    def listed():
-        done = subprocess.run(
-            [sys.executable, "-m", "kvcat_nemo.runs", str(folder.parent)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
-    assert RunWatcher(run).snapshot().checkpoint == "step=4" and listed() == ["step=4"]
-    if damage == "truncated":
-        os.truncate(folder / "weights" / "__0_0.distcp", 10)
-    else:
-        damages.WHOLE[damage](folder)
-    assert RunWatcher(run).snapshot().checkpoint is None and listed() == [] and complete(folder.parent) == []
+    checkpoints = folder.parent
+    for reader in LISTING:
+        assert _listed(reader, checkpoints) == ["step=4"], reader
+    act = damages.WHOLE.get(damage) or damages.ONE_OF_EACH[damage](folder)[0]
+    act(folder)
+    for reader, sizes in LISTING.items():
+        counted = damage == "flipped" or not (sizes or damage in SEEN_BY_ALL)
+        assert _listed(reader, checkpoints) == (["step=4"] if counted else []), reader
 
 
 def test_forty_flipped_bits_and_none_is_exported(made, copy, out):
-    """Anywhere in an imported folder, the seal included."""
+    """Anywhere in an imported folder, the manifest included."""
     folder = copy("imported")
     everything = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     places = [(path, at) for path in everything for at in range(path.stat().st_size)]
@@ -172,22 +189,22 @@ def test_forty_flipped_bits_and_none_is_exported(made, copy, out):
     export_hf(folder, out)  # and with every bit back in its place it is
 
 
-# --- what is not sealed, and what is accepted by name ---
+# --- what has no manifest, and what is accepted by name ---
 
 
-def test_unsealed_ones_are_taken_by_name_alone(copy, made, out):
+def test_ones_without_a_manifest_are_taken_by_name_alone(copy, made, out):
     for kind in FOLDERS.values():
         folder = copy(kind)
-        (folder / SEAL).unlink()
+        (folder / MANIFEST).unlink()
         message = _refuses(_export, folder, made, out.with_name(f"no-{folder.name}"))
-        assert "--unverified" in message and SEAL in message
+        assert "--unverified" in message and MANIFEST in message
         export_hf(folder, out, base=made / "model", unverified=True, force=True)
     command = ["convert", "export", str(folder), str(out), "--hf-config", str(made / "model"), "--force"]
     assert CliRunner().invoke(main, command).exit_code == 1
     assert CliRunner().invoke(main, [*command, "--unverified"]).exit_code == 0
 
 
-def test_unverified_excuses_no_damage_of_a_sealed_one(copy, made, out):
+def test_unverified_excuses_no_damage_of_one_with_a_manifest(copy, made, out):
     folder = copy("imported")
     damages.flip(folder / "weights" / "__0_0.distcp")
     with pytest.raises(ValueError, match="__0_0.distcp: its contents changed"):
@@ -199,7 +216,7 @@ def test_unverified_excuses_no_damage_of_a_sealed_one(copy, made, out):
 
 def test_an_older_import_is_a_note_for_the_doctor_and_refused_as_a_base(copy, made, out):
     folder = copy("imported")
-    (folder / SEAL).unlink()
+    (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match="an older kvcat imported it"):
         export_hf(made / "run", out, base=folder)
     export_hf(made / "run", out, base=folder, unverified=True)
@@ -220,8 +237,8 @@ def test_what_older_runs_wrote_still_opens(copy, made, out):
     import json
 
     folder = copy("run/checkpoints/step=4")
-    value = json.loads((folder / SEAL).read_text())
-    (folder / SEAL).write_text(json.dumps({k: value[k] for k in ("step", "files", "facts")}))
+    value = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({k: value[k] for k in ("step", "files", "facts")}))
     export_hf(folder, out, base=made / "model")
 
 
@@ -230,11 +247,11 @@ def test_the_newest_of_a_run(copy, made, out):
 
     run = copy("run/checkpoints/step=4").parents[1]
     newer = shutil.copytree(run / "checkpoints" / "step=4", run / "checkpoints" / "step=8")
-    damages.edit_seal(lambda v: None)(newer)
-    (newer / SEAL).unlink()
-    from kvcat_nemo.runs.checkpoint_manifest import seal
+    damages.edit_manifest(lambda v: None)(newer)
+    (newer / MANIFEST).unlink()
+    from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest
 
-    seal(newer, 8)
+    hash_and_write_manifest(newer, 8)
     assert find_checkpoint(run).folder == newer
     (run / "checkpoints" / "last").symlink_to("step=8")
     assert find_checkpoint(run / "checkpoints" / "last").folder == newer
@@ -243,7 +260,7 @@ def test_the_newest_of_a_run(copy, made, out):
     with pytest.raises(ValueError, match="step=8.*truncated.*step=4: name it"):
         find_checkpoint(run)
     # One whose save never ended is passed over, as a resume does.
-    (newer / SEAL).unlink()
+    (newer / MANIFEST).unlink()
     assert find_checkpoint(run).folder.name == "step=4"
 
 
@@ -263,7 +280,7 @@ def test_an_index_that_names_files_outside(name, kind, copy, made, out):
         check_index(folder / "weights")
 
 
-def test_links_out_of_an_unsealed_checkpoint(copy, made, out):
+def test_links_out_of_a_checkpoint_without_a_manifest(copy, made, out):
     folder = copy("run/checkpoints/step=4")
     damages.linked_out(folder)
     with pytest.raises(ValueError, match="is a link to .*elsewhere"):
@@ -271,21 +288,21 @@ def test_links_out_of_an_unsealed_checkpoint(copy, made, out):
 
 
 @pytest.mark.parametrize("how", damages.malicious("x"))
-@pytest.mark.parametrize("sealed", [True, False])
-def test_no_reader_runs_what_an_index_brings(how, sealed, copy, made, out, tmp_path):
+@pytest.mark.parametrize("listed", [True, False])
+def test_no_reader_runs_what_an_index_brings(how, listed, copy, made, out, tmp_path):
     told = tmp_path / "it-ran"
     data = damages.malicious(told)[how]
     folder = copy("imported")
     (folder / "weights" / ".metadata").write_bytes(data)
-    damages.resealed(folder)
-    accept = {} if sealed else {"unverified": True}
-    if not sealed:
-        (folder / SEAL).unlink()
+    damages.with_new_manifest(folder)
+    accept = {} if listed else {"unverified": True}
+    if not listed:
+        (folder / MANIFEST).unlink()
     for act in (
         lambda: export_hf(folder, out, **accept),
         lambda: verify(made / "model", folder, timeout=0.0, **accept),
         lambda: check_index(folder / "weights"),
-        lambda: sealed and _doctor(folder, made, out) or check_index(folder / "weights"),
+        lambda: listed and _doctor(folder, made, out) or check_index(folder / "weights"),
     ):
         with pytest.raises(ValueError, match="is not read: it asks for|cannot be read"):
             act()
@@ -302,7 +319,7 @@ def test_a_payload_within_a_real_index(copy, made, out, tmp_path):
     metadata = read_index(folder / "weights")
     metadata.planner_data = {"key": damages.Payload(told)}
     (folder / "weights" / ".metadata").write_bytes(pickle.dumps(metadata))
-    damages.resealed(folder)
+    damages.with_new_manifest(folder)
     for read in (_export, _verify, _doctor):
         assert "it asks for posix.system" in _refuses(read, folder, made, out)
     assert not told.exists()
@@ -312,7 +329,7 @@ def test_a_payload_within_a_real_index(copy, made, out, tmp_path):
 def test_what_is_no_index(data, copy, made, out):
     folder = copy("imported")
     (folder / "weights" / ".metadata").write_bytes(data)
-    damages.resealed(folder)
+    damages.with_new_manifest(folder)
     for read in (_export, _verify):
         assert ".metadata" in _refuses(read, folder, made, out)
 
@@ -335,7 +352,7 @@ def test_an_unrecorded_vocabulary(copy, made, tmp_path, out, capsys):
     from tests.runs.run_models import write_model
 
     folder = copy("run/checkpoints/step=4")
-    (folder / SEAL).unlink()
+    (folder / MANIFEST).unlink()
     base = write_model(tmp_path / "smaller", vocab_size=37)
     with pytest.raises(ValueError, match="the last 3 are not zero: Megatron would not pad 37 to 40"):
         export_hf(folder, out, base=base, unverified=True)
@@ -376,8 +393,8 @@ def test_what_counts_as_padding(vocab, rows, tp, zero, known, verdict, tmp_path)
         assert ask()[:4] == verdict
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_what_is_not_sharded_runs_nothing(sealed, copy, made, out, tmp_path, monkeypatch):
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_is_not_sharded_runs_nothing(listed, copy, made, out, tmp_path, monkeypatch):
     """common.pt, which Megatron reads: even where the environment allows everything."""
     import torch
 
@@ -388,12 +405,12 @@ def test_what_is_not_sharded_runs_nothing(sealed, copy, made, out, tmp_path, mon
     path = folder / "weights" / "common.pt"
     check_common(folder / "weights")
     torch.save({"args": damages.Payload(told)}, path)
-    damages.resealed(folder)
-    if not sealed:
-        (folder / SEAL).unlink()
+    damages.with_new_manifest(folder)
+    if not listed:
+        (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match="common.pt is not read: it asks for posix.system"):
-        verify(made / "model", folder, timeout=0.0, unverified=not sealed)
-    export_hf(folder, out, unverified=not sealed)  # does not read it
+        verify(made / "model", folder, timeout=0.0, unverified=not listed)
+    export_hf(folder, out, unverified=not listed)  # does not read it
     for data in (b"", b"PK\x03\x04", pickle.dumps(damages.Payload(told))):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="common.pt is not read"):

@@ -11,9 +11,10 @@ import time
 
 import pytest
 
+from kvcat_nemo.runs.layout import RUN_FILE
+from kvcat_nemo.runs.metrics_file import MetricsFile
 from kvcat_nemo.tracking.afterwards import bring, register_model
-from kvcat_nemo.tracking.metrics_file import MetricsFile
-from kvcat_nemo.tracking.mlflow_run import CHANGED_TAG, RUN_FILE, MlflowRun, client_of, figures_of, store_uri
+from kvcat_nemo.tracking.mlflow_run import CHANGED_TAG, MlflowRun, client_of, figures_of, store_uri
 from kvcat_nemo.tracking.outbox import Figure, Outbox
 from kvcat_nemo.tracking.system import PREFIX, SystemSampler
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvcat_nemo.tracking.metrics_file import MetricsFile
+from kvcat_nemo.runs.metrics_file import MetricsFile
 from kvcat_nemo.tracking.mlflow_run import client_of
 
 pytestmark = [pytest.mark.nemo, pytest.mark.slow]

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kvcat_nemo.tracking.metrics_file import MetricsFile
+from kvcat_nemo.runs.metrics_file import MetricsFile
 from kvcat_nemo.tracking.mlflow_run import MlflowRun, client_of, figures_of, store_uri
 from kvcat_nemo.tracking.outbox import Outbox
 

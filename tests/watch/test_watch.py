@@ -20,7 +20,8 @@ import pytest
 from click.testing import CliRunner
 
 from kvcat_nemo.cli import main
-from kvcat_nemo.runs.checkpoint_manifest import SEAL, seal
+from kvcat_nemo.runs.checkpoint_manifest import hash_and_write_manifest
+from kvcat_nemo.runs.layout import MANIFEST
 from kvcat_nemo.watch.state import HISTORY, History, RunWatcher, duration
 from kvcat_nemo.watch.tail import Tail
 from kvcat_nemo.watch.view import sparkline
@@ -72,8 +73,8 @@ def run(tmp_path):
         weights.mkdir(parents=True)
         if whole:
             (weights / "metadata.json").write_text("{}")
-            seal(weights.parent, int(name[-2:]))
-            os.utime(weights.parent / SEAL, (NOW - 30, NOW - 30 + int(name[-2:])))
+            hash_and_write_manifest(weights.parent, int(name[-2:]))
+            os.utime(weights.parent / MANIFEST, (NOW - 30, NOW - 30 + int(name[-2:])))
     (folder / "checkpoints" / "step=15-unfinished").touch()
     still(folder)
     return folder
@@ -81,7 +82,7 @@ def run(tmp_path):
 
 def still(folder, at=NOW - 500):
     for path in [folder, *folder.rglob("*")]:
-        if path.name != SEAL:
+        if path.name != MANIFEST:
             os.utime(path, (at, at))
 
 

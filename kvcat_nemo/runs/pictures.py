@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""A picture of a run's figures."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def run(folder, what, world=3, ranks=None, victim=None, **more):
     (folder / "job.json").write_text(json.dumps(job))
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("reach_rank.py")), str(folder / "job.json")],
+        [sys.executable, str(Path(__file__).with_name("preflight_rank.py")), str(folder / "job.json")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

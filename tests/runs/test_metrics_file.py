@@ -3,7 +3,7 @@
 import json
 import math
 
-from kvcat_nemo.tracking.metrics_file import MetricsFile
+from kvcat_nemo.runs.metrics_file import MetricsFile
 
 
 def write(path, steps):

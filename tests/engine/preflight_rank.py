@@ -1,4 +1,4 @@
-"""Ranks of test_reach: python reach_rank.py JOB.json. Imports torch once and forks them; what they say and how they end
+"""Ranks of test_preflight: python preflight_rank.py JOB.json. Imports torch once and forks them; what they say and how they end
 lies beside the job."""
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from kvcat_nemo.engine.heartbeat import Lifeline, connect, is_communication_error
-from kvcat_nemo.engine.preflight import place_from_environment, reach_all
+from kvcat_nemo.engine.heartbeat import Heartbeat, connect, is_communication_error
+from kvcat_nemo.engine.preflight import check_all_ranks, place_from_environment
 
 
 def reach(job, rank):
@@ -23,7 +23,7 @@ def reach(job, rank):
     ):  # known to the others, and then gone: what a broken network card looks like from outside
         torch.distributed.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        print(reach_all(place_from_environment(), seconds=job["seconds"]))
+        print(check_all_ranks(place_from_environment(), seconds=job["seconds"]))
     except ValueError as error:
         sys.exit(f"{error}")
 
@@ -31,8 +31,8 @@ def reach(job, rank):
 def line(job, rank):
     """A job that sums for ever; one rank is killed, freezes or fails in it."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    lifeline = Lifeline(connect(4.0), rank, job["world"], interval=0.2, patience=2.0)
-    lifeline.start()
+    heartbeat = Heartbeat(connect(4.0), rank, job["world"], interval=0.2, patience=2.0)
+    heartbeat.start()
     torch.distributed.barrier()
     try:
         for step in range(10**6):
@@ -48,11 +48,11 @@ def line(job, rank):
             time.sleep(0.001)
     except Exception as error:
         if not is_communication_error(error):
-            lifeline.report_own_failure(error)
+            heartbeat.report_own_failure(error)
             raise
-        print(f"said: {lifeline.wait_for_verdict(5.0)}")
+        print(f"said: {heartbeat.wait_for_verdict(5.0)}")
         sys.exit(3)
-    lifeline.stop()
+    heartbeat.stop()
     if rank == 0:
         time.sleep(3.0)  # the others' patience passes: nobody is missed who said goodbye
     print("good order")

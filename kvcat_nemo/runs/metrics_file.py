@@ -11,7 +11,6 @@ from typing import Any
 
 from kvcat_nemo.common.files import new_file
 
-METRICS_FILE = "metrics.jsonl"
 TIMED = frozenset({"time", "tokens_per_second", "tflops_per_gpu", "step_seconds", "peak_memory_bytes"})
 """Figures of the clock and the machine: what differs between two runs that are otherwise equal to the last bit."""
 
@@ -28,7 +27,7 @@ def parse_line(text: str) -> dict[str, Any] | None:
     """A line of a metrics file, or None for anything else."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)
     return line if whole else None

@@ -1,4 +1,4 @@
-"""Signs of life of ranks that end in good order."""
+"""Heartbeats of ranks that end in good order, and of those that die."""
 
 import os
 import subprocess
@@ -9,11 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvcat_nemo.engine.heartbeat import Lifeline  # noqa: E402
+from kvcat_nemo.engine.heartbeat import Heartbeat  # noqa: E402
 
 
 class LateStore:
-    """A store in which a certain sign of life arrives after what was written later by another thread."""
+    """A store in which a certain heartbeat arrives after what was written later by another thread."""
 
     def __init__(self, inner, late: str):
         self.inner, self.late = inner, late
@@ -29,14 +29,14 @@ class LateStore:
         return getattr(self.inner, name)
 
 
-def test_a_last_sign_of_life_does_not_take_back_that_a_rank_is_done(monkeypatch):
+def test_a_last_heartbeat_does_not_take_back_that_a_rank_is_done(monkeypatch):
     """A rank stops while its thread is about to leave a sign: its process is then gone, but it did not die."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     store, ended = torch.distributed.HashStore(), []
     late = LateStore(store, "1")
     lines = [
-        Lifeline(s, rank, 2, interval=0.05, patience=0.5, end=ended.append)
+        Heartbeat(s, rank, 2, interval=0.05, patience=0.5, end=ended.append)
         for rank, s in enumerate((store, late))
     ]
     starting = threading.Thread(target=lines[1].start)
@@ -61,7 +61,7 @@ def test_a_rank_that_is_gone_without_a_word_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     store, ended = torch.distributed.HashStore(), []
-    lines = [Lifeline(store, rank, 2, interval=0.05, patience=30, end=ended.append) for rank in range(2)]
+    lines = [Heartbeat(store, rank, 2, interval=0.05, patience=30, end=ended.append) for rank in range(2)]
     starting = threading.Thread(target=lines[1].start)
     starting.start()
     lines[0].start()
@@ -101,7 +101,7 @@ def test_rank_0_keeps_its_store_until_the_others_have_read_who_died(monkeypatch,
 
         return end
 
-    lines = [Lifeline(store, rank, 3, interval=0.1, patience=1.0, end=end_of(rank)) for rank in range(3)]
+    lines = [Heartbeat(store, rank, 3, interval=0.1, patience=1.0, end=end_of(rank)) for rank in range(3)]
     monkeypatch.setattr(lines[2], "_dead_here", lambda: None)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
