@@ -1,8 +1,12 @@
 """What holds for all tests."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+
+# No test asks a hub: those of the hub's own routes set HF_ENDPOINT and this for processes of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

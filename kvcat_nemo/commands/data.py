@@ -74,7 +74,7 @@ def fetch(corpus, out, force):
 @command.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option(
-    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder with a fast tokenizer."
+    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder or hub id with a fast tokenizer."
 )
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The JSON file to write.")
 @click.option("--count", default=20, show_default=True, help="How many windows.")
@@ -127,7 +127,7 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
 @command.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
-    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder with a fast tokenizer."
+    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder or hub id with a fast tokenizer."
 )
 @click.option("--out", "out_dir", required=True, help="Folder to write; it appears when it is complete.")
 @click.option(
@@ -157,7 +157,8 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
 @click.option("--force", is_flag=True, help="Replace a dataset that was built from other inputs.")
 def build(sources, **options):
     """Build a Megatron indexed dataset from SOURCEs: files, folders or quoted glob patterns
-    of .jsonl, .jsonl.gz, .txt (one document per file) and .parquet.
+    of .jsonl, .jsonl.gz, .txt (one document per file) and .parquet; or hub datasets:
+    owner/name[@revision], or hf://datasets/owner/name[@revision]/PATTERN for some of its files.
 
     Documents are split into train and held-out by their text and the seed; exact duplicates and empty documents
     are left out and counted. Writes train.bin/.idx, heldout.bin/.idx and manifest.json.
@@ -166,6 +167,7 @@ def build(sources, **options):
     Examples:
       kvcat data build data/qasper.jsonl --tokenizer models/smollm2-135m --out data/qasper
       kvcat data build 'corpus/**/*.parquet' --text-field content --tokenizer MODEL --out data/mine
+      kvcat data build 'hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000*' --tokenizer Qwen/Qwen2.5-0.5B --out data/fineweb
     """
     from kvcat_nemo.data.indexed import build_dataset
 
@@ -176,7 +178,9 @@ def build(sources, **options):
 @command.command()
 @click.argument("prefix")
 @click.option(
-    "--tokenizer", "tokenizer_dir", help="Hugging Face folder.  [default: the one the manifest names]"
+    "--tokenizer",
+    "tokenizer_dir",
+    help="Hugging Face folder or hub id.  [default: the one the manifest names]",
 )
 @click.option("--tokens", default=48, show_default=True, help="How many first tokens to show decoded.")
 def inspect(prefix, tokenizer_dir, tokens):

@@ -14,8 +14,7 @@ from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_
 @click.argument("out", type=click.Path())
 @click.option(
     "--base",
-    type=click.Path(exists=True, file_okay=False),
-    help="Imported or Hugging Face folder that config and tokenizer come from; by default the one that "
+    help="Imported or Hugging Face folder, or hub id, that config and tokenizer come from; by default the one that "
     "kvcat_base.json in the checkpoint or the run names.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")

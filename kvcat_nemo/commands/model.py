@@ -46,7 +46,7 @@ def fetch(name, out, force):
 
 
 @command.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("model_name", metavar="MODEL")
 @click.option("--prompt", default="The main idea of attention in neural networks is", show_default=True)
 @click.option(
     "--tokens", default=40, show_default=True, type=click.IntRange(1), help="Tokens to generate, greedily."
@@ -54,8 +54,8 @@ def fetch(name, out, force):
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False), help="Also write prompt and text to this file."
 )
-def generate(folder, prompt, tokens, json_file):
-    """Load the Hugging Face checkpoint in FOLDER with transformers and let it continue a prompt.
+def generate(model_name, prompt, tokens, json_file):
+    """Load MODEL, a Hugging Face folder or a hub id, with transformers and let it continue a prompt.
 
     Fails when the checkpoint lacks a tensor of its architecture or holds one too many.
 
@@ -64,18 +64,18 @@ def generate(folder, prompt, tokens, json_file):
       kvcat model generate results/quickstart/model --prompt "A KV cache is"
     """
     import json
-    import os
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
     from kvcat_nemo.compress.context_limit import check_positions
     from kvcat_nemo.models.hf_config import read_config
+    from kvcat_nemo.models.hub import model_folder
     from kvcat_nemo.models.load import load_causal_lm
     from kvcat_nemo.runs.integrity import require_unchanged
     from kvcat_nemo.tokens import document_ids, end_ids, load, text_of
 
     try:
+        folder = model_folder(model_name)
         config = read_config(folder)
         tokenizer = load(folder)
         ids = document_ids(tokenizer, prompt)

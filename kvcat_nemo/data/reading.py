@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvcat_nemo.models.hub import dataset_files, is_dataset
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 _ID_FIELDS = ("id", "doc_id", "_id")
 
@@ -51,7 +53,8 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
     """The source files, each once, in an order that doesn't depend on the file system.
 
     Args:
-        sources: files, folders (searched through, hidden files and other kinds left out) or glob patterns.
+        sources: files, folders (searched through, hidden files and other kinds left out), glob patterns or hub datasets
+            (kvcat_nemo.models.hub), which are fetched.
 
     Returns:
         Paths sorted within each source; the sources keep their order.
@@ -69,6 +72,13 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
             files = [path]
         else:
             files = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
+            if (
+                not files
+                and suffix_of(path) is None
+                and is_dataset(source)
+                or str(source).startswith("hf://")
+            ):
+                files = dataset_files(str(source), SUFFIXES)
         if not files:
             what = "holds no" if path.is_dir() else "matches no file; wanted"
             raise ValueError(f"source {str(source)!r} {what} {', '.join(SUFFIXES)} files")

@@ -6,7 +6,6 @@ is then compared with our reading, value by value.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype = torch.float32, **opt
         ValueError: when the folder is not one model, read in one way; when weights are missing, unknown or misshapen; or
             when transformers built another function than config.json describes.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
 
     raw = read_config(folder)

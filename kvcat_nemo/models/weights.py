@@ -102,6 +102,15 @@ def _read_index(folder: Path) -> dict[str, str]:
     return found
 
 
+def index_files(folder: Path) -> set[str]:
+    """The shards that a folder's index names.
+
+    Raises:
+        ValueError: an index that is damaged, or names anything but safetensors files in its own folder.
+    """
+    return set(_read_index(folder).values())
+
+
 def _refuse_without(folder: Path) -> None:
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
     if pickled:
