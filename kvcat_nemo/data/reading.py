@@ -49,6 +49,12 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
+def names_dataset(source: str | Path) -> bool:
+    """Whether a source that is no file here is a dataset of the hub: not a file's name (data/book.txt)."""
+    text = str(source)
+    return text.startswith("hf://") or (suffix_of(Path(text)) is None and is_dataset(text))
+
+
 def find_files(sources: Iterable[str | Path]) -> list[Path]:
     """The source files, each once, in an order that doesn't depend on the file system.
 
@@ -72,12 +78,7 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
             files = [path]
         else:
             files = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
-            if (
-                not files
-                and suffix_of(path) is None
-                and is_dataset(source)
-                or str(source).startswith("hf://")
-            ):
+            if not files and names_dataset(source):
                 files = dataset_files(str(source), SUFFIXES)
         if not files:
             what = "holds no" if path.is_dir() else "matches no file; wanted"
