@@ -16,7 +16,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/?]+))?(?:\?.*)?")
+_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree)/([^/?]+))?(?:\?.*)?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)(?:\?.*)?")
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def _handler(hub: Hub):
             sent = self.headers.get("authorization")
             hub.tokens.add(sent)
             if match := _API.fullmatch(self.path):
-                kind, name, revision = match.groups()
+                kind, name, route, revision = match.groups()
                 key, file = f"{kind}/{name}", None
             elif match := _FILE.fullmatch(self.path):
                 dataset, name, revision, file = match.groups()
@@ -80,6 +80,12 @@ def _handler(hub: Hub):
                 return self.answer(404, code="RevisionNotFound")
             if file is None:
                 sizes = {f: hub.sizes.get(f, (hub.folders[key] / f).stat().st_size) for f in hub.files(key)}
+                if route == "tree":  # huggingface_hub 1 asks for it
+                    tree = [
+                        {"type": "file", "path": f, "size": size, "oid": "0" * 40}
+                        for f, size in sizes.items()
+                    ]
+                    return self.answer(200, json.dumps(tree).encode())
                 siblings = [{"rfilename": f, "size": size} for f, size in sizes.items()]
                 about = {
                     "id": name,
