@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from pathlib import Path
 
 import click
+
+from kvcat_nemo.commands.options import friendly_errors
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -23,15 +24,6 @@ class Size(click.ParamType):
         if match is None or float(match.group(1)) * _UNITS[unit] < 1:
             self.fail(f"{value!r} is not a size; write 5GB or 500MB", param, ctx)
         return int(float(match.group(1)) * _UNITS[unit])
-
-
-@contextlib.contextmanager
-def clear_errors():
-    """What the user can act on becomes one line without a traceback; anything else stays a bug report."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def dtype_option(function):
@@ -86,7 +78,7 @@ def import_(hf_dir, out, dtype, force):
     """
     from kvcat_nemo.conversion.importing import import_hf
 
-    with clear_errors():
+    with friendly_errors():
         click.echo(f"wrote {import_hf(hf_dir, out, dtype=dtype, force=force)}")
 
 
@@ -113,7 +105,7 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force, unverified):
     """
     from kvcat_nemo.conversion.exporting import export_hf
 
-    with clear_errors():
+    with friendly_errors():
         options = dict(base=hf_config, max_shard_size=max_shard_size, dtype=dtype)
         options |= dict(force=force, unverified=unverified)
         click.echo(f"wrote {export_hf(ckpt, out, **options)}")
@@ -164,7 +156,7 @@ def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, 
     """
     from kvcat_nemo.conversion.verify import verify as run
 
-    with clear_errors():
+    with friendly_errors():
         options = dict(
             tolerance=tolerance, new_tokens=tokens, text=text, precision=precision, timeout=timeout
         )

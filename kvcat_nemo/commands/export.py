@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_option, unverified_option
+from kvcat_nemo.commands.convert import Size, dtype_option, force_option, unverified_option
+from kvcat_nemo.commands.options import friendly_errors
 
 
 @click.command()
@@ -41,7 +42,7 @@ def command(ckpt, out, base, max_shard_size, dtype, force, unverified, register)
     from kvcat_nemo.conversion.exporting import export_hf
     from kvcat_nemo.conversion.folders import find_weights
 
-    with clear_errors():
+    with friendly_errors():
         click.echo(f"checkpoint {find_weights(ckpt, unverified=unverified)}")
         options = dict(base=base, max_shard_size=max_shard_size, dtype=dtype)
         options |= dict(force=force, unverified=unverified)

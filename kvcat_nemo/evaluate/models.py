@@ -14,6 +14,7 @@ import torch
 from kvcat_nemo import tokens
 from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.common.limits import check_config_fits_weights
+from kvcat_nemo.models.families import FAMILIES
 from kvcat_nemo.models.hf_config import parse_config, read_config
 from kvcat_nemo.models.hub import model_folder, own_name, recorded_name
 from kvcat_nemo.models.load import load_causal_lm
@@ -87,8 +88,8 @@ def find_model(specification: str | Path) -> ModelFolder:
         raise ValueError(f"model {rest!r}: {_what_it_is(path)}")
     config = read_config(path)
     kind = config.get("model_type")
-    if kind not in _supported():
-        raise ValueError(f"model {rest!r}: model_type={kind!r}; evaluations know {', '.join(_supported())}")
+    if kind not in FAMILIES:
+        raise ValueError(f"model {rest!r}: model_type={kind!r}; evaluations know {', '.join(FAMILIES)}")
     described = parse_config(config, str(path / "config.json"))
     weights = find_weights(path)
     check_tied(path, weights, described.tied)
@@ -99,12 +100,6 @@ def find_model(specification: str | Path) -> ModelFolder:
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     check_config_fits_weights(config, shapes, f"model {rest!r}: config.json")
     return ModelFolder(name or own_name(path), path, config, weights.files)
-
-
-def _supported() -> tuple[str, ...]:
-    from kvcat_nemo.compress.hf_attention import SUPPORTED
-
-    return SUPPORTED
 
 
 def _what_it_is(path: Path) -> str:

@@ -60,7 +60,7 @@ def model_folder(name: str | Path, *, weights: bool = True, what: str = "model")
             f"{what} {str(name)!r}: no such folder; give a Hugging Face model folder, or a hub id such as Qwen/Qwen2.5-0.5B"
         )
     repository = _Repository("model", *match.groups(), f"{what} {str(name)!r}: no such folder here, and ")
-    folder = repository.fetch(lambda files: _model_files(repository, files, weights))
+    folder = repository.fetch(lambda files: _model_files(repository, files, weights), ["config.json"])
     if weights:
         try:
             find_weights(folder)
@@ -119,7 +119,7 @@ def dataset_files(source: str, suffixes: Iterable[str]) -> list[Path]:
             )
         return found
 
-    folder = repository.fetch(choose)
+    folder = repository.fetch(choose, [pattern] if pattern else [f"*{suffix}" for suffix in suffixes])
     return [folder / name for name in choose(_inside(folder))]
 
 
@@ -177,14 +177,19 @@ class _Repository:
     def refuse(self, why: str, fix: str) -> NoReturn:
         raise HubError(f"{self.begins}{why}; {fix}")
 
-    def fetch(self, choose: Callable[[list[str]], list[str]]) -> Path:
-        """The folder of the repository's snapshot, with the files that `choose` takes of the list of all."""
+    def fetch(self, choose: Callable[[list[str]], list[str]], needed: list[str]) -> Path:
+        """The folder of the repository's snapshot.
+
+        Args:
+            choose: takes from the list of all files those to fetch.
+            needed: patterns of what must be there where the hub is not asked.
+        """
         from huggingface_hub import HfApi, constants, errors, snapshot_download
 
         where = f"hub id {self.repo!r}" + (f" at {self.revision!r}" if self.revision else "")
         try:
             if constants.HF_HUB_OFFLINE:
-                return self._cached("HF_HUB_OFFLINE is set")
+                return self._cached("HF_HUB_OFFLINE is set", needed)
             info = HfApi().repo_info(
                 self.repo, repo_type=self.kind, revision=self.revision, files_metadata=True
             )
@@ -227,7 +232,8 @@ class _Repository:
                     "make room, or set HF_HUB_CACHE to another disk",
                 )
             return self._cached(
-                f"the hub could not be asked ({str(error).strip().partition(chr(10))[0] or type(error).__name__})"
+                f"the hub could not be asked ({str(error).strip().partition(chr(10))[0] or type(error).__name__})",
+                needed,
             )
 
     def one_file(self, name: str) -> Path:
@@ -235,14 +241,14 @@ class _Repository:
 
         return Path(hf_hub_download(self.repo, name, repo_type=self.kind, revision=self.commit))
 
-    def _cached(self, why: str) -> Path:
+    def _cached(self, why: str, needed: list[str]) -> Path:
         from huggingface_hub import constants, errors, snapshot_download
 
         self.from_cache = True
         try:
-            found = snapshot_download(
-                self.repo, repo_type=self.kind, revision=self.revision, local_files_only=True
-            )
+            where = {"repo_type": self.kind, "revision": self.revision, "local_files_only": True}
+            # From huggingface_hub 1 on it knows whether a fetched snapshot has all of them.
+            found = snapshot_download(self.repo, allow_patterns=needed, **where)
         except (errors.LocalEntryNotFoundError, errors.HFValidationError):
             self.refuse(
                 f"{why}, and {constants.HF_HUB_CACHE} does not hold the {self.kind} {self.repo!r}"

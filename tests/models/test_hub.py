@@ -53,7 +53,13 @@ def hub(tmp_path_factory):
         for file in files:
             path = root / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps({"text": f"{file} number {i}"}) + "\n" for i in range(20)))
+            path.write_text(
+                "".join(
+                    json.dumps({"text": f"{file} number {i} of a text that is long enough for a window"})
+                    + "\n"
+                    for i in range(20)
+                )
+            )
         (root / name / "LICENSE.txt").write_text("free")
         hub.add(f"lab/{name}", root / name, "datasets")
     with serve(hub) as address:
