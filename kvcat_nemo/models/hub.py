@@ -260,7 +260,8 @@ class _Repository:
             note += (
                 f", {len(_inside(Path(found)))} files; the cache does not tell whether the dataset has more"
             )
-        print(f"note: {note}", file=sys.stderr)
+        if self.kind == "dataset" or not constants.HF_HUB_OFFLINE:  # of a model in the cache all is known
+            print(f"note: {note}", file=sys.stderr)
         return Path(found)
 
     def _check_space(self, sizes: dict[str, int]) -> None:
