@@ -8,6 +8,8 @@ import warnings
 
 import click
 
+from kvcat_nemo.commands.options import bos_option, friendly_errors, special_tokens_option
+
 
 @click.group()
 def command():
@@ -19,10 +21,8 @@ def _plain_errors():
     # Importing Megatron-core tells of optional parts that datasets don't use.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
-    try:
+    with friendly_errors():
         yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _say(line: str) -> None:
@@ -91,13 +91,7 @@ def fetch(corpus, out, force):
     help="Take documents that `data build` keeps out of training.",
 )
 @click.option("--split-seed", default=1234, show_default=True, help="The --seed of that build.")
-@click.option(
-    "--bos",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="BOS before each window: auto: as the model's tokenizer puts it there by itself.",
-)
+@bos_option("each window")
 @click.option("--text-field", default="text", show_default=True, help="JSON field or Parquet column.")
 def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_seed, bos, text_field):
     """Cut evaluation windows from SOURCEs (files or folders, as for build; by default six corpora, fetched).
@@ -139,20 +133,8 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
     "--text-field", default="text", show_default=True, help="JSON field or Parquet column of the text."
 )
 @click.option("--eod-token", help="End-of-document token.  [default: the tokenizer's end-of-sequence token]")
-@click.option(
-    "--bos",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="BOS before each document: auto: as the model's tokenizer puts it there by itself.",
-)
-@click.option(
-    "--special-tokens",
-    type=click.Choice(["text", "control"]),
-    default="text",
-    show_default=True,
-    help="Special tokens that a document mentions: text, or the control tokens they name.",
-)
+@bos_option("each document")
+@special_tokens_option("a document")
 @click.option("--workers", default=2, show_default=True, help="Tokeniser threads.")
 @click.option("--seed", default=1234, show_default=True, help="Seed of the split.")
 @click.option("--skip-bad", is_flag=True, help="Count broken records instead of stopping at the first.")

@@ -100,10 +100,10 @@ def dataset_files(source: str, suffixes: Iterable[str]) -> list[Path]:
         "dataset", repo, revision, f"source {source!r}: no such file or folder here, and "
     )
 
+    # Without a pattern no .txt: a licence is no document.
+    kinds = tuple(s for s in suffixes if pattern or s != ".txt")
+
     def choose(files: list[str]) -> list[str]:
-        kinds = (
-            tuple(suffixes) if pattern else tuple(s for s in suffixes if s != ".txt")
-        )  # a licence is no document
         found = sorted(f for f in files if f.lower().endswith(kinds) and (not pattern or fnmatch(f, pattern)))
         example = f"hf://datasets/{repo}/*train*"
         if not found:
@@ -119,7 +119,7 @@ def dataset_files(source: str, suffixes: Iterable[str]) -> list[Path]:
             )
         return found
 
-    folder = repository.fetch(choose, [pattern] if pattern else [f"*{suffix}" for suffix in suffixes])
+    folder = repository.fetch(choose, [pattern] if pattern else [f"*{kind}" for kind in kinds])
     return [folder / name for name in choose(_inside(folder))]
 
 

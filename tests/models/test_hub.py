@@ -53,13 +53,7 @@ def hub(tmp_path_factory):
         for file in files:
             path = root / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                "".join(
-                    json.dumps({"text": f"{file} number {i} of a text that is long enough for a window"})
-                    + "\n"
-                    for i in range(20)
-                )
-            )
+            path.write_text("".join(json.dumps({"text": f"{file} number {i}"}) + "\n" for i in range(20)))
         (root / name / "LICENSE.txt").write_text("free")
         hub.add(f"lab/{name}", root / name, "datasets")
     with serve(hub) as address:
@@ -148,13 +142,15 @@ def test_datasets(hub, tmp_path):
 
 def test_a_document_is_compressed_and_asked_by_a_hub_id(hub, tmp_path):
     (tmp_path / "paper.txt").write_text("The cache of a long text grows. " * 4)
+    window = {"source": "own", "doc": "a", "start": 0, "ids": [4 + i % 250 for i in range(32)]}
+    (tmp_path / "windows.json").write_text(json.dumps([window]))
     ask = ["kvcat", "generate", "lab/whole", "--cache", "c.safetensors", "--prompt", "It", "--tokens", "3"]
     calls = [
         ["kvcat", "compress", "lab/whole", "--text", "paper.txt", "--keep", "0.5", "--out", "c.safetensors"],
         ask,
         ["kvcat", "model", "generate", "lab/sharded", "--tokens", "2"],
         ["kvcat", "compress", "lab/none", "--text", "paper.txt", "--keep", "0.5", "--out", "d.safetensors"],
-        ["kvcat", "evaluate", "continuation", "base=lab/whole", "lab/sharded", "--windows", "2", "--text", "lab/texts",
+        ["kvcat", "evaluate", "continuation", "base=lab/whole", "lab/sharded", "--windows", "windows.json",
          "--compressors", "recent", "--keep", "0.5", "--prefix", "24", "--continuation", "8", "--out", "results"],
     ]  # fmt: skip
     done = run(calls, hub.address, tmp_path / "cache", tmp_path)
