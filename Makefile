@@ -103,7 +103,7 @@ test: setup  ## run the tests, those of compress/, evaluate/ and models/ in both
 	$(VENV)/bin/python -m tests.totals .cache/tests-*.xml || failed=1; exit $$failed
 
 quickstart: $(STAMP)  ## continued pretraining of a real model on real text, from nothing to the report
-	$(VENV)/bin/python -m kvcat_nemo.quickstart
+	$(VENV)/bin/python examples/quickstart.py
 
 bench: setup  ## measure attention, losses and a training step side by side (half an hour on quiet cores)
 	$(VENV)/bin/python -m benchmarks.attention

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcat_nemo.conversion.layout import check_layout, padded_vocab_size
+from kvcat_nemo.conversion.layout import check_layout
+from kvcat_nemo.models.families import FAMILIES
 from kvcat_nemo.models.hf_config import parse_config
 from kvcat_nemo.models.rope import RopeScaling
+from kvcat_nemo.runs.vocabulary import padded
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Architecture:
     """The shape of a dense decoder, the same whichever library runs it."""
 
     family: str
-    """"llama", "qwen2" or "qwen3": chooses the weight map."""
+    """A key of kvcat_nemo.models.families.FAMILIES."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -56,9 +56,10 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     """
     _refuse_options(config)
     model = parse_config(config)
-    if model.family not in _FAMILIES:
+    if not FAMILIES[model.family].megatron:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.megatron)
         raise ValueError(
-            f"config.json: unknown architecture: model_type {model.family!r}; supported are {', '.join(_FAMILIES)}"
+            f"config.json: unknown architecture: model_type {model.family!r}; supported are {known}"
         )
     scaling = model.rope.scaling
     if scaling is not None and scaling.rope_type not in ("linear", "llama3"):
@@ -98,7 +99,7 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
         "use_sliding_window": (None, False),
         "quantization_config": (None,),
     }
-    if family == "llama":
+    if isinstance(family, str) and family in FAMILIES and FAMILIES[family].windows == "none":
         allowed["sliding_window"] = (None,)
     for field, values in allowed.items():
         if config.get(field) not in values:
@@ -206,7 +207,7 @@ def gpt_model(
     model = GPTModel(
         config,
         layer_spec or get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm),
-        vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size, vocab_divisible_by),
+        vocab_size=padded(arch.vocab_size, config.tensor_model_parallel_size, vocab_divisible_by),
         max_sequence_length=arch.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -28,6 +28,7 @@ from kvcat_nemo.conversion.safetensors_io import SafetensorsWriter, find_not_fin
 from kvcat_nemo.conversion.weight_map import Weight, from_groups, hf_shapes, instances, weight_map
 from kvcat_nemo.models.function import differences, function_of_model, stored_function
 from kvcat_nemo.models.hf_config import read_config, read_model
+from kvcat_nemo.models.hub import model_folder
 from kvcat_nemo.models.rope import with_both_forms
 from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.vocabulary import check_cut, recorded
@@ -213,7 +214,7 @@ def export_hf(
     Args:
         checkpoint: an imported folder, a NeMo checkpoint, a run folder (its newest finished checkpoint is taken)
             or a bare distributed checkpoint.
-        base: where config and tokenizer come from (an imported or a Hugging Face folder); found by itself when
+        base: where config and tokenizer come from (an imported or a Hugging Face folder, or a hub id); found by itself when
             the checkpoint holds hf/ or a kvcat_base.json.
         max_shard_size: bytes.
         dtype: "keep", "float32" or "bfloat16".
@@ -225,7 +226,7 @@ def export_hf(
     """
     found = find_checkpoint(checkpoint, unverified=unverified)
     weights = found.weights
-    base = hf_side(base) if base else find_base(weights)
+    base = hf_side(model_folder(base, weights=False, what="base")) if base else find_base(weights)
     check_out(out, force=force, sources=[checkpoint, found.folder, base])
     found.require_whole()
     check_base(base, unverified=unverified)

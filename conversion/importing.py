@@ -27,6 +27,7 @@ from kvcat_nemo.conversion.weight_map import (
     weight_map,
 )
 from kvcat_nemo.models.hf_config import read_config
+from kvcat_nemo.models.hub import model_folder, own_name, pinned
 from kvcat_nemo.models.weights import EMBEDDING, IGNORED, OUTPUT, check_tied
 from kvcat_nemo.runs.integrity import require_unchanged
 from kvcat_nemo.runs.layout import CARD, WEIGHTS
@@ -42,6 +43,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
     """Convert a Hugging Face folder into `out`: weights/ (Megatron), hf/ (config, tokenizer), kvcat_checkpoint.json.
 
     Args:
+        hf_dir: a Hugging Face folder or a hub id (kvcat_nemo.models.hub); the card then records owner/name@commit.
         dtype: "keep", "float32" or "bfloat16".
         force: replace `out` if it is a folder that kvcat wrote, and holds nothing else.
 
@@ -51,7 +53,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
     Raises:
         ValueError: for anything that could not be carried over faithfully; names the tensor or field.
     """
-    hf_dir, out = Path(hf_dir), Path(out)
+    hf_dir, out = model_folder(hf_dir), Path(out)
     check_out(out, force=force, sources=[hf_dir])
     require_unchanged(hf_dir)
     arch = from_hf_config(read_config(hf_dir))
@@ -72,7 +74,8 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, dtype: str = "keep", force
             "format": "kvcat-checkpoint",
             "format_version": FORMAT_VERSION,
             "architecture": asdict(arch),
-            "source": {"name": hf_dir.resolve().name, "fingerprint": fingerprint},
+            "source": {"name": own_name(hf_dir), "fingerprint": fingerprint}
+            | ({"hub": hub} if (hub := pinned(hf_dir)) else {}),
             "dtype": dtype if target else str(source.tensors[EMBEDDING].dtype).removeprefix("torch."),
             "versions": {"python": sys.version.split()[0]}
             | {name: importlib.metadata.version(name) for name in ("kvcat-nemo", "torch", "megatron-core")},

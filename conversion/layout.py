@@ -8,12 +8,6 @@ if TYPE_CHECKING:
     from kvcat_nemo.conversion.arch import Architecture
 
 
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisible_by: int = 1) -> int:
-    """The smallest multiple of divisible_by × tensor_model_parallel_size that holds vocab_size rows."""
-    multiple = divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def check_layout(
     arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
 ) -> None:

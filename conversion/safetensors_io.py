@@ -1,7 +1,7 @@
 """Sharded safetensors, read and written one tensor at a time.
 
-Plain file reads instead of memory maps: mapped pages count as the process' memory, and a truncated file shows
-up as a clear error before anything is converted instead of as a bus error in the middle.
+The safetensors library checks each file's header, of those read and of those written. Bytes are read and written as plain files:
+the library maps files, and mapped pages count as the process' memory; and it writes only what is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kvcat_nemo.models.weights import INDEX, SINGLE, StoredTensor, find_weights
+from kvcat_nemo.models.weights import INDEX, SINGLE, StoredTensor, find_weights, read_header
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -140,6 +140,8 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         assert not self._unwritten, f"never written: {sorted(self._unwritten)[:3]}"
+        for file in {stored.file for stored in self._stored.values()}:
+            read_header(file)
 
 
 def find_not_finite(tensor: torch.Tensor) -> str | None:

@@ -18,6 +18,7 @@ from kvcat_nemo.conversion.ranks import run_ranks
 from kvcat_nemo.conversion.safetensors_io import SafetensorsFolder
 from kvcat_nemo.conversion.verify_rank import RankJob, greedy
 from kvcat_nemo.conversion.weight_map import instances
+from kvcat_nemo.models.hub import model_folder
 from kvcat_nemo.runs.checkpoints import find_checkpoint
 from kvcat_nemo.runs.integrity import require_unchanged
 from kvcat_nemo.runs.pickles import check_common, check_format, check_index
@@ -83,6 +84,7 @@ def verify(
     """Compare a Megatron checkpoint with a Hugging Face folder, once per layout.
 
     Args:
+        hf_dir: a Hugging Face folder or a hub id.
         layouts: (tensor, pipeline) parallel sizes.
         tolerance: largest absolute difference of float32 logits that passes.
         new_tokens: tokens to decode greedily with both.
@@ -95,6 +97,7 @@ def verify(
         ValueError: when the checkpoint is not whole, one side cannot be read, a layout is impossible, or a rank fails. A difference between
             the models is no error: it is in the report.
     """
+    hf_dir = model_folder(hf_dir)
     arch = load_architecture(hf_dir)
     for tp, pp in layouts:
         check_layout(arch, tp, pp)
@@ -107,7 +110,7 @@ def verify(
     check_common(weights)
     function = tuple(trained_differences(weights, hf_side(hf_dir)))
     compared, different, dtype = compare_weights(hf_dir, weights, arch, vocabulary=recorded(found))
-    ids, source = _token_ids(Path(hf_dir), arch, text)
+    ids, source = _token_ids(hf_dir, arch, text)
     logits, decoded = hf_answer(hf_dir, ids, new_tokens, precision)
     reports = []
     for tp, pp in layouts:

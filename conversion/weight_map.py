@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make which Megatron tensor: one declarative map per architecture.
+"""Which Hugging Face tensors make which Megatron tensor: one declarative map, with what an architecture has beside it.
 
 Megatron's names are those of Transformer Engine, which its local layers save under too. Tensors of the layers
 are stored stacked: [num_layers, …] under one name. Shapes are written in the symbols of `dimensions`.
@@ -102,12 +102,6 @@ _QK_NORM = (
 )
 _OUTPUT = Weight("output_layer.weight", {"lm_head.weight": "vocab hidden"})
 
-WEIGHT_MAPS: dict[str, tuple[Weight, ...]] = {
-    "llama": _DECODER,
-    "qwen2": (*_DECODER, _QKV_BIAS),
-    "qwen3": (*_DECODER, *_QK_NORM),
-}
-
 # Modules whose `_extra_state` (fp8 scales) Megatron's layers ask for on load: Transformer Engine's and, for the
 # first four, the local ones too. An empty state means "no fp8 history".
 EXTRA_STATE_LAYERED = tuple(
@@ -126,8 +120,9 @@ EXTRA_STATE_SINGLE = ("decoder.final_layernorm._extra_state",)
 
 
 def weight_map(arch: Architecture) -> tuple[Weight, ...]:
-    """The map of one model; a tied model has no output layer of its own."""
-    return WEIGHT_MAPS[arch.family] + (() if arch.tied else (_OUTPUT,))
+    """The map of one model: what all have, biases and norms where it has them; a tied model has no output layer of its own."""
+    biases, norms = ((_QKV_BIAS,) if arch.qkv_bias else ()), (_QK_NORM if arch.qk_norm else ())
+    return (*_DECODER, *biases, *norms, *(() if arch.tied else (_OUTPUT,)))
 
 
 def instances(arch: Architecture) -> Iterator[tuple[Weight, int]]:

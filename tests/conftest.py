@@ -10,6 +10,9 @@ import pytest
 
 from tests.support.machine import ALONE, Turnstile, cpu_seconds, share_out
 
+# No test asks a hub: those of the hub's own routes set HF_ENDPOINT and this for processes of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 pytest_plugins = ["pytester"]
 
 _BEGAN = pytest.StashKey[float]()

@@ -67,7 +67,10 @@ def test_an_unknown_command_is_refused():
     ("words", "message"),
     [
         (["data", "build", "nowhere/*.jsonl", "--tokenizer", "x", "--out", "y"], "matches no file"),
-        (["data", "build", "{corpus}", "--tokenizer", "nowhere", "--out", "y"], "'nowhere' is not a folder"),
+        (
+            ["data", "build", "{corpus}", "--tokenizer", "nowhere", "--out", "y"],
+            "tokenizer 'nowhere': no such folder",
+        ),
         (["data", "fetch", "web", "a.jsonl"], "no corpus 'web'; known: qasper"),
         (["data", "inspect", "nowhere/train"], "are not both there"),
         (["model", "fetch", "gpt-9"], "no base model 'gpt-9'; known: smollm2-135m"),

@@ -13,11 +13,12 @@ PACKAGES = {
     "kvcat_nemo.launch": ROOT / "launch",
     "kvcat_nemo": ROOT / "kvcat_nemo",
     "benchmarks": ROOT / "benchmarks",
+    "registry_assets": ROOT / "examples" / "registry_assets",
     "tests": ROOT / "tests",
 }
-"""pyproject.toml's package-dir, the benchmarks and the tests."""
+"""pyproject.toml's package-dir, the benchmarks, the examples and the tests."""
 FILES = sorted(
-    path for name in ("kvcat_nemo", "recipes", "conversion", "launch", "benchmarks", "tests")
+    path for name in ("kvcat_nemo", "recipes", "conversion", "launch", "benchmarks", "examples", "tests")
     for path in (ROOT / name).rglob("*.py")
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_version_and_entry_points():
     assert script.value == "kvcat_nemo.cli:main"
     (recipes,) = entry_points(group="nemo_run.cli", name="kvcat")
     assert recipes.value == "kvcat_nemo.recipes"
+
+
+def test_every_folder_of_the_package_is_installed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    outside = set(setuptools["package-dir"]) - {"kvcat_nemo"}
+    inside = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "kvcat_nemo").rglob("__init__.py")}
+    assert set(setuptools["packages"]) == {folder.replace("/", ".") for folder in inside} | outside
 
 
 @pytest.fixture

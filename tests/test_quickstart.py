@@ -1,13 +1,23 @@
-"""The quickstart's machinery and the report, without the hours: stages, failing commands, figures, picture."""
+"""The quickstart's script and the report, without the hours: steps, failing commands, figures, picture."""
 
+import importlib.util
 import json
 import re
+import shlex
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
-from kvcat_nemo import quickstart
+from kvcat_nemo.cli import main
 from kvcat_nemo.tracking import run_report
+
+_spec = importlib.util.spec_from_file_location(
+    "quickstart", Path(__file__).parents[1] / "examples" / "quickstart.py"
+)
+quickstart = sys.modules["quickstart"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(quickstart)
 
 
 def line(kind, step, **values):
@@ -74,49 +84,103 @@ def test_report_refuses_an_unfinished_run(finished, tmp_path):
     assert not (tmp_path / "report.json").exists()
 
 
-def test_a_stage_is_run_once_and_again_when_its_key_changes(tmp_path, capsys):
-    result, calls = tmp_path / "result", []
-
-    def work():
-        calls.append(1)
-        result.write_text("x")
-
-    def again(key):
-        stages = quickstart.Stages(tmp_path / "stages.json", total=1)
-        stages.stage("one", "do one", key, result, work)
-
-    again("a")
-    again("a")
-    assert len(calls) == 1 and "re-used" in capsys.readouterr().out
-    again("b")
-    result.unlink()
-    again("b")
-    assert len(calls) == 3
+def python(code):
+    return shlex.join([sys.executable, "-c", code])
 
 
-def test_a_stage_that_fails_is_not_remembered(tmp_path):
-    def work():
-        raise quickstart.StageFailed("no")
-
-    stages = quickstart.Stages(tmp_path / "stages.json", total=1)
-    with pytest.raises(quickstart.StageFailed):
-        stages.stage("one", "do one", "a", tmp_path, work)
-    assert not (tmp_path / "stages.json").exists()
+def step(name, result, code="", **options):
+    """A step whose command writes its result and adds a line to `calls`."""
+    work = f"open('calls', 'a').write('{name}\\n'); import pathlib; pathlib.Path('{result}').write_text('x'); {code}"
+    return quickstart.Step(name, f"do {name}", result, (python(work),), **options)
 
 
-def test_a_failing_command_shows_its_last_lines(tmp_path):
-    words = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
-    with pytest.raises(quickstart.StageFailed, match=r"ended with code 3(.|\n)*the reason"):
-        quickstart.run(words, tmp_path / "log", shown=re.compile("nothing"))
-    assert "the reason" in (tmp_path / "log").read_text()
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda: Path("calls").read_text().split() if Path("calls").exists() else []
+
+
+def test_a_step_is_run_once_and_again_with_all_after_it_when_it_changes(calls, capsys):
+    def plan(code=""):
+        return [step("a", "a.out"), step("b", "b.out", code, reads=("settings",)), step("c", "c.out")]
+
+    done = quickstart.carry_out(plan(), Path("results"))
+    assert calls() == ["a", "b", "c"] and all(entry["seconds"] > 0 for entry in done.values())
+    quickstart.carry_out(plan(), Path("results"))
+    assert calls() == ["a", "b", "c"] and capsys.readouterr().out.count("re-used") == 3
+    quickstart.carry_out(plan("1 + 1"), Path("results"))
+    assert calls()[3:] == ["b", "c"]  # another command: it and what follows
+    Path("settings").write_text("1")
+    quickstart.carry_out(plan("1 + 1"), Path("results"))
+    assert calls()[5:] == ["b", "c"]  # what it reads has changed
+    Path("c.out").unlink()
+    quickstart.carry_out(plan("1 + 1"), Path("results"))
+    assert calls()[7:] == ["c"]  # its result is gone
+
+
+def test_a_step_that_fails_stops_with_its_last_lines_and_is_run_again(calls):
+    broken = [step("a", "a.out"), step("b", "b.out", "print('the reason'); raise SystemExit(3)")]
+    with pytest.raises(SystemExit, match=r"(?s)ended with code 3; its last lines .*b.log.*the reason"):
+        quickstart.carry_out(broken, Path("results"))
+    assert "the reason" in Path("results/logs/b.log").read_text()
+    quickstart.carry_out([broken[0], step("b", "b.out")], Path("results"))
+    assert calls() == ["a", "b", "b"]
+    with pytest.raises(SystemExit, match="step c left no c.out"):
+        quickstart.carry_out([quickstart.Step("c", "do c", "c.out", (python("1"),))], Path("results"))
+
+
+def test_a_finished_run_of_other_settings_is_moved_aside_and_an_unfinished_one_is_gone_on_with(calls):
+    def train(code, finish=True):
+        Path("run").mkdir(exist_ok=True)
+        work = f"import pathlib; pathlib.Path('run/log').open('a').write('{code}')"
+        work += "; pathlib.Path('run/finished').touch()" if finish else "; raise SystemExit(1)"
+        work = f"import pathlib; pathlib.Path('run').mkdir(exist_ok=True); {work}"
+        plan = [quickstart.Step("train", "train", "run/finished", (python(work),), fresh=("run", "absent"))]
+        quickstart.carry_out(plan, Path("results"))
+
+    with pytest.raises(SystemExit):
+        train("1", finish=False)
+    train("2")
+    assert Path("run/log").read_text() == "12"
+    train("3")
+    assert Path("run/log").read_text() == "3" and len(list(Path().glob("run-*/log"))) == 1
 
 
 def test_only_wanted_lines_are_shown(tmp_path, capsys):
-    words = [sys.executable, "-c", "print('noise'); print('training: 1/2\\rtraining: 2/2')"]
-    quickstart.run(words, tmp_path / "log", shown=quickstart._SHOWN)
+    words = python("print('noise'); print('training: 1/2\\rtraining: 2/2')")
+    quickstart.run(words, tmp_path / "log", shown=quickstart.SHOWN)
     shown = capsys.readouterr().out
-    assert "training: 2/2" in shown and "noise\n" not in shown
+    assert "training: 2/2" in shown and "  noise" not in shown
     assert "noise" in (tmp_path / "log").read_text()
+
+
+def commands():
+    return [shlex.split(command) for step in quickstart.PLAN for command in step.commands]
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "kvcat"], ids=" ".join)
+def test_its_commands_parse(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in words:  # folders that must exist
+        if "/" in word and "." not in Path(word).name:
+            Path(word).mkdir(parents=True, exist_ok=True)
+    command, rest = main, words[1:]
+    while isinstance(command, click.Group):
+        _, command, rest = command.resolve_command(click.Context(command), rest)
+    command.make_context(command.name, list(rest))
+
+
+@pytest.mark.nemo
+def test_its_training_names_a_recipe_and_fields():
+    import ast
+
+    from kvcat_nemo.recipes import RECIPES
+    from kvcat_nemo.recipes.overrides import check_overrides
+
+    (words,) = (w for w in commands() if w[0] == "nemo")
+    call = ast.parse(words[words.index("--factory") + 1], mode="eval").body
+    recipe = RECIPES[call.func.id](**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
+    check_overrides(recipe, words)
 
 
 def test_compression_figures_stand_by_compressor_and_budget():

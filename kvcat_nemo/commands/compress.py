@@ -8,7 +8,7 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors, id_options
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("model")
 @click.option(
     "--text",
     "text_file",
@@ -43,7 +43,7 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors, id_options
     help="List the compressors and their settings.",
 )
 def command(model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens):
-    """Read a document with MODEL (a Hugging Face folder), compress its KV cache, and write the cache to a file.
+    """Read a document with MODEL (a Hugging Face folder or a hub id), compress its KV cache, and write the cache to a file.
 
     The file is then asked as often as you like, without the document: kvcat generate.
 
@@ -52,7 +52,7 @@ def command(model, text_file, compressor, keep, keep_tokens, out, dtype, chat_te
 
     \b
     Examples:
-      kvcat compress models/smollm2-135m --text paper.txt --keep 0.1 --out paper.safetensors
+      kvcat compress Qwen/Qwen2.5-0.5B --text paper.txt --keep 0.1 --out paper.safetensors
       kvcat compress models/smollm2-135m --text paper.txt --compressor attention-matching+int4 --keep 0.2 --out p.safetensors
       kvcat compress models/chat --text paper.txt --chat-template default --keep 0.1 --out paper.safetensors
       kvcat generate models/smollm2-135m --cache paper.safetensors --prompt "In summary, the paper"

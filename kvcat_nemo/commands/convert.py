@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from pathlib import Path
 
 import click
+
+from kvcat_nemo.commands.options import friendly_errors
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -23,15 +24,6 @@ class Size(click.ParamType):
         if match is None or float(match.group(1)) * _UNITS[unit] < 1:
             self.fail(f"{value!r} is not a size; write 5GB or 500MB", param, ctx)
         return int(float(match.group(1)) * _UNITS[unit])
-
-
-@contextlib.contextmanager
-def clear_errors():
-    """What the user can act on becomes one line without a traceback; anything else stays a bug report."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def dtype_option(function):
@@ -68,24 +60,25 @@ def command():
 
 
 @command.command("import")
-@click.argument("hf_dir", type=click.Path(exists=True, file_okay=False))
+@click.argument("hf_dir", metavar="MODEL")
 @click.argument("out", type=click.Path())
 @dtype_option
 @force_option
 def import_(hf_dir, out, dtype, force):
-    """Convert the Hugging Face folder HF_DIR into the Megatron checkpoint folder OUT.
+    """Convert MODEL, a Hugging Face folder or a hub id (owner/name or owner/name@revision), into the Megatron checkpoint
+    folder OUT.
 
     OUT holds weights/ (distributed checkpoint, loadable at any tensor and pipeline parallel size), hf/
     (config and tokenizer) and kvcat_checkpoint.json. It appears only when the conversion is complete.
 
     \b
     Examples:
-      kvcat convert import models/smollm2-135m checkpoints/smollm2-135m
-      kvcat convert import models/qwen2.5-1.5b checkpoints/qwen2.5-1.5b --dtype bfloat16
+      kvcat convert import Qwen/Qwen2.5-0.5B checkpoints/qwen2.5-0.5b
+      kvcat convert import models/smollm2-135m checkpoints/smollm2-135m --dtype bfloat16
     """
     from kvcat_nemo.conversion.importing import import_hf
 
-    with clear_errors():
+    with friendly_errors():
         click.echo(f"wrote {import_hf(hf_dir, out, dtype=dtype, force=force)}")
 
 
@@ -94,8 +87,7 @@ def import_(hf_dir, out, dtype, force):
 @click.argument("out", type=click.Path())
 @click.option(
     "--hf-config",
-    type=click.Path(exists=True, file_okay=False),
-    help="Hugging Face or imported folder with config and tokenizer; needed when CKPT holds none.",
+    help="Hugging Face or imported folder, or hub id, with config and tokenizer; needed when CKPT holds none.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")
 @dtype_option
@@ -113,14 +105,14 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force, unverified):
     """
     from kvcat_nemo.conversion.exporting import export_hf
 
-    with clear_errors():
+    with friendly_errors():
         options = dict(base=hf_config, max_shard_size=max_shard_size, dtype=dtype)
         options |= dict(force=force, unverified=unverified)
         click.echo(f"wrote {export_hf(ckpt, out, **options)}")
 
 
 @command.command()
-@click.argument("hf_dir", type=click.Path(exists=True, file_okay=False))
+@click.argument("hf_dir", metavar="MODEL")
 @click.argument("ckpt", type=click.Path(exists=True, file_okay=False))
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Tensor parallel size.")
 @click.option("--pp", type=click.IntRange(1), default=1, show_default=True, help="Pipeline parallel size.")
@@ -152,7 +144,7 @@ def export(ckpt, out, hf_config, max_shard_size, dtype, force, unverified):
 )
 @unverified_option
 def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, timeout, unverified):
-    """Prove that the Megatron checkpoint CKPT is the same model as the Hugging Face folder HF_DIR.
+    """Prove that the Megatron checkpoint CKPT is the same model as MODEL, a Hugging Face folder or hub id.
 
     Compares every tensor bit by bit, float32 logits over a text, and greedily decoded tokens. Starts
     tp × pp processes. The exit code is 1 unless all three agree.
@@ -164,7 +156,7 @@ def verify(hf_dir, ckpt, tp, pp, tolerance, tokens, text, precision, json_file, 
     """
     from kvcat_nemo.conversion.verify import verify as run
 
-    with clear_errors():
+    with friendly_errors():
         options = dict(
             tolerance=tolerance, new_tokens=tokens, text=text, precision=precision, timeout=timeout
         )

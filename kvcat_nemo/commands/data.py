@@ -8,6 +8,8 @@ import warnings
 
 import click
 
+from kvcat_nemo.commands.options import bos_option, friendly_errors, special_tokens_option
+
 
 @click.group()
 def command():
@@ -16,15 +18,11 @@ def command():
 
 @contextlib.contextmanager
 def _plain_errors():
-    from kvcat_nemo.data.fetch import FetchError
-
     # Importing Megatron-core tells of optional parts that datasets don't use.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
-    try:
+    with friendly_errors():
         yield
-    except (ValueError, FetchError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _say(line: str) -> None:
@@ -37,6 +35,8 @@ def _say(line: str) -> None:
 @click.option("--force", is_flag=True, help="Write OUT again even when it is there.")
 def fetch(corpus, out, force):
     """Fetch a named CORPUS and write it to OUT as JSON lines of {"id", "text"}; or a benchmark, in its own fields.
+
+    Needs a clone of the project (examples/registry_assets). `kvcat data build` takes hub datasets and local files as they are.
 
     \b
     Known:
@@ -64,17 +64,19 @@ def fetch(corpus, out, force):
     Example:
       kvcat data fetch qasper data/qasper.jsonl
     """
-    from kvcat_nemo.data.benchmarks import BENCHMARKS, fetch_benchmark
-    from kvcat_nemo.data.corpora import fetch_corpus
+    from kvcat_nemo.data.assets import registry_assets
+    from kvcat_nemo.data.benchmarks import BENCHMARKS
 
     with _plain_errors():
-        (fetch_benchmark if corpus in BENCHMARKS else fetch_corpus)(corpus, out, force=force, say=_say)
+        known = registry_assets("benchmarks" if corpus in BENCHMARKS else "corpora")
+        fetch = known.fetch_benchmark if corpus in BENCHMARKS else known.fetch_corpus
+        fetch(corpus, out, force=force, say=_say)
 
 
 @command.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option(
-    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder with a fast tokenizer."
+    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder or hub id with a fast tokenizer."
 )
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The JSON file to write.")
 @click.option("--count", default=20, show_default=True, help="How many windows.")
@@ -89,13 +91,7 @@ def fetch(corpus, out, force):
     help="Take documents that `data build` keeps out of training.",
 )
 @click.option("--split-seed", default=1234, show_default=True, help="The --seed of that build.")
-@click.option(
-    "--bos",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="BOS before each window: auto: as the model's tokenizer puts it there by itself.",
-)
+@bos_option("each window")
 @click.option("--text-field", default="text", show_default=True, help="JSON field or Parquet column.")
 def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_seed, bos, text_field):
     """Cut evaluation windows from SOURCEs (files or folders, as for build; by default six corpora, fetched).
@@ -127,7 +123,7 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
 @command.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
-    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder with a fast tokenizer."
+    "--tokenizer", "tokenizer_dir", required=True, help="Hugging Face folder or hub id with a fast tokenizer."
 )
 @click.option("--out", "out_dir", required=True, help="Folder to write; it appears when it is complete.")
 @click.option(
@@ -137,27 +133,16 @@ def windows(sources, tokenizer_dir, out, count, length, seed, held_out, split_se
     "--text-field", default="text", show_default=True, help="JSON field or Parquet column of the text."
 )
 @click.option("--eod-token", help="End-of-document token.  [default: the tokenizer's end-of-sequence token]")
-@click.option(
-    "--bos",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="BOS before each document: auto: as the model's tokenizer puts it there by itself.",
-)
-@click.option(
-    "--special-tokens",
-    type=click.Choice(["text", "control"]),
-    default="text",
-    show_default=True,
-    help="Special tokens that a document mentions: text, or the control tokens they name.",
-)
+@bos_option("each document")
+@special_tokens_option("a document")
 @click.option("--workers", default=2, show_default=True, help="Tokeniser threads.")
 @click.option("--seed", default=1234, show_default=True, help="Seed of the split.")
 @click.option("--skip-bad", is_flag=True, help="Count broken records instead of stopping at the first.")
 @click.option("--force", is_flag=True, help="Replace a dataset that was built from other inputs.")
 def build(sources, **options):
     """Build a Megatron indexed dataset from SOURCEs: files, folders or quoted glob patterns
-    of .jsonl, .jsonl.gz, .txt (one document per file) and .parquet.
+    of .jsonl, .jsonl.gz, .txt (one document per file) and .parquet; or hub datasets:
+    owner/name[@revision], or hf://datasets/owner/name[@revision]/PATTERN for some of its files.
 
     Documents are split into train and held-out by their text and the seed; exact duplicates and empty documents
     are left out and counted. Writes train.bin/.idx, heldout.bin/.idx and manifest.json.
@@ -166,6 +151,7 @@ def build(sources, **options):
     Examples:
       kvcat data build data/qasper.jsonl --tokenizer models/smollm2-135m --out data/qasper
       kvcat data build 'corpus/**/*.parquet' --text-field content --tokenizer MODEL --out data/mine
+      kvcat data build 'hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000*' --tokenizer Qwen/Qwen2.5-0.5B --out data/fineweb
     """
     from kvcat_nemo.data.indexed import build_dataset
 
@@ -176,7 +162,9 @@ def build(sources, **options):
 @command.command()
 @click.argument("prefix")
 @click.option(
-    "--tokenizer", "tokenizer_dir", help="Hugging Face folder.  [default: the one the manifest names]"
+    "--tokenizer",
+    "tokenizer_dir",
+    help="Hugging Face folder or hub id.  [default: the one the manifest names]",
 )
 @click.option("--tokens", default=48, show_default=True, help="How many first tokens to show decoded.")
 def inspect(prefix, tokenizer_dir, tokens):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_option, unverified_option
+from kvcat_nemo.commands.convert import Size, dtype_option, force_option, unverified_option
+from kvcat_nemo.commands.options import friendly_errors
 
 
 @click.command()
@@ -14,8 +15,7 @@ from kvcat_nemo.commands.convert import Size, clear_errors, dtype_option, force_
 @click.argument("out", type=click.Path())
 @click.option(
     "--base",
-    type=click.Path(exists=True, file_okay=False),
-    help="Imported or Hugging Face folder that config and tokenizer come from; by default the one that "
+    help="Imported or Hugging Face folder, or hub id, that config and tokenizer come from; by default the one that "
     "kvcat_base.json in the checkpoint or the run names.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per file.")
@@ -42,7 +42,7 @@ def command(ckpt, out, base, max_shard_size, dtype, force, unverified, register)
     from kvcat_nemo.conversion.exporting import export_hf
     from kvcat_nemo.conversion.folders import find_weights
 
-    with clear_errors():
+    with friendly_errors():
         click.echo(f"checkpoint {find_weights(ckpt, unverified=unverified)}")
         options = dict(base=base, max_shard_size=max_shard_size, dtype=dtype)
         options |= dict(force=force, unverified=unverified)

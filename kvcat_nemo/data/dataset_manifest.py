@@ -36,11 +36,12 @@ class DatasetManifest:
     dtype: str
     """Type of a token id on disk."""
     tokenizer: dict
-    """path, fingerprint, vocab_size, eod_token, eod_id; bos and special_tokens (tokens.IdRules), beginning (the ids before
+    """path (owner/name@commit for one of the hub), fingerprint, vocab_size, eod_token, eod_id; bos and special_tokens (tokens.IdRules), beginning (the ids before
     every document). Datasets that were built before these were kept have none of the three: nothing stands before
     their documents, and special tokens in texts are text."""
     source: dict
-    """paths, files, documents, empty, duplicates, bad, fingerprint (sha256 over the texts), text_field."""
+    """paths, files, documents, empty, duplicates, bad, fingerprint (sha256 over the texts), text_field; revisions
+    (owner/name@commit) where a hub dataset is among the paths."""
     held_out: float
     """Share of documents asked to be held out."""
     seed: int

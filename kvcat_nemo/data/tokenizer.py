@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcat_nemo.models.hf_config import read_vocabulary
+from kvcat_nemo.models.hub import model_folder
 from kvcat_nemo.tokens import DEFAULT, IdRules, beginning, documents_ids, load, text_of
 
 
@@ -56,10 +57,10 @@ class DocumentTokenizer:
 def load_tokenizer(
     folder: str | Path, eod_token: str | None = None, rules: IdRules = DEFAULT
 ) -> DocumentTokenizer:
-    """Load the fast tokenizer of a Hugging Face folder.
+    """Load the fast tokenizer of a Hugging Face folder or hub id.
 
     Args:
-        folder: holds the tokenizer's files; config.json, when there, is checked against it.
+        folder: holds the tokenizer's files, or a hub id (kvcat_nemo.models.hub); config.json, when there, is checked against it.
         eod_token: end-of-document token; the tokenizer's end-of-sequence token by default.
         rules: how ids are made of text.
 
@@ -67,7 +68,7 @@ def load_tokenizer(
         ValueError: no tokenizer there, no fast one, no such EOD token, no BOS token where one is wanted, or a vocabulary
             that the model doesn't have.
     """
-    folder = Path(folder)
+    folder = model_folder(folder, weights=False, what="tokenizer")
     tokenizer = load(folder)
     token = eod_token if eod_token is not None else tokenizer.eos_token
     if token is None:

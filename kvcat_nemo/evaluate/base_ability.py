@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvcat_nemo.common.files import sha256_of
-from kvcat_nemo.data.benchmarks import BENCHMARKS, fetch_benchmark, load_benchmark
+from kvcat_nemo.data.assets import registry_assets
+from kvcat_nemo.data.benchmarks import BENCHMARKS, load_benchmark
 from kvcat_nemo.evaluate.harness import local_tasks, need_harness, score_task, stored_model
 from kvcat_nemo.evaluate.models import ModelFolder, model_facts
 from kvcat_nemo.evaluate.protocol import Protocol
@@ -89,7 +90,10 @@ class BaseAbility(Protocol):
 
     def run(self) -> Path:
         models = self._checked()
-        files = {t: fetch_benchmark(t, self._file(t), say=lambda line: None) for t in self.tasks}
+        files = {task: self._file(task) for task in self.tasks}
+        for task, file in files.items():
+            if not file.exists():
+                registry_assets("benchmarks").fetch_benchmark(task, file, say=lambda line: None)
         sizes = {task: len(load_benchmark(task, file)) for task, file in files.items()}
         threads = set_threads(self.threads)
         facts = {

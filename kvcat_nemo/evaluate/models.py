@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ import torch
 from kvcat_nemo import tokens
 from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.common.limits import check_config_fits_weights
+from kvcat_nemo.models.families import FAMILIES
 from kvcat_nemo.models.hf_config import parse_config, read_config
+from kvcat_nemo.models.hub import model_folder, own_name, recorded_name
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import check_tied, find_weights
 from kvcat_nemo.runs.integrity import require_unchanged
@@ -30,6 +31,7 @@ class ModelFacts:
 
     name: str
     path: str
+    """The folder, or owner/name@commit of one of the hub."""
     fingerprint: str
     """sha256 over config.json's settings and the weight files."""
     tokenizer: str
@@ -68,10 +70,11 @@ class ModelFolder:
 
 
 def find_model(specification: str | Path) -> ModelFolder:
-    """Check a model folder without loading it.
+    """Check a model without loading it; one of the hub is fetched.
 
     Args:
-        specification: a folder, or NAME=folder; by default the name is the folder's.
+        specification: a folder or a hub id (kvcat_nemo.models.hub), or NAME=folder or NAME=id; by default the name is the
+            folder's or the repository's.
 
     Raises:
         ValueError: not a folder, a Megatron checkpoint, no safetensors, a missing or truncated file, or a folder that
@@ -81,17 +84,13 @@ def find_model(specification: str | Path) -> ModelFolder:
     name, equals, rest = text.partition("=")
     if not equals or Path(text).exists():
         name, rest = "", text
-    path = Path(rest).expanduser()
-    if not path.is_dir():
-        raise ValueError(
-            f"model {rest!r}: no such folder; give a Hugging Face model folder, e.g. models/smollm2-135m"
-        )
+    path = model_folder(rest)
     if not (path / "config.json").is_file():
         raise ValueError(f"model {rest!r}: {_what_it_is(path)}")
     config = read_config(path)
     kind = config.get("model_type")
-    if kind not in _supported():
-        raise ValueError(f"model {rest!r}: model_type={kind!r}; evaluations know {', '.join(_supported())}")
+    if kind not in FAMILIES:
+        raise ValueError(f"model {rest!r}: model_type={kind!r}; evaluations know {', '.join(FAMILIES)}")
     described = parse_config(config, str(path / "config.json"))
     weights = find_weights(path)
     check_tied(path, weights, described.tied)
@@ -101,13 +100,7 @@ def find_model(specification: str | Path) -> ModelFolder:
         )
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     check_config_fits_weights(config, shapes, f"model {rest!r}: config.json")
-    return ModelFolder(name or path.resolve().name, path, config, weights.files)
-
-
-def _supported() -> tuple[str, ...]:
-    from kvcat_nemo.compress.hf_attention import SUPPORTED
-
-    return SUPPORTED
+    return ModelFolder(name or own_name(path), path, config, weights.files)
 
 
 def _what_it_is(path: Path) -> str:
@@ -167,7 +160,9 @@ def model_facts(model: ModelFolder) -> ModelFacts:
         ValueError: when the tokenizer cannot be loaded, or an exported model's files changed since.
     """
     _unchanged(model.path)
-    return ModelFacts(model.name, str(model.path), weights_fingerprint(model), tokenizer_fingerprint(model))
+    return ModelFacts(
+        model.name, recorded_name(model.path), weights_fingerprint(model), tokenizer_fingerprint(model)
+    )
 
 
 def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: str = "auto"):
@@ -185,7 +180,6 @@ def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: s
         ValueError: as `find_model` and `kvcat_nemo.models.load.load_causal_lm`; an exported model whose files changed since; an
             unknown dtype.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from kvcat_nemo.compress.fit import know
 
     if dtype not in DTYPES:

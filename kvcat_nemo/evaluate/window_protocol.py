@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcat_nemo.data.corpora import CORPORA
+from kvcat_nemo.data.assets import registry_assets
+from kvcat_nemo.data.reading import names_dataset
 from kvcat_nemo.data.tokenizer import load_tokenizer
 from kvcat_nemo.evaluate.models import ModelFolder
 from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, fed_by_compressors
@@ -82,11 +83,12 @@ class WindowSource:
             raise ValueError(f"windows={self.windows}: give at least 1, or a file of windows")
         if len(given) > 1:
             raise ValueError("text and corpora: give one of them")
+        known = [] if self.text else registry_assets("corpora").CORPORA
         for name in self.corpora:
-            if name not in CORPORA:
-                raise ValueError(f"corpora: {name!r} is not known; choose among {', '.join(CORPORA)}")
+            if name not in known:
+                raise ValueError(f"corpora: {name!r} is not known; choose among {', '.join(known)}")
         for path in self.text:
-            if not Path(path).exists():
+            if not Path(path).exists() and not names_dataset(path):
                 raise ValueError(f"text: {path!r} does not exist; give a file or folder of text")
         return f"{self.count} from {', '.join(self.text or self.corpora or DEFAULT_CORPORA)}"
 

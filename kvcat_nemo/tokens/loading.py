@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from kvcat_nemo.tokens.files import tokenizer_files
@@ -19,7 +18,6 @@ def load(folder: str | Path):
         raise ValueError(f"tokenizer {str(folder)!r} is not a folder; give a Hugging Face model folder")
     if not tokenizer_files(folder):
         raise ValueError(f"{folder}: no tokenizer there (neither tokenizer.json nor tokenizer_config.json)")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
 
     try:

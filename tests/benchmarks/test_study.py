@@ -38,7 +38,7 @@ def test_smoke_never_becomes_evidence(tmp_path):
 def test_plans():
     from benchmarks.study.jobs import ablation_jobs, policy_jobs
     from benchmarks.study.scales import FULL, SCALES
-    from kvcat_nemo.data.corpora import CORPORA
+    from kvcat_nemo.data.assets import registry_assets
     from kvcat_nemo.method.config import KVCatConfig
 
     for scale in SCALES.values():
@@ -50,7 +50,9 @@ def test_plans():
         for job in policy_jobs(scale):
             by_seed.setdefault(job.seed, set()).add((job.training, job.seed))
         assert all(len(same) == 1 for same in by_seed.values())  # equal tokens in equal order
-    assert 4e6 <= FULL.shape.parameters <= 10e6 and set(FULL.corpora) <= set(CORPORA)
+    assert 4e6 <= FULL.shape.parameters <= 10e6 and set(FULL.corpora) <= set(
+        registry_assets("corpora").CORPORA
+    )
     assert len(FULL.seeds["none"]) >= 3 and len(FULL.seeds["router"]) >= 3
     names = [j.group for j in policy_jobs(FULL)]
     assert names == ["none", "router"] * 3 + [

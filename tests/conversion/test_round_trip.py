@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from kvcat_nemo.conversion.arch import from_hf_config, load_architecture
 from kvcat_nemo.conversion.exporting import export_hf, is_router_key
 from kvcat_nemo.conversion.importing import import_hf
-from kvcat_nemo.conversion.layout import padded_vocab_size
 from kvcat_nemo.conversion.weight_map import from_groups, hf_shapes, num_parameters, to_groups
 from kvcat_nemo.models.frequencies import inverse_frequencies
 from kvcat_nemo.models.rope import RopeScaling
+from kvcat_nemo.runs.vocabulary import padded
 from tests.conversion.conversion_models import CONFIGS, LLAMA3_ROPE, build, edit_config, same_bits, tensors_of
 
 
@@ -187,8 +187,8 @@ def test_real_configs():
 
 
 def test_padded_vocab_size():
-    assert padded_vocab_size(131, 2) == 132 and padded_vocab_size(128, 2) == 128
-    assert padded_vocab_size(151936, 4, 128) == 152064
+    assert padded(131, 2, 1) == 132 and padded(128, 2, 1) == 128
+    assert padded(151936, 4, 128) == 152064
 
 
 def test_router_keys():

@@ -15,6 +15,8 @@ from kvcat_nemo.kernels.fused.selection import select_backend
 from tests.kernels import kernel_checks
 from tests.kernels.split_ranks import CASES
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize("window", [None, 1, 4, 12, 99])
 @pytest.mark.parametrize("shape", ["one head", "GQA"])
@@ -26,11 +28,11 @@ def test_the_cpu_kernel_of_a_split_window(shape, window):
 def errors(tmp_path_factory):
     """[rank][case] → distances of o, dq, dk, dv and dgate from those of one process in float64."""
     folder = tmp_path_factory.mktemp("split")
-    program = str(Path(__file__).with_name("split_ranks.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, program, str(folder), str(rank), "4"],
+            [sys.executable, "-m", "tests.kernels.split_ranks", str(folder), str(rank), "4"],
+            cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.multiprocess
 def errors(tmp_path_factory):
     """[rank][case] → distances of metrics and both gradients from those of one process in float64."""
     folder = tmp_path_factory.mktemp("split")
-    program = str(Path(__file__).with_name("token_loss_ranks.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, program, str(folder), str(rank), "4"],
+            [sys.executable, "-m", "tests.kernels.token_loss_ranks", str(folder), str(rank), "4"],
+            cwd=Path(__file__).parents[2],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -63,7 +63,8 @@ def test_a_split_vocabulary(tmp_path, kernel, count):
     """Of "unequal" processes one cannot use Triton: all that share a vocabulary take the other form."""
     ranks = [
         subprocess.Popen(
-            [PYTHON, HERE / "token_loss_ranks.py", tmp_path, str(rank), "4", kernel],
+            [PYTHON, "-m", "tests.kernels.token_loss_ranks", tmp_path, str(rank), "4", kernel],
+            cwd=ROOT,
             env=environment() | {"PYTHONWARNINGS": "ignore"},
             stderr=subprocess.PIPE,
             text=True,

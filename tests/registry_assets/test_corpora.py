@@ -3,9 +3,8 @@ import json
 import zipfile
 
 import pytest
-
-from kvcat_nemo.data import corpora
-from kvcat_nemo.data.corpora import CORPORA, fetch_corpus
+from registry_assets import corpora
+from registry_assets.corpora import CORPORA, fetch_corpus
 
 
 def paper(arxiv_id, question, title):

