@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.models.hub_server import Hub, run, serve
-from tests.models.tiny_models import make
 
 from kvcat_nemo.models.hub import model_folder, own_name, pinned, recorded_name
+from tests.models.hub_server import Hub, run, serve
+from tests.models.tiny_models import make
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".txt", ".parquet"]
 
