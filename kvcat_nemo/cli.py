@@ -16,6 +16,7 @@ _COMMANDS = {
     "evaluate": "measure models under compressed KV caches",
     "compress": "compress a document's KV cache and keep it in a file",
     "generate": "ask a compressed document",
+    "cache": "say what a compressed cache holds",
     "report": "a page and a table of evaluation results",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvcat_nemo.commands.options import DTYPES, friendly_errors, id_options
+from kvcat_nemo.commands.options import DTYPES, SERVED_DTYPES, friendly_errors, id_options
 
 
 @click.command()
@@ -33,6 +33,22 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors, id_options
     help="Put the document into a user's message: none, default (the tokenizer's template), the NAME of one of its named"
     " templates, or a file of Jinja.",
 )
+@click.option(
+    "--servable",
+    is_flag=True,
+    help="Write the form that transformers' generate and vLLM read: as many slots in every layer and head (rounded up to whole"
+    " blocks), no biases, keys moved to positions 0 to the number of slots.",
+)
+@click.option(
+    "--block",
+    type=click.IntRange(1),
+    help="With --servable: slots are a multiple of this, the tokens of an engine's page.  [default: 16]",
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(SERVED_DTYPES),
+    help="With --servable: the dtype of the engine that will read the cache.  [default: as --dtype]",
+)
 @id_options
 @click.option(
     "--list",
@@ -42,7 +58,21 @@ from kvcat_nemo.commands.options import DTYPES, friendly_errors, id_options
     callback=lambda ctx, _, wanted: wanted and (_list(), ctx.exit()),
     help="List the compressors and their settings.",
 )
-def command(model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens):
+def command(
+    model,
+    text_file,
+    compressor,
+    keep,
+    keep_tokens,
+    out,
+    dtype,
+    chat_template,
+    servable,
+    block,
+    cache_dtype,
+    bos,
+    special_tokens,
+):
     """Read a document with MODEL (a Hugging Face folder), compress its KV cache, and write the cache to a file.
 
     The file is then asked as often as you like, without the document: kvcat generate.
@@ -55,12 +85,37 @@ def command(model, text_file, compressor, keep, keep_tokens, out, dtype, chat_te
       kvcat compress models/smollm2-135m --text paper.txt --keep 0.1 --out paper.safetensors
       kvcat compress models/smollm2-135m --text paper.txt --compressor attention-matching+int4 --keep 0.2 --out p.safetensors
       kvcat compress models/chat --text paper.txt --chat-template default --keep 0.1 --out paper.safetensors
+      kvcat compress models/smollm2-135m --text paper.txt --keep 0.1 --servable --cache-dtype bfloat16 --out paper.kv
       kvcat generate models/smollm2-135m --cache paper.safetensors --prompt "In summary, the paper"
     """
     with friendly_errors():
+        form = _form(servable, block, cache_dtype)
         _compress(
-            model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens
+            model,
+            text_file,
+            compressor,
+            keep,
+            keep_tokens,
+            out,
+            dtype,
+            chat_template,
+            bos,
+            special_tokens,
+            form,
         )
+
+
+def _form(servable, block, cache_dtype):
+    """The form of --servable and its options; None without."""
+    given = {"--block": block, "--cache-dtype": cache_dtype}
+    if not servable:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} {value}: it shapes the form of --servable; add --servable")
+        return None
+    from kvcat_nemo.compress import Servable
+
+    return Servable(block=16 if block is None else block, dtype=cache_dtype)
 
 
 def _list() -> None:
@@ -81,13 +136,14 @@ def _list() -> None:
 
 
 def _compress(
-    model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens
+    model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens, serving
 ):
     from dataclasses import asdict
     from pathlib import Path
 
-    from kvcat_nemo.compress import Budget, compress, make
+    from kvcat_nemo.compress import Budget, compress, compress_servable, make
     from kvcat_nemo.compress.limits import check_positions
+    from kvcat_nemo.compress.servable import check_can_serve, document_digest
     from kvcat_nemo.compress.storage import check_target
     from kvcat_nemo.data.reading import read_text
     from kvcat_nemo.evaluate.models import find_model, load_model
@@ -97,6 +153,8 @@ def _compress(
         raise ValueError("give either --keep FRACTION or --keep-tokens N")
     budget = Budget(keep_fraction=keep, tokens=keep_tokens)
     maker = make(compressor)
+    if serving is not None:
+        check_can_serve(maker)
     check_target(out)
     text = read_text(text_file)
     if not text.strip():
@@ -111,11 +169,17 @@ def _compress(
     click.echo(f"{text_file}: {len(ids):,} tokens{where}", err=True)
     after = maker.tokens_after(len(ids)) if budget.slots(len(ids)) < len(ids) else 0
     check_positions(folder.config, [len(ids)], after, what=f"--text {text_file}", fix="give a shorter text")
+    if serving is not None:
+        serving.slots(budget, len(ids))  # what it refuses, it refuses before the weights are loaded
     network, _, facts = load_model(folder, dtype=dtype)
-    done = compress(network, [ids], maker, budget)
+    if serving is None:
+        done = compress(network, [ids], maker, budget)
+    else:
+        done = compress_servable(network, ids, maker, budget, serving)
     cache = done.cache
     full = done.full_nbytes
     cache.facts |= {"model": facts.fingerprint, "model_name": facts.name, "text": Path(text_file).name}
+    cache.facts["text_ids_sha256"] = document_digest(ids)
     cache.facts["ids"] = {
         **asdict(rules),
         "beginning": first,

@@ -30,6 +30,7 @@ from kvcat_nemo.compress.limits import position_limit
 from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference, scores
 from kvcat_nemo.compress.omp import pursue
 from kvcat_nemo.compress.prefill import Prefilled
+from kvcat_nemo.compress.rotation import rotated
 
 SELECTIONS = ("auto", "highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
@@ -166,7 +167,7 @@ class _Fitter:
             parts.append(q_CHND[:, :, :: self._step(q_CHND.shape[0] * q_CHND.shape[2])])
         if "queries" in self.compressor.needs:
             q_1HTD = _wide(self.prefilled.queries[number][:, :, :: self._step(T)])
-            parts.append(turned(q_1HTD, T, self.prefilled.model))
+            parts.append(rotated(q_1HTD, T, self.prefilled.model))
         q_GQD = torch.cat([by_group(q, layer.bias_BGS.shape[1]) for q in parts], 1)
         return self.compressor.compress_layer(layer, q_GQD, self.prefilled.scale, self.slots)
 
@@ -233,11 +234,3 @@ def pieces_to_read(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
     count = -(-wanted // N)
     starts = torch.linspace(0, T - N, count).round().long() if count > 1 else torch.tensor([T - N])
     return ids_T[(starts[:, None] + torch.arange(N)).to(ids_T.device)]
-
-
-def turned(q_BHND: Tensor, by: int, model: PreTrainedModel) -> Tensor:
-    """Queries as they would be `by` positions later."""
-    angle = by * model.model.rotary_emb.inv_freq.to(q_BHND.dtype)
-    angle = torch.cat([angle, angle]).to(q_BHND.device)
-    one, two = q_BHND.chunk(2, -1)
-    return q_BHND * angle.cos() + torch.cat([-two, one], -1) * angle.sin()
