@@ -1,8 +1,9 @@
 """A cache without biases: each slot's bias becomes part of its key, so that any attention kernel reads the cache.
 
 A slot's bias β asks for a constant on the slot's logit, scale·⟨q, k⟩ + β. Engines have no place for it. But the queries of
-a KV head share a direction: with δ such that scale·⟨q, δ⟩ ≈ β for the queries that look at the slot, the key k + δ carries
-the bias. Values are then fitted once more to the attention that is read now.
+a KV head share a direction: with d such that scale·⟨q, d⟩ ≈ 1 for them, the key k + β·d carries the bias. Values are then
+fitted once more to the attention that is read now. (A d for each slot, fitted to the queries that look at the slot, was no
+better and cost a third more: docs/LOG.md.)
 
 Shapes: G KV heads, Q reference queries, K slots, D and E head dims of keys and values.
 """
@@ -15,11 +16,7 @@ from torch import Tensor
 from kvcat_nemo.compress.matching import Reference, fit_values, logits
 
 KEY_RIDGE = 1e-3
-"""Of the mean diagonal of the queries' second moment: how strongly δ is drawn to 0."""
-_MOST = 1024
-"""Queries of a head that δ is fitted to; evenly spaced."""
-_SHARED = 0.1
-_AT_ONCE = 2**25  # numbers: of Q·D², 128 MB in float32
+"""Of the mean diagonal of the queries' second moment: how strongly d is drawn to 0."""
 
 
 def fold(
@@ -43,31 +40,18 @@ def fold(
     """
     wide = torch.float64 if k_GKD.dtype == torch.float64 else torch.float32
     q, k, v = q_GQD.to(wide), k_GKD.to(wide), v_GKE.to(wide)
-    keys = (k + directions(q, k, bias_GK.to(wide), scale, key_ridge)).to(k_GKD.dtype)
+    d_GD = shared_direction(q, scale, key_ridge)
+    keys = (k + bias_GK.to(wide)[..., None] * d_GD[:, None]).to(k_GKD.dtype)
     # Values are fitted to the keys as they are kept.
     attention = logits(q, keys.to(wide), scale).softmax(-1)
     return keys, fit_values(attention, target.output_GQE.to(wide), v, value_ridge).to(v_GKE.dtype)
 
 
-def directions(q_GQD: Tensor, k_GKD: Tensor, bias_GK: Tensor, scale: float, ridge: float) -> Tensor:
-    """δ [G, K, D] with scale·⟨q, δ_k⟩ ≈ β_k, for each slot by weighted ridge least squares.
-
-    δ_k = argmin Σ_q w_qk (scale·⟨q, δ⟩ − β_k)² + λ‖δ‖², where w_qk is the attention that query q gives slot k, mixed with
-    an even share of all queries (a slot that few of them look at must not gain a logit with the others), Σ_q w_qk = 1, and
-    λ is `ridge` times the mean diagonal of the queries' second moment.
-    """
-    step = -(-q_GQD.shape[1] // _MOST)
-    out = []
-    for q, k, bias in zip(q_GQD[:, ::step] * scale, k_GKD, bias_GK, strict=True):
-        weight_QK = (q @ k.T + bias).softmax(-1)
-        weight_QK = weight_QK / weight_QK.sum(0).clamp(min=torch.finfo(q.dtype).tiny)
-        weight_QK = (1 - _SHARED) * weight_QK + _SHARED / len(q)
-        D = q.shape[1]
-        square_QDD = (q[:, :, None] * q[:, None, :]).reshape(len(q), D * D)
-        second_KDD = (weight_QK.T @ square_QDD).view(-1, D, D).double()
-        mean_KD = (weight_QK.T @ q).double()
-        wanted_KD = bias.double()[:, None] * mean_KD
-        second_KDD.diagonal(dim1=1, dim2=2).add_(ridge * float(q.square().mean()))
-        solved = torch.cholesky_solve(wanted_KD[..., None], torch.linalg.cholesky(second_KDD))[..., 0]
-        out.append(solved.to(q.dtype))
-    return torch.stack(out)
+def shared_direction(q_GQD: Tensor, scale: float, ridge: float) -> Tensor:
+    """d [G, D] = argmin mean_q (scale·⟨q, d⟩ − 1)² + λ‖d‖², λ being `ridge` times the mean square of scale·q."""
+    q = q_GQD * scale
+    second_GDD = torch.stack([(x.T @ x).double() / len(x) for x in q])
+    mean_square = second_GDD.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
+    second_GDD.diagonal(dim1=1, dim2=2).add_(ridge * mean_square)
+    d = torch.cholesky_solve(q.double().mean(1)[..., None], torch.linalg.cholesky(second_GDD))
+    return d[..., 0].to(q.dtype)

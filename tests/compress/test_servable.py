@@ -18,7 +18,7 @@ from kvcat_nemo.compress import (
     prefill,
 )
 from kvcat_nemo.compress.folded import folded
-from kvcat_nemo.compress.folding import directions, fold
+from kvcat_nemo.compress.folding import fold, shared_direction
 from kvcat_nemo.compress.matching import reference
 from kvcat_nemo.compress.rotation import rotated
 from kvcat_nemo.compress.servable import anchored, document_digest, servable_facts
@@ -86,24 +86,19 @@ def test_a_bias_that_queries_can_carry_is_carried_exactly():
     torch.testing.assert_close(values, v, rtol=0, atol=1e-5)
 
 
-def test_directions_are_the_weighted_least_squares():
-    """Against torch.linalg.lstsq, slot by slot."""
+def test_the_shared_direction_is_the_ridge_solution():
+    """Against torch.linalg.lstsq, head by head."""
     generator = torch.Generator().manual_seed(2)
-    q, k = (torch.randn(1, n, 6, dtype=torch.float64, generator=generator) + 0.5 for n in (200, 5))
-    bias, scale, ridge = torch.tensor([[-2.0, -0.5, 0.0, 1.0, 2.5]], dtype=torch.float64), 0.4, 1e-3
-    found = directions(q, k, bias, scale, ridge)[0]
-    a = (q[0] @ k[0].T * scale + bias).softmax(-1)
-    from kvcat_nemo.compress.folding import _SHARED
-
-    for slot in range(5):
-        w = (1 - _SHARED) * a[:, slot] / a[:, slot].sum() + _SHARED / 200
-        root = (ridge * (q[0] * scale).square().mean()).sqrt()
-        rows = torch.cat([q[0] * scale * w.sqrt()[:, None], root * torch.eye(6, dtype=torch.float64)])
-        wanted = torch.cat([bias[0, slot] * w.sqrt(), torch.zeros(6, dtype=torch.float64)])
-        torch.testing.assert_close(
-            found[slot], torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0], rtol=1e-8, atol=1e-10
-        )
-    assert found[2].abs().max() == 0
+    q = torch.randn(3, 200, 6, dtype=torch.float64, generator=generator) + 0.5
+    scale, ridge = 0.4, 1e-3
+    found = shared_direction(q, scale, ridge)
+    for head in range(3):
+        rows = q[head] * scale
+        root = (ridge * rows.square().mean() * 200).sqrt()
+        rows = torch.cat([rows, root * torch.eye(6, dtype=torch.float64)])
+        wanted = torch.cat([torch.ones(200, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)])
+        solution = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0]
+        torch.testing.assert_close(found[head], solution, rtol=1e-8, atol=1e-10)
 
 
 SPECIFICATIONS = (

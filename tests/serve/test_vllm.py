@@ -1,0 +1,256 @@
+"""The real engine: `kvcat serve` as users start it, asked over HTTP. A small random model; make serve-test (.venv-serve).
+
+The oracle is transformers' own generate on the same cache in the same dtype.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
+NEW, CLIENTS = 16, 20
+LOAD = int(os.environ.get("KVCAT_SERVE_REQUESTS", "500"))
+"""Requests of the load test; continuous integration may ask for fewer."""
+QUESTIONS = ["the cache of text", "grows with every", "number 12", "and so on", "text number 3 "]
+NAMES = ("manual", "law", "log")
+
+
+def text_of(number: int) -> str:
+    return "".join(
+        f"the cache of text number {i * number} grows with every token of it: {i * 37 * number}, and so on. "
+        for i in range(12)
+    )
+
+
+class Server:
+    """`kvcat serve` in a process of its own."""
+
+    def __init__(self, folder: Path, caches: dict[str, Path], log: Path, *more: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        names = [word for name, file in caches.items() for word in ("--cache", f"{name}={file}")]
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2"}
+        self.log = log
+        options = ["--enforce-eager", "--max-model-len", "1024", *more]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvcat_nemo.cli", "serve", str(folder), *names]
+            + ["--port", str(self.port), "--", *options],
+            env=environment,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait(self) -> None:
+        while self.process.poll() is None:
+            try:
+                if self.ask("GET", "/health")[0] == 200:
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(f"the server ended: {self.log.read_text()[-3000:]}")
+
+    def ask(self, method: str, path: str, body=None, timeout: float = 600):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def complete(self, model: str, prompt: str, **more) -> dict:
+        body = {"model": model, "prompt": prompt, "max_tokens": NEW, "temperature": 0, **more}
+        status, answer = self.ask("POST", "/v1/completions", body)
+        assert status == 200, answer
+        return json.loads(answer)
+
+    def memory(self) -> int:
+        """Resident bytes of the server and its engine."""
+        total, waiting = 0, [self.process.pid]
+        while waiting:
+            pid = waiting.pop()
+            fields = Path(f"/proc/{pid}/status").read_text().splitlines()
+            total += next(int(x.split()[1]) for x in fields if x.startswith("VmRSS")) * 1024
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+        return total
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def caches(folder, tmp_path_factory):
+    """Three documents, one of them in the chat template and one whose slots fill no whole page of the engine."""
+    place, files = tmp_path_factory.mktemp("caches"), {}
+    for number, name in enumerate(NAMES, 1):
+        text = place / f"{name}.txt"
+        text.write_text(text_of(number))
+        files[name] = place / f"{name}.kv"
+        words = ["--chat-template", "default"] if name == "law" else []
+        slots = {"manual": 128, "law": 64, "log": 144}[name]
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "kvcat_nemo.cli",
+                "compress",
+                str(folder),
+                "--text",
+                str(text),
+                "--servable",
+            ]
+            + ["--keep-tokens", str(slots), "--out", str(files[name]), *words],
+            check=True,
+            capture_output=True,
+        )
+    return files
+
+
+@pytest.fixture(scope="module")
+def expected(folder, caches):
+    """(document or model's name, question) → transformers' greedy text on the same cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kvcat_nemo.serve import inputs_for, load_cache
+    from kvcat_nemo.tokens import document_ids, load
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, out = load(folder), {}
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 1, "pad_token_id": 1}
+    for question in QUESTIONS:
+        for name, file in caches.items():
+            cache = load_cache(file, model)
+            inputs = inputs_for(cache, tokenizer, question)
+            ids = model.generate(**inputs, past_key_values=cache, **options)
+            out[name, question] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        plain = torch.tensor([document_ids(tokenizer, question)])
+        ids = model.generate(plain, attention_mask=torch.ones_like(plain), **options)
+        out["small", question] = ids[0, plain.shape[1] :].tolist()
+    return {key: tokenizer.decode(ids, skip_special_tokens=True) for key, ids in out.items()}
+
+
+@pytest.fixture(scope="module")
+def server(folder, caches, tmp_path_factory):
+    running = Server(folder, caches, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+def test_greedy_answers_are_transformers_own(server, expected):
+    assert len(set(expected.values())) > 15  # the model tells documents and questions apart
+    for (name, question), text in expected.items():
+        answer = server.complete(name, question)
+        assert answer["choices"][0]["text"] == text, (name, question)
+        assert answer["model"] == name
+
+
+def test_twenty_clients_over_three_documents_and_none(server, expected):
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        asked = list(expected) * 2
+        answers = list(pool.map(lambda key: server.complete(*key)["choices"][0]["text"], asked))
+    assert answers == [expected[key] for key in asked]
+
+
+def test_chat_and_field_and_streaming(server, expected):
+    messages = [{"role": "user", "content": QUESTIONS[0]}]
+    body = {"model": "law", "messages": messages, "max_tokens": NEW, "temperature": 0}
+    status, answer = server.ask("POST", "/v1/chat/completions", body)
+    assert status == 200, answer
+    assert json.loads(answer)["choices"][0]["message"]["content"] == expected["law", QUESTIONS[0]]
+    field = server.complete("small", QUESTIONS[1], document="manual")
+    assert field["choices"][0]["text"] == expected["manual", QUESTIONS[1]]
+    status, answer = server.ask("POST", "/v1/chat/completions", {**body, "stream": True})
+    lines = [x.removeprefix(b"data: ") for x in answer.split(b"\n\n") if x.startswith(b"data: {")]
+    parts = [json.loads(x)["choices"] for x in lines]
+    text = "".join(x[0]["delta"].get("content") or "" for x in parts if x)
+    assert text == expected["law", QUESTIONS[0]]
+    names = {x["id"] for x in json.loads(server.ask("GET", "/v1/models")[1])["data"]}
+    assert names == {"small", *NAMES}
+
+
+def test_a_documents_ids_alone_do_not_open_it(server, caches, expected, folder):
+    """Somebody who knows the placeholder ids sends them as a prompt: the document's blocks do not match."""
+    from kvcat_nemo.serve import read_document
+    from kvcat_nemo.tokens import following_ids, load
+
+    document, _ = read_document(caches["manual"])
+    ids = [*document.placeholder_ids(380), *following_ids(load(folder), QUESTIONS[0])]
+    for more in (
+        {},
+        {"kv_transfer_params": {"kvcat": "manual"}},
+        {"cache_salt": "guess"},
+    ):
+        stolen = server.complete("small", ids, **more)
+        assert stolen["choices"][0]["text"] != expected["manual", QUESTIONS[0]]
+    assert server.complete("manual", QUESTIONS[0])["choices"][0]["text"] == expected["manual", QUESTIONS[0]]
+
+
+def test_refusals_over_http(server):
+    for body, words in (
+        ({"model": "manual", "prompt": "a", "echo": True}, b"echo"),
+        ({"model": "manual", "prompt": "a", "max_tokens": 1000}, b"takes 1024"),
+        ({"model": "small", "document": "nothing", "prompt": "a"}, b"manual, law, log"),
+    ):
+        status, answer = server.ask("POST", "/v1/completions", body)
+        assert status == 400 and words in answer
+
+
+def test_a_client_that_hangs_up(server, expected):
+    for _ in range(5):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = {"model": "manual", "prompt": "a", "max_tokens": 800, "temperature": 1, "stream": True}
+        connection.request(
+            "POST",
+            "/v1/completions",
+            json.dumps(body | {"ignore_eos": True}),
+            {"content-type": "application/json"},
+        )
+        connection.getresponse().read(20)
+        connection.close()
+    key = ("manual", QUESTIONS[2])
+    assert server.complete(*key)["choices"][0]["text"] == expected[key]
+
+
+def test_a_load_without_a_wrong_answer_or_growth(server, expected):
+    keys = [list(expected)[i % len(expected)] for i in range(LOAD)]
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        ask = lambda key: server.complete(*key)["choices"][0]["text"] == expected[key]  # noqa: E731
+        assert all(pool.map(ask, keys[: LOAD // 2]))
+        before = server.memory()
+        assert all(pool.map(ask, keys[LOAD // 2 :]))
+    # A slot of a document kept by each request would be 16 kB × 128 × requests.
+    assert server.memory() - before < 16 * 2**20
+
+
+def test_a_server_started_again_and_files_it_refuses(folder, caches, expected, tmp_path):
+    again = Server(folder, {"manual": caches["manual"]}, tmp_path / "log", "--no-enable-prefix-caching")
+    try:
+        again.wait()
+        for question in QUESTIONS[:2]:
+            assert again.complete("manual", question)["choices"][0]["text"] == expected["manual", question]
+    finally:
+        again.stop()
+    assert again.process.returncode is not None
