@@ -49,6 +49,23 @@ from kvcat_nemo.commands.options import DTYPES, SERVED_DTYPES, friendly_errors, 
     type=click.Choice(SERVED_DTYPES),
     help="With --servable: the dtype of the engine that will read the cache.  [default: as --dtype]",
 )
+@click.option(
+    "--fold",
+    "mode",
+    flag_value="fold",
+    help="With --servable, a document longer than the model's window: read it in chunks, each alone.",
+)
+@click.option(
+    "--rolling",
+    "mode",
+    flag_value="rolling",
+    help="With --servable, the same, but each chunk is read behind the compressed chunks before it.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(1),
+    help="With --fold or --rolling: tokens of a chunk at most.  [default: half of what the model reads]",
+)
 @id_options
 @click.option(
     "--list",
@@ -70,6 +87,8 @@ def command(
     servable,
     block,
     cache_dtype,
+    mode,
+    chunk,
     bos,
     special_tokens,
 ):
@@ -89,7 +108,7 @@ def command(
       kvcat generate models/smollm2-135m --cache paper.safetensors --prompt "In summary, the paper"
     """
     with friendly_errors():
-        form = _form(servable, block, cache_dtype)
+        form = _form(servable, block, cache_dtype, mode, chunk)
         _compress(
             model,
             text_file,
@@ -102,12 +121,19 @@ def command(
             bos,
             special_tokens,
             form,
+            (mode, chunk) if mode else None,
         )
 
 
-def _form(servable, block, cache_dtype):
+def _form(servable, block, cache_dtype, mode, chunk):
     """The form of --servable and its options; None without."""
-    given = {"--block": block, "--cache-dtype": cache_dtype}
+    given = {"--block": block, "--cache-dtype": cache_dtype, "--chunk": chunk}
+    if mode and not servable:
+        raise ValueError(f"--{mode}: chunks make one cache in the form of --servable alone; add --servable")
+    if chunk is not None and not mode:
+        raise ValueError(
+            f"--chunk {chunk}: it is the size of a part with --fold or --rolling; add one of them"
+        )
     if not servable:
         for name, value in given.items():
             if value is not None:
@@ -136,13 +162,25 @@ def _list() -> None:
 
 
 def _compress(
-    model, text_file, compressor, keep, keep_tokens, out, dtype, chat_template, bos, special_tokens, serving
+    model,
+    text_file,
+    compressor,
+    keep,
+    keep_tokens,
+    out,
+    dtype,
+    chat_template,
+    bos,
+    special_tokens,
+    serving,
+    long,
 ):
     from dataclasses import asdict
     from pathlib import Path
 
     from kvcat_nemo.compress import Budget, compress, compress_servable, make
     from kvcat_nemo.compress.limits import check_positions
+    from kvcat_nemo.compress.long_text import check_rolls, chunks_of
     from kvcat_nemo.compress.servable import check_can_serve, document_digest
     from kvcat_nemo.compress.storage import check_target
     from kvcat_nemo.data.reading import read_text
@@ -168,11 +206,23 @@ def _compress(
     where = f", in the chat template {form.name}" if form else begun
     click.echo(f"{text_file}: {len(ids):,} tokens{where}", err=True)
     after = maker.tokens_after(len(ids)) if budget.slots(len(ids)) < len(ids) else 0
-    check_positions(folder.config, [len(ids)], after, what=f"--text {text_file}", fix="give a shorter text")
+    if long is not None:
+        chunks_of(len(ids), budget, serving, folder.context, long[1])
+    else:
+        fix = (
+            "give a shorter text"
+            if serving is None
+            else "give a shorter text, or read it in chunks: --fold or --rolling"
+        )
+        check_positions(folder.config, [len(ids)], after, what=f"--text {text_file}", fix=fix)
     if serving is not None:
         serving.slots(budget, len(ids))  # what it refuses, it refuses before the weights are loaded
+    if long is not None and long[0] == "rolling":
+        check_rolls(maker)
     network, _, facts = load_model(folder, dtype=dtype)
-    if serving is None:
+    if long is not None:
+        done = _in_chunks(network, ids, maker, budget, serving, *long, out)
+    elif serving is None:
         done = compress(network, [ids], maker, budget)
     else:
         done = compress_servable(network, ids, maker, budget, serving)
@@ -189,6 +239,38 @@ def _compress(
     click.echo(
         f"{maker} at {budget}: {cache.slots:.1f} of {len(ids)} slots per layer and head, {_size(cache.nbytes)} of"
         f" {_size(full)} ({100 * cache.nbytes / full:.1f} %), in {done.seconds:.1f} s → {out}"
+    )
+
+
+def _in_chunks(network, ids, maker, budget, form, mode, chunk, out):
+    """A long document, with a progress bar; finished chunks wait beside the result."""
+    import time
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from kvcat_nemo.compress import Compressed
+    from kvcat_nemo.compress.long_text import compress_long
+
+    parts, began = Path(f"{out}.parts"), time.perf_counter()
+    if parts.is_dir() and any(parts.iterdir()):
+        click.echo(f"{parts}: chunks of an earlier run; those that fit are taken", err=True)
+    cache = compress_long(
+        network,
+        ids,
+        maker,
+        budget,
+        form,
+        mode=mode,
+        chunk=chunk,
+        parts=parts,
+        progress=lambda chunks: tqdm(chunks, desc=mode, unit="chunk"),
+    )
+    config = network.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config.num_hidden_layers * config.num_key_value_heads
+    return Compressed(
+        cache, len(ids) * layers * 2 * size * network.dtype.itemsize, time.perf_counter() - began
     )
 
 

@@ -151,6 +151,7 @@ async def run(args: Any, gate: Gate) -> None:
     def with_documents(*given, **more):
         app = build_app(*given, **more)
         app.user_middleware.append(Middleware(Documents, gate=gate))  # innermost: behind authentication
+        app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
         return app
 
     async def with_names(engine, state, *given, **more):
