@@ -18,7 +18,16 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("tracking", "recipes", "method", "parallelism", "faults", "compress", "evaluation", "serving")
+        for name in (
+            "tracking",
+            "recipes",
+            "method",
+            "parallelism",
+            "faults",
+            "compress",
+            "evaluation",
+            "serving",
+        )
     ),
 ]
 
