@@ -30,7 +30,7 @@ from kvcat_nemo.compress.limits import position_limit
 from kvcat_nemo.compress.matching import Reference, attend, logits, match, reference, scores
 from kvcat_nemo.compress.omp import pursue
 from kvcat_nemo.compress.prefill import Prefilled
-from kvcat_nemo.compress.rotation import rotated
+from kvcat_nemo.compress.rotation import rotated as turned
 
 SELECTIONS = ("auto", "highest", "omp")
 QUERIES = ("mixed", "on-policy", "repeat", "context")
@@ -167,7 +167,7 @@ class _Fitter:
             parts.append(q_CHND[:, :, :: self._step(q_CHND.shape[0] * q_CHND.shape[2])])
         if "queries" in self.compressor.needs:
             q_1HTD = _wide(self.prefilled.queries[number][:, :, :: self._step(T)])
-            parts.append(rotated(q_1HTD, T, self.prefilled.model))
+            parts.append(turned(q_1HTD, T, self.prefilled.model))
         q_GQD = torch.cat([by_group(q, layer.bias_BGS.shape[1]) for q in parts], 1)
         return self.compressor.compress_layer(layer, q_GQD, self.prefilled.scale, self.slots)
 
