@@ -127,21 +127,20 @@ def caches(folder, tmp_path_factory):
         files[name] = place / f"{name}.kv"
         words = ["--chat-template", "default"] if name == "law" else []
         slots = {"manual": 128, "law": 64, "log": 144}[name]
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "kvcat_nemo.cli",
-                "compress",
-                str(folder),
-                "--text",
-                str(text),
-                "--servable",
-            ]
-            + ["--keep-tokens", str(slots), "--out", str(files[name]), *words],
-            check=True,
-            capture_output=True,
-        )
+        line = [
+            "compress",
+            folder,
+            "--text",
+            text,
+            "--servable",
+            "--keep-tokens",
+            slots,
+            "--out",
+            files[name],
+        ]
+        line += ["--compressor", "attention-matching:selection=highest:queries=context", *words]  # quick
+        done = CliRunner().invoke(main, [str(x) for x in line])
+        assert done.exit_code == 0, done.output
     return files
 
 
