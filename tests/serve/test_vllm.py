@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from kvcat_nemo.cli import main
 from kvcat_nemo.tokens import end_ids, load
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
