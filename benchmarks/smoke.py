@@ -32,6 +32,7 @@ SCRIPTS = (
     "step",
     "keep_rate",
     "compressors",
+    "serving",
     "continuation",
     "attention_matching_authors",
     "parallel_matrix",

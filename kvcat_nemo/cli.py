@@ -16,6 +16,8 @@ _COMMANDS = {
     "evaluate": "measure models under compressed KV caches",
     "compress": "compress a document's KV cache and keep it in a file",
     "generate": "ask a compressed document",
+    "cache": "say what a compressed cache holds",
+    "serve": "answer questions about compressed documents with vLLM",
     "report": "a page and a table of evaluation results",
 }
 

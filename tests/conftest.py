@@ -10,6 +10,10 @@ import pytest
 
 from tests.support.machine import ALONE, Turnstile, cpu_seconds, share_out
 
+OTHERS = {"kvpress": ("nemo-toolkit",), "vllm": ("nemo-toolkit", "kvpress")}
+"""Mark → packages whose environments do not have what the mark's tests need."""
+
+
 # No test asks a hub: those of the hub's own routes set HF_ENDPOINT and this for processes of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -32,20 +36,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """kvpress cannot be installed beside NeMo (numpy 2 against 1): its tests belong to the other environment.
+    """kvpress cannot be installed beside NeMo (numpy 2 against 1), nor vLLM beside either: their tests belong to other environments.
 
     There they fail, rather than being skipped, when it is missing.
     """
     if _TURNSTILE in config.stash:
         share_out(items, config.rootpath)
+    for mark, packages in OTHERS.items():
+        if not any(_installed(package) for package in packages):
+            continue
+        foreign = [item for item in items if item.get_closest_marker(mark)]
+        if foreign:
+            config.hook.pytest_deselected(items=foreign)
+            items[:] = [item for item in items if item not in foreign]
+
+
+def _installed(package: str) -> bool:
     try:
-        version("nemo-toolkit")  # not find_spec("nemo"): tests/nemo would pass for it
+        version(package)  # not find_spec("nemo"): tests/nemo would pass for it
     except PackageNotFoundError:
-        return
-    foreign = [item for item in items if item.get_closest_marker("kvpress")]
-    if foreign:
-        config.hook.pytest_deselected(items=foreign)
-        items[:] = [item for item in items if item not in foreign]
+        return False
+    return True
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of the time-out: a test's time begins when it may run

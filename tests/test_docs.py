@@ -18,7 +18,16 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("tracking", "recipes", "method", "parallelism", "faults", "compress", "evaluation")
+        for name in (
+            "tracking",
+            "recipes",
+            "method",
+            "parallelism",
+            "faults",
+            "compress",
+            "evaluation",
+            "serving",
+        )
     ),
 ]
 
@@ -42,7 +51,7 @@ def test_kvcat_commands_parse(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for word in words:  # arguments that must exist
         path = tmp_path / word.rpartition("=")[2].lstrip("/")
-        if path.suffix in (".txt", ".safetensors"):
+        if path.suffix in (".txt", ".safetensors", ".kv"):
             path.touch()
         elif "/" in word and path.suffix != ".html":
             path.mkdir(parents=True, exist_ok=True)

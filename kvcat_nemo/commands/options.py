@@ -7,6 +7,7 @@ import contextlib
 import click
 
 DTYPES = ("float32", "bfloat16")
+SERVED_DTYPES = (*DTYPES, "float16")
 
 
 def id_options(function):

@@ -6,6 +6,7 @@ from kvcat_nemo.compress.compressor import Compressed, Compressor, compress, sel
 from kvcat_nemo.compress.decode import extend, generate, next_logits, positions_after
 from kvcat_nemo.compress.prefill import Prefilled, prefill
 from kvcat_nemo.compress.registry import COMPRESSORS, make
+from kvcat_nemo.compress.servable import Servable, compress_servable
 
 __all__ = [
     "COMPRESSORS",
@@ -15,7 +16,9 @@ __all__ = [
     "KVCache",
     "LayerCache",
     "Prefilled",
+    "Servable",
     "compress",
+    "compress_servable",
     "extend",
     "generate",
     "make",

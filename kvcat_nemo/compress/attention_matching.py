@@ -29,6 +29,7 @@ from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.context_limit import position_limit
 from kvcat_nemo.compress.hf_attention import run
 from kvcat_nemo.compress.prefill import Prefilled
+from kvcat_nemo.compress.rotation import rotated as turned
 from kvcat_nemo.compress.solvers.matching_pursuit import pursue
 
 SELECTIONS = ("auto", "highest", "omp")
@@ -233,11 +234,3 @@ def pieces_to_read(ids_T: Tensor, most: int, model: PreTrainedModel) -> Tensor:
     count = -(-wanted // N)
     starts = torch.linspace(0, T - N, count).round().long() if count > 1 else torch.tensor([T - N])
     return ids_T[(starts[:, None] + torch.arange(N)).to(ids_T.device)]
-
-
-def turned(q_BHND: Tensor, by: int, model: PreTrainedModel) -> Tensor:
-    """Queries as they would be `by` positions later."""
-    angle = by * model.model.rotary_emb.inv_freq.to(q_BHND.dtype)
-    angle = torch.cat([angle, angle]).to(q_BHND.device)
-    one, two = q_BHND.chunk(2, -1)
-    return q_BHND * angle.cos() + torch.cat([-two, one], -1) * angle.sin()
