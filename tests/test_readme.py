@@ -4,6 +4,7 @@ Their folders are made under a temporary one; an absolute path is looked for the
 needs a network, and is run elsewhere.
 """
 
+import json
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ ELSEWHERE = {
     "kvcat serve": "tests/serve: it starts a server",
 }
 """Beginnings of commands that are not run here: where they are."""
-SMALLER = {"kvcat evaluate continuation": ["--windows", "1", "--text", "paper.txt"]}
+SMALLER = {"kvcat evaluate continuation": ["--windows", "windows.json"]}
 """What is added, so that no corpus is fetched; the rest is as it stands."""
 MODELS = re.compile(r"(?:[\w.-]+=)?(\S*(?:smollm2-135m|Qwen2\.5-0\.5B|quickstart/model))$", re.I)
 
@@ -58,7 +59,10 @@ def place(tmp_path_factory):
     sentence = "The authors measure what a cache of keys and values must hold, and conclude that it is less. "
     (root / "paper.txt").write_text(sentence * 18)
     (root / "corpus").mkdir()
-    (root / "corpus" / "a.jsonl").write_text(f'{{"text": "{sentence}"}}\n' * 20)
+    numbered = [f"Document {number}: {sentence}" for number in range(60)]
+    window = {"source": "made up", "doc": "one", "start": 0, "ids": [i * i % 251 + 4 for i in range(1024)]}
+    (root / "windows.json").write_text(json.dumps([window]))
+    (root / "corpus" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in numbered))
     for words in commands():
         for word in words:
             if (named := MODELS.match(here(word))) and "ckpt" not in word:
