@@ -11,6 +11,8 @@ import pytest
 from tests.support.machine import ALONE, Turnstile, cpu_seconds, share_out
 
 pytest_plugins = ["pytester"]
+# No test asks a hub: those of the hub's own routes set HF_ENDPOINT and this for processes of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 _BEGAN = pytest.StashKey[float]()
 _TURNSTILE = pytest.StashKey[Turnstile]()
