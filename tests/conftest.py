@@ -18,6 +18,8 @@ OTHERS = {"kvpress": ("nemo-toolkit",), "vllm": ("nemo-toolkit", "kvpress")}
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 pytest_plugins = ["pytester"]
+# No test asks a hub: those of the hub's own routes set HF_ENDPOINT and this for processes of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 _BEGAN = pytest.StashKey[float]()
 _TURNSTILE = pytest.StashKey[Turnstile]()

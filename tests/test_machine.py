@@ -65,7 +65,7 @@ def test_costs_are_added_by_part_and_compared_with_the_budget(tmp_path):
 
 def test_every_part_has_a_budget_and_contributing_says_the_same():
     parts = {part_of(str(path.relative_to(ROOT))) for path in (ROOT / "tests").rglob("test_*.py")}
-    assert parts == set(BUDGETS)
+    assert parts <= set(BUDGETS), "give the part a budget in tests/support/machine.py and CONTRIBUTING.md"
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     table = {name: int(value) for name, value in re.findall(r"^\| `(tests[a-z/]*)` \| (\d+) \|", text, re.M)}
     assert table == BUDGETS

@@ -4,7 +4,7 @@ Their folders are made under a temporary one; an absolute path is looked for the
 needs a network, and is run elsewhere.
 """
 
-import os
+import json
 import re
 import shlex
 from pathlib import Path
@@ -28,7 +28,7 @@ ELSEWHERE = {
     "kvcat serve": "tests/serve: it starts a server",
 }
 """Beginnings of commands that are not run here: where they are."""
-SMALLER = {"kvcat evaluate continuation": ["--windows", "1", "--text", "paper.txt"]}
+SMALLER = {"kvcat evaluate continuation": ["--windows", "windows.json"]}
 """What is added, so that no corpus is fetched; the rest is as it stands."""
 MODELS = re.compile(r"(?:[\w.-]+=)?(\S*(?:smollm2-135m|Qwen2\.5-0\.5B|quickstart/model))$", re.I)
 
@@ -58,7 +58,10 @@ def place(tmp_path_factory):
     sentence = "The authors measure what a cache of keys and values must hold, and conclude that it is less. "
     (root / "paper.txt").write_text(sentence * 18)
     (root / "corpus").mkdir()
-    (root / "corpus" / "a.jsonl").write_text(f'{{"text": "{sentence}"}}\n' * 20)
+    numbered = [f"Document {number}: {sentence}" for number in range(60)]
+    window = {"source": "made up", "doc": "one", "start": 0, "ids": [i * i % 251 + 4 for i in range(1024)]}
+    (root / "windows.json").write_text(json.dumps([window]))
+    (root / "corpus" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in numbered))
     for words in commands():
         for word in words:
             if (named := MODELS.match(here(word))) and "ckpt" not in word:
@@ -89,7 +92,6 @@ def test_every_command_is_run_here_or_elsewhere():
 @pytest.mark.parametrize("words", RUN, ids=" ".join)
 def test_it_runs_as_it_stands(place, words, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     more = next((add for start, add in SMALLER.items() if words[: len(start.split())] == start.split()), [])
     arguments = [here(word) for word in words[1:]] + more
     done = CliRunner().invoke(main, arguments)

@@ -150,6 +150,37 @@ def test_an_unknown_metric_is_refused_before_training(server, tmp_path):
     assert runs.last_step(tmp_path) == 0
 
 
+STAGES = {
+    "model.config.kvcat.num_groups": 4,
+    "trainer.strategy.pipeline_model_parallel_size": 2,
+    "trainer.strategy.virtual_pipeline_model_parallel_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "exchange"),
+    [
+        ({"trainer.strategy.pipeline_model_parallel_size": 2}, {}),
+        ({"trainer.strategy.context_parallel_size": 2}, {}),
+        (STAGES, {"model.config.batch_p2p_comm": False, "model.config.overlap_p2p_comm": True}),
+    ],
+    ids=["PP2", "CP2", "PP2, two chunks each, which must all begin with a router"],
+)
+def test_two_processes_train_as_one(server, base, tmp_path, layout, exchange):
+    """From a base's weights: the same figures to float32 rounding."""
+    settings = {"resume.base": base[1], "trainer.max_steps": 4, "trainer.val_check_interval": 4}
+    alone = {name: value for name, value in layout.items() if "strategy" not in name}
+    figures = {}
+    for ranks, more in ((1, alone), (2, layout | exchange)):
+        run = server.run(tmp_path / str(ranks), settings | more, ranks=ranks)
+        assert run.wait(200) == [0] * ranks, run.tail()
+        figures[ranks] = [x for x in runs.lines(tmp_path / str(ranks)) if x["kind"] == "train"]
+        assert [x["step"] for x in figures[ranks]] == [1, 2, 3, 4]
+    for line, expected in zip(figures[2], figures[1], strict=True):
+        for name in ("loss/anchor", "ce_masked", "grad_norm/backbone"):
+            assert line[name] == pytest.approx(expected[name], rel=2e-4), (line["step"], name)
+
+
 GOLDEN = json.loads(golden_losses.GOLDEN.read_text())
 
 
