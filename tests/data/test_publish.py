@@ -173,7 +173,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from kvcat_nemo.common import folders as publish
+from kvcat_nemo.data import publish
 from test_publish import ours, replace
 if {fallback}:
     publish._exchange = lambda *_: False

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, run, serve
-from tiny_models import make
 
 from kvcat_nemo.models.hub import model_folder, own_name, pinned, recorded_name
+from tests.models.hub_server import Hub, run, serve
+from tests.models.tiny_models import make
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".txt", ".parquet"]
 
@@ -22,6 +22,7 @@ def hub(tmp_path_factory):
     whole, _ = make(root, root / "whole")
     (whole / "README.md").write_text("no part of the model")
     (whole / "modeling_own.py").write_text("raise SystemExit('remote code was run')")
+    (whole / "tokenizer_own.py").write_text("raise SystemExit('remote code was run')")
     (whole / "pytorch_model.bin").write_bytes(b"pickle")
     (whole / "original").mkdir()
     (whole / "original" / "params.json").write_text("{}")
@@ -92,7 +93,13 @@ def test_what_is_fetched_and_what_is_refused(hub, tmp_path):
     assert not [line for line in hub.asked if "local" in line or "nowhere" in line]
     fetched = {p.name for p in Path(found[0]).rglob("*") if p.is_file()}
     assert "model.safetensors" in fetched and "tokenizer.json" in fetched
-    assert not fetched & {"README.md", "modeling_own.py", "pytorch_model.bin", "params.json"}
+    assert not fetched & {
+        "README.md",
+        "modeling_own.py",
+        "tokenizer_own.py",
+        "pytorch_model.bin",
+        "params.json",
+    }
     assert len(list(Path(found[3]).glob("model-*.safetensors"))) > 2
 
     # With a token, the gated and the private one too; HF_TOKEN alone gives it.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import SIZES, THETA, _tokenizer, native
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kvcat_nemo.models.families import FAMILIES, Family
 from kvcat_nemo.models.hf_config import read_model
+from tests.models.tiny_models import SIZES, THETA, _tokenizer, native
 
 ROOT = Path(__file__).parents[2]
 
