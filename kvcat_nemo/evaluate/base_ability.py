@@ -86,7 +86,7 @@ class BaseAbility(Protocol):
     def _facts(models: list[ModelFolder]) -> dict[str, dict[str, str]]:
         # Accuracies of models with different tokenizers may be compared, unlike perplexities.
         facts = {m.name: model_facts(m) for m in models}
-        return {name: {"fingerprint": f.fingerprint, "tokenizer": f.tokenizer} for name, f in facts.items()}
+        return {name: f.facts() for name, f in facts.items()}
 
     def run(self) -> Path:
         models = self._checked()

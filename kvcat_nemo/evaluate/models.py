@@ -16,7 +16,7 @@ from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.common.limits import check_config_fits_weights
 from kvcat_nemo.models.families import FAMILIES
 from kvcat_nemo.models.hf_config import parse_config, read_config
-from kvcat_nemo.models.hub import model_folder, own_name, recorded_name
+from kvcat_nemo.models.hub import model_folder, own_name, pinned
 from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import check_tied, find_weights
 from kvcat_nemo.runs.integrity import require_unchanged
@@ -31,11 +31,18 @@ class ModelFacts:
 
     name: str
     path: str
-    """The folder, or owner/name@commit of one of the hub."""
     fingerprint: str
     """sha256 over config.json's settings and the weight files."""
     tokenizer: str
     """sha256 of the tokenizer's definition."""
+    hub: str | None = None
+    """owner/name@commit of a model of the hub."""
+
+    def facts(self) -> dict[str, str]:
+        """What results record of it (no path: that may change)."""
+        return {"fingerprint": self.fingerprint, "tokenizer": self.tokenizer} | (
+            {"hub": self.hub} if self.hub else {}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +167,8 @@ def model_facts(model: ModelFolder) -> ModelFacts:
         ValueError: when the tokenizer cannot be loaded, or an exported model's files changed since.
     """
     _unchanged(model.path)
-    return ModelFacts(
-        model.name, recorded_name(model.path), weights_fingerprint(model), tokenizer_fingerprint(model)
-    )
+    made = weights_fingerprint(model), tokenizer_fingerprint(model)
+    return ModelFacts(model.name, str(model.path), *made, hub=pinned(model.path))
 
 
 def load_model(path: str | Path | ModelFolder, dtype: str = "float32", device: str = "auto"):

@@ -148,7 +148,7 @@ class Protocol(ABC):
                 f"models: {', '.join(facts)} have different tokenizers, so the same tokens mean different texts; evaluate"
                 " them in runs of their own"
             )
-        return {name: {"fingerprint": f.fingerprint, "tokenizer": f.tokenizer} for name, f in facts.items()}
+        return {name: f.facts() for name, f in facts.items()}
 
 
 @dataclass(kw_only=True)

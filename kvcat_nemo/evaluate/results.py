@@ -82,7 +82,9 @@ def parse_budget(text: str | float) -> Budget:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}".strip(".")).items()}
+    # "hub" tells where a model was had from, which decides nothing: the same files may come from a folder.
+    parts = (_flat(part, f"{name}.{key}".strip(".")) for key, part in value.items() if key != "hub")
+    return {k: v for part in parts for k, v in part.items()}
 
 
 def _differences(there: Mapping, now: Mapping) -> list[str]:

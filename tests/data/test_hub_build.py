@@ -1,19 +1,15 @@
 """A hub model imported, and a hub dataset built with a hub tokenizer; then all of it again without the hub."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # hub_server, tiny_models
+from tests.models.hub_server import Hub, run, serve
+from tests.models.tiny_models import make
 
 
 @pytest.mark.slow
 def test_build_and_import_record_the_commit(tmp_path):
-    from tests.models.hub_server import Hub, run, serve
-    from tests.models.tiny_models import make
-
     hub = Hub()
     model, _ = make(tmp_path / "made", tmp_path / "model")
     texts = tmp_path / "texts"

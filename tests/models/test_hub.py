@@ -22,6 +22,7 @@ def hub(tmp_path_factory):
     whole, _ = make(root, root / "whole")
     (whole / "README.md").write_text("no part of the model")
     (whole / "modeling_own.py").write_text("raise SystemExit('remote code was run')")
+    (whole / "tokenizer_own.py").write_text("raise SystemExit('remote code was run')")
     (whole / "pytorch_model.bin").write_bytes(b"pickle")
     (whole / "original").mkdir()
     (whole / "original" / "params.json").write_text("{}")
@@ -92,7 +93,13 @@ def test_what_is_fetched_and_what_is_refused(hub, tmp_path):
     assert not [line for line in hub.asked if "local" in line or "nowhere" in line]
     fetched = {p.name for p in Path(found[0]).rglob("*") if p.is_file()}
     assert "model.safetensors" in fetched and "tokenizer.json" in fetched
-    assert not fetched & {"README.md", "modeling_own.py", "pytorch_model.bin", "params.json"}
+    assert not fetched & {
+        "README.md",
+        "modeling_own.py",
+        "tokenizer_own.py",
+        "pytorch_model.bin",
+        "params.json",
+    }
     assert len(list(Path(found[3]).glob("model-*.safetensors"))) > 2
 
     # With a token, the gated and the private one too; HF_TOKEN alone gives it.
@@ -156,13 +163,15 @@ def test_a_document_is_compressed_and_asked_by_a_hub_id(hub, tmp_path):
     done = run(calls, hub.address, tmp_path / "cache", tmp_path)
     assert [code for code, _ in done] == [0, 0, 0, 1, 0], done
     assert "no such folder here, and the hub shows no model" in done[3][1] and "Traceback" not in done[3][1]
-    models = json.loads((tmp_path / "results" / "manifest.json").read_text())["models"]
-    assert models["base"]["path"] == f"lab/whole@{hub.commit('models/lab/whole')}" and "sharded" in models
+    models = json.loads((tmp_path / "results" / "run.json").read_text())["facts"]["models"]
+    assert models["base"]["hub"] == f"lab/whole@{hub.commit('models/lab/whole')}" and "sharded" in models
     # The same model offline, and as a plain folder: its fingerprint does not depend on where it came from.
     hub.asked.clear()
     plain = [*ask[:2], str(hub.folders["models/lab/whole"]), *ask[3:]]
-    again = run([ask, plain], hub.address, tmp_path / "cache", tmp_path, HF_HUB_OFFLINE="1")
+    resumed = [*calls[4][:3], f"base={hub.folders['models/lab/whole']}", *calls[4][4:]]
+    again = run([ask, plain, resumed], hub.address, tmp_path / "cache", tmp_path, HF_HUB_OFFLINE="1")
     assert again[0][0] == 0 and again[0][1].splitlines()[-1] == done[1][1].splitlines()[-1]
+    assert again[2][0] == 0, again[2]  # results are gone on with, wherever the model is had from
     assert hub.asked == []
 
 
