@@ -42,12 +42,18 @@ class Layer:
 
 @dataclass
 class Decoder:
-    """A decoder's weights; the output weight is the embedding."""
+    """A decoder's weights."""
 
     embedding_VM: Tensor
     layers: list[Layer]
     norm_M: Tensor
     head_dim: int
+    output_VM: Tensor | None = None
+    """None: the embedding."""
+
+    def logits(self, h_RM: Tensor) -> Tensor:
+        weight = self.embedding_VM if self.output_VM is None else self.output_VM
+        return rms_norm(h_RM, self.norm_M) @ weight.T
 
     def rotated(self, x_THD: Tensor, place_T: Tensor) -> Tensor:
         """Rotary positions, base 10,000, halves rotated as in Llama."""
@@ -160,7 +166,7 @@ def three_streams(
         h, _ = layer_rows(model, layer, h, place, None, causal)
     if config.scorer_layer == len(model.layers):
         score = scorer(h[None, :C])[0]
-    teacher = rms_norm(h, model.norm_M) @ model.embedding_VM.T
+    teacher = model.logits(h)
 
     everything = torch.ones(1, C, dtype=torch.bool)
     whole = always_kept(everything, config.always_keep)[0]
@@ -179,7 +185,7 @@ def three_streams(
     weight = torch.cat([gate.to(causal).expand(T - C, C), causal[C:, C:]], 1)
     for layer, pair in zip(model.layers, slots, strict=True):
         h, _ = layer_rows(model, layer, h, place[C:], pair, weight)
-    return Streams(teacher, rms_norm(h, model.norm_M) @ model.embedding_VM.T, score, chosen)
+    return Streams(teacher, model.logits(h), score, chosen)
 
 
 def distill_loss(streams: Streams, config: KVDistillConfig) -> Tensor:
