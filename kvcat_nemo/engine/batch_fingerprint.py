@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcat_nemo.engine import rank_sync
-from kvcat_nemo.method.policies import prefix_ids
+from kvcat_nemo.method.random_draws import prefix_ids
 
 _EXACT = (1 << 53) - 1  # integers up to here are exact in JSON and in a double
 

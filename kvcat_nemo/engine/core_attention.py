@@ -26,8 +26,8 @@ from kvcat_nemo.kernels import (
     select_backend,
     span_gated_attention,
 )
+from kvcat_nemo.method.accumulated_attention import accumulated_attention
 from kvcat_nemo.method.attention import document_positions
-from kvcat_nemo.method.policies import accumulated_attention, attention_gate
 from kvcat_nemo.method.spans import Spans
 
 
@@ -158,7 +158,7 @@ class GatedCoreAttention(MegatronModule):
         self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, bias: Gate, documents: Tensor | None
     ) -> Tensor:
         kvcat, gate_BT = self.config.kvcat, bias.gate
-        if kvcat.policy == "attention":
+        if kvcat.gate_policy.reads_attention:
             gate_BT = self._attention_gate(q_BTHD, k_BTGD, documents)
         gate_BTG = gate_BT[..., None] if gate_BT.dim() == 2 else self._own_heads(gate_BT, k_BTGD.shape[2])
         settings = {
@@ -191,7 +191,7 @@ class GatedCoreAttention(MegatronModule):
 
     @torch.no_grad()
     def _attention_gate(self, q_BTHD: Tensor, k_BTGD: Tensor, documents: Tensor | None) -> Tensor:
-        """[B, T]: the slots that get most attention, from the mass of all ranks' queries and heads."""
+        """[B, T]: what a policy that reads attention makes of the mass of all ranks' queries and heads."""
         split = self.split
         position_BT = places = None
         if documents is not None:
@@ -207,7 +207,8 @@ class GatedCoreAttention(MegatronModule):
             mass = split.sum(mass)
         if self.tp_group is not None and self.tp_group.size() > 1:
             torch.distributed.all_reduce(mass, group=self.tp_group)  # each rank holds its own heads' mass
-        gate_BT = attention_gate(mass, self.config.kvcat.target_keep_fraction, position_BT)
+        kvcat = self.config.kvcat
+        gate_BT = kvcat.gate_policy.attention_gates(kvcat, mass, position_BT)
         return gate_BT if split is None else split.own(gate_BT)
 
 

@@ -117,13 +117,12 @@ def parameters(config) -> dict[str, int]:
     attention += 2 * head if config.qk_layernorm else 0
     mlp = (3 if config.gated_linear_unit else 2) * width * ffn
     kvcat: KVCatConfig = config.kvcat
-    proposals = config.num_query_groups if kvcat.mask_per == "kv_head" else 1
-    router = proposals * width * width + 4 * width * kvcat.router_dim + 2 * width + 1
+    router = kvcat.gate_policy.router_parameters(kvcat, width, config.num_query_groups)
     out = {
         "embedding": config.vocab_size * width,
         "output": 0 if config.share_embeddings_and_output_weights else config.vocab_size * width,
         "layers": config.num_layers * (attention + mlp + 2 * width),
-        "routers": kvcat.num_groups * router if kvcat.policy == "router" else 0,
+        "routers": kvcat.num_groups * router,
         "norm": width,
     }
     return out | {"total": sum(out.values())}

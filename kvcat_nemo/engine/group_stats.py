@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from kvcat_nemo.engine.collectives import window_mean
 from kvcat_nemo.kernels import WindowSplit
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.policies import attention_gate
 from kvcat_nemo.method.spans import Spans
 
 
@@ -55,13 +53,12 @@ def fixed_stats(
 def _keep_rate(
     kvcat: KVCatConfig, gate_BT: Tensor, documents: Tensor | None, split: WindowSplit | None
 ) -> Tensor:
-    if kvcat.policy != "attention":
+    policy = kvcat.gate_policy
+    if not policy.reads_attention:
         return window_mean(gate_BT, None if split is None else split.group)
-    keep = kvcat.target_keep_fraction
+    # Gates are made inside attention; how many are open does not depend on it.
+    position_BT = None
     if documents is not None:
-        positions, _ = document_positions(gate_BT.numel(), documents)
-        return attention_gate(torch.zeros_like(gate_BT), keep, positions.view_as(gate_BT)).mean()
-    T = gate_BT.shape[1] * (1 if split is None else split.ranks)
-    return gate_BT.new_tensor(
-        math.ceil(keep * T) / T
-    )  # the mask is made inside attention, with a fixed count
+        position_BT = document_positions(gate_BT.numel(), documents)[0].view_as(gate_BT)
+    whole = gate_BT if split is None else gate_BT.repeat(1, split.ranks)
+    return policy.attention_gates(kvcat, torch.zeros_like(whole), position_BT).mean()

@@ -29,8 +29,7 @@ from kvcat_nemo.engine.segments import TokenSegments
 from kvcat_nemo.engine.shared_rows import FirstSpansShared
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.losses import budget_of_means
-from kvcat_nemo.method.router import Router, Routing
+from kvcat_nemo.method.router import Routing
 from kvcat_nemo.method.spans import Spans
 
 PROBE_TOKENS = 256
@@ -48,8 +47,10 @@ class KVCatTransformerLayer(TransformerLayer):
         self.group = kvcat.group_of_layer(layer, config.num_layers)
         self.begins_group = layer in kvcat.group_starts(config.num_layers)
         self.router = None
-        if kvcat.policy == "router" and self.begins_group:
-            self.router = Router(config.hidden_size, kvcat, self.group, config.num_query_groups)
+        if kvcat.gate_policy.has_routers and self.begins_group:
+            self.router = kvcat.gate_policy.build_router(
+                kvcat, config.hidden_size, self.group, config.num_query_groups
+            )
             for parameter in self.router.parameters():
                 parameter.is_router = True
                 # A rank routes its own tokens: Megatron then sums the gradients over tensor-parallel ranks, once.
@@ -86,7 +87,7 @@ class KVCatTransformerLayer(TransformerLayer):
         if self.router is not None:
             hidden_states, gate = self.route(hidden_states, documents)
             context = gate[None]
-        gate = context[self.group if self.config.kvcat.policy == "random" else 0]
+        gate = context[self.group if len(context) > 1 else 0]
         spans = None if context_mask is None else Spans.from_table(context_mask, *gate.shape[:2])
         if self.router is None and self.begins_group and not self._replaying:
             split = self.self_attention.core_attention.split
@@ -124,7 +125,7 @@ class KVCatTransformerLayer(TransformerLayer):
         routing: Routing = self.router(h_BTM, segments, position_BT)
         group = None if segments is None else segments.group
         kept, probability = window_mean(routing.hard_BT, group), window_mean(routing.p_BT, group)
-        budget = budget_of_means(kept, probability, kvcat.target_keep_fraction)
+        budget = kvcat.gate_policy.router_loss(kvcat, kept, probability)
         weighted = budget * kvcat.budget_weight / kvcat.num_groups
         if torch.is_grad_enabled():
             hidden_states = RouterLoss.apply(hidden_states, weighted)

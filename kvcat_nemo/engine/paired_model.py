@@ -11,7 +11,6 @@ from kvcat_nemo.engine.step import token_loss_weights
 from kvcat_nemo.kernels import WindowSplit
 from kvcat_nemo.method.attention import document_positions
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.method.policies import prefix_ids, random_gate, random_prefix
 from kvcat_nemo.method.spans import Spans
 
 
@@ -41,7 +40,7 @@ class KVCatGPTModel(GPTModel):
 
         Args:
             input_ids, position_ids, labels: [B, T]; under context parallelism this rank's tokens of each window.
-                Every pipeline stage needs input_ids: the random policy draws from them.
+                Every pipeline stage needs input_ids: a policy may draw its gates from them.
             attention_mask: boundaries of documents packed into the windows (`document_boundaries`); None: a window is one
                 document. Attention, routers, sinks and random masks begin anew at each. Rotary positions count through the
                 window: only their differences matter.
@@ -118,29 +117,23 @@ def initial_gates(
         split: input_ids are this rank's tokens of split windows; documents: as `document_boundaries` gives them.
 
     Returns:
-        [R, B, T] draws of the random policy, else a placeholder of ones; and with mask_span=prefix method.spans' table, on
+        [R, B, T] of a policy that reads tokens, else a placeholder of ones; and with mask_span=prefix method.spans' table, on
         the CPU, for which a GPU is waited for.
     """
     B, T = input_ids.shape
-    if kvcat.policy != "random":
+    policy = kvcat.gate_policy
+    if not policy.reads_tokens:
         return torch.ones(1, B, T, device=input_ids.device), None
     if split is not None:
-        input_ids = split.whole(input_ids)  # a slot's draw depends on the window up to it
+        input_ids = split.whole(input_ids)  # a slot's gate depends on the window up to it
     position_BT = None
     if documents is not None:
         position_BT = document_positions(input_ids.numel(), documents)[0].view(input_ids.shape)
-    ids = prefix_ids(input_ids, position_BT)
-    draw = {"seed": kvcat.seed, "position_BT": position_BT}
-    keep, spans = kvcat.target_keep_fraction, None
+    gates_RBT, cut_BT = policy.window_gates(kvcat, input_ids, position_BT)
+    spans = None
     if kvcat.masks_prefix:
-        cut_BT, keep = random_prefix(
-            ids,
-            keep_min=kvcat.prefix_keep_min,
-            keep_max=kvcat.prefix_keep_max,
-            multiple=kvcat.prefix_cut_multiple,
-            **draw,
-        )
         cuts = [row.nonzero()[:, 0].tolist() for row in cut_BT.cpu()]
         spans = Spans.from_cuts(cuts, T, documents).table()
-    draws = [random_gate(ids, keep=keep, group=group, **draw) for group in range(kvcat.num_groups)]
-    return torch.stack(draws if split is None else [split.own(gate) for gate in draws]), spans
+    if split is not None:
+        gates_RBT = torch.stack([split.own(gate) for gate in gates_RBT])
+    return gates_RBT, spans

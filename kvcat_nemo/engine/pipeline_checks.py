@@ -54,7 +54,7 @@ def validate_stages(config) -> None:
         raise ValueError(
             f"model.config.pipeline_model_parallel_size={stages}: {config.num_layers} layers do not divide into {of}; {fix}"
         )
-    if config.kvcat.policy == "router":
+    if config.kvcat.gate_policy.has_routers:
         _refuse_straddling_groups(config, stages, chunks or 1)
 
 

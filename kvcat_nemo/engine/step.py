@@ -14,13 +14,15 @@ from kvcat_nemo.kernels.attention.overflow import watch
 from kvcat_nemo.kernels.losses.token_loss import TOKEN_METRICS
 from kvcat_nemo.method.config import KVCatConfig
 
+TOKEN_TERMS = ("anchor", "distill")
+"""Terms of the loss that are sums over tokens, in the order of their metrics; the budget rides on the layers."""
 GROUP_METRICS = ("keep_rate", "probability", "budget", "flipped", "behind")
 
 
 def token_loss_weights(loss_mask_BT: Tensor, kvcat: KVCatConfig) -> Tensor:
     """What the loss of a micro-batch weighs each token's CE (and KL, in a paired pass) with, [2 or 1, B, T], float64."""
-    terms = (kvcat.anchor_weight, kvcat.distill_weight) if kvcat.paired else (kvcat.anchor_weight,)
-    return torch.stack([weight * loss_mask_BT.double() for weight in terms])
+    weights = kvcat.gate_policy.loss_weights(kvcat)
+    return torch.stack([weights[term] * loss_mask_BT.double() for term in TOKEN_TERMS if term in weights])
 
 
 def microbatch_loss(
@@ -98,11 +100,9 @@ def _name(sums: Tensor, token_names, group_sums: Tensor, kvcat: KVCatConfig) -> 
     tokens = float(sums[len(token_names)])
     mean = {name: float(sums[i]) / tokens if tokens else math.nan for i, name in enumerate(token_names)}
     out = {"tokens": tokens, "loss/anchor": mean["ce_dense"]}
-    weights = {"anchor": kvcat.anchor_weight}
     if kvcat.paired:
         out |= {"loss/distill": mean["kl"], "ce_masked": mean["ce_masked"], "top1_agreement": mean["top1"]}
         out["gate_overflow"] = float(sums[-1])
-        weights["distill"] = kvcat.distill_weight
     averages: dict[str, list[float]] = {name: [] for name in GROUP_METRICS}
     for group in range(kvcat.num_groups):
         for i, name in enumerate(GROUP_METRICS):
@@ -113,9 +113,8 @@ def _name(sums: Tensor, token_names, group_sums: Tensor, kvcat: KVCatConfig) -> 
     for name, values in averages.items():
         if values:
             out["loss/budget" if name == "budget" else name] = sum(values) / len(values)
-    if averages["budget"]:
-        weights["budget"] = kvcat.budget_weight
-    for name, weight in weights.items():
-        out[f"weighted/{name}"] = weight * out[f"loss/{name}"]
-    out["loss/total"] = sum(out[f"weighted/{name}"] for name in weights)
+    weights = kvcat.gate_policy.loss_weights(kvcat)
+    known = [name for name in weights if f"loss/{name}" in out]
+    out |= {f"weighted/{name}": weights[name] * out[f"loss/{name}"] for name in known}
+    out["loss/total"] = sum(out[f"weighted/{name}"] for name in known)
     return out

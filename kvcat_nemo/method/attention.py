@@ -36,6 +36,13 @@ def document_positions(tokens: int, cu_seqlens: Tensor | None = None, device=Non
     return t - cu[document], cu[document + 1] - 1 - t
 
 
+def document_lengths(position_BT: Tensor) -> Tensor:
+    """Tokens of each token's document, [B, T] float64, from each token's place in its document."""
+    document = (position_BT == 0).cumsum(1)
+    same = torch.zeros_like(document).scatter_add_(1, document - 1, torch.ones_like(document))
+    return same.gather(1, document - 1).double()
+
+
 def always_visible(
     tokens: int, sinks: int, recent_window: int, device=None, cu_seqlens: Tensor | None = None
 ) -> Tensor:

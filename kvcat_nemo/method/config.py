@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-Policy = Literal["router", "random", "attention", "none"]
+from kvcat_nemo.method.policies import POLICIES, Policy
 
 
 @dataclass
 class KVCatConfig:
     """Settings of the method, independent of model and trainer."""
 
-    policy: Policy = "router"
-    """What decides which KV slots the masked pass may see; `none` trains on the dense pass alone."""
+    policy: str = "router"
+    """What decides which KV slots the masked pass may see, a name of method.policies; `none` trains on the dense pass alone."""
     target_keep_fraction: float = 0.5
     """ρ: the fraction of KV slots the masked pass keeps, in (0, 1)."""
     num_groups: int = 4
@@ -86,8 +86,7 @@ class KVCatConfig:
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, the value and the fix."""
-        _one_of(self, "policy", ("router", "random", "attention", "none"))
-        _one_of(self, "router_input", ("masked", "dense"))
+        _one_of(self, "policy", tuple(POLICIES))
         _one_of(self, "mask_per", ("token", "kv_head"))
         _one_of(self, "loss_kernel", ("auto", "torch", "triton"))
         _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "torch", "oracle"))
@@ -98,12 +97,6 @@ class KVCatConfig:
             "give a fraction between 0 and 1, such as 0.5",
         )
         _check(self, "num_groups", self.num_groups >= 1, "give at least 1")
-        _check(self, "router_dim", self.router_dim >= 1, "give a width of at least 1")
-        _check(
-            self, "router_init_keep", 0.5 <= self.router_init_keep <= 1, "give a probability from 0.5 to 1"
-        )
-        _check(self, "router_init_jitter", self.router_init_jitter >= 0, "give 0 or more")
-        _check(self, "router_lr_mult", self.router_lr_mult > 0, "give a positive factor")
         _check(self, "distill_temperature", self.distill_temperature > 0, "give a positive temperature")
         _check(
             self,
@@ -114,24 +107,16 @@ class KVCatConfig:
         _check(
             self,
             "mask_per",
-            self.mask_per == "token" or self.policy == "router",
+            self.mask_per in self.gate_policy.masks_per,
             f"the policy {self.policy!r} makes one mask for all heads; give token",
         )
         _one_of(self, "mask_span", ("window", "prefix"))
         _check(
             self,
             "mask_span",
-            self.mask_span == "window" or self.policy in ("random", "none"),
-            f"gates of the policy {self.policy!r} hide a slot from every later query; give window, or policy=random",
+            self.mask_span in self.gate_policy.mask_spans,
+            _span_fix(self.gate_policy),
         )
-        _check(self, "prefix_keep_min", 0 < self.prefix_keep_min <= 1, "give a fraction above 0, up to 1")
-        _check(
-            self,
-            "prefix_keep_max",
-            self.prefix_keep_min <= self.prefix_keep_max <= 1,
-            f"give a fraction from prefix_keep_min={self.prefix_keep_min} to 1",
-        )
-        _check(self, "prefix_cut_multiple", self.prefix_cut_multiple >= 1, "give 1 token or more")
         _check(self, "loss_memory_mib", self.loss_memory_mib >= 0, "give 1 MiB or more, or 0 for the default")
         _check(self, "sinks", self.sinks >= 0, "give 0 or more slots")
         _check(
@@ -154,6 +139,17 @@ class KVCatConfig:
         )
         for name in ("distill_weight", "budget_weight", "anchor_weight"):
             _check(self, name, getattr(self, name) >= 0, "give a weight of 0 or more")
+        for (
+            policy
+        ) in POLICIES.values():  # each one's settings, so that a bad value does not wait for another policy
+            for name, values in policy.settings.items():
+                _check(self, name, values.holds(self), values.fix.format_map(vars(self)))
+        self.gate_policy.refuse(self)
+
+    @property
+    def gate_policy(self) -> Policy:
+        """The policy that `policy` names."""
+        return POLICIES[self.policy]
 
     @property
     def masks_prefix(self) -> bool:
@@ -163,7 +159,7 @@ class KVCatConfig:
     @property
     def paired(self) -> bool:
         """Whether a masked pass runs beside the dense one."""
-        return self.policy != "none"
+        return self.gate_policy.paired
 
     def group_starts(self, num_layers: int) -> tuple[int, ...]:
         """Layers (counted from 0) that begin a group: 0, 6, 12, 18 for 24 layers in four groups."""
@@ -183,9 +179,19 @@ class KVCatConfig:
 def keep_target(settings: Mapping[str, Any]) -> float | None:
     """The keep rate that a run aims at, of a KVCatConfig's fields as a run records them; None where there is no such number.
 
-    Records of before `mask_span` have masks for whole windows.
+    Records of before `mask_span` have masks for whole windows; the policy of a record may be unknown here.
     """
-    return None if settings.get("mask_span") == "prefix" else settings.get("target_keep_fraction")
+    return POLICIES.get(settings.get("policy", ""), Policy()).target_keep(settings)
+
+
+def _span_fix(policy: Policy) -> str:
+    if "window" not in policy.mask_spans:
+        return f"gates of the policy {policy.name!r} hide slots from rows behind a cut alone; give prefix"
+    others = [p.name for p in POLICIES.values() if p.paired and "prefix" in p.mask_spans]
+    return (
+        f"gates of the policy {policy.name!r} hide a slot from every later query; give window, or "
+        f"policy={' or '.join(others)}"
+    )
 
 
 def _check(config: KVCatConfig, name: str, good: bool, fix: str) -> None:

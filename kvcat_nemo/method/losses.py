@@ -78,11 +78,7 @@ def kvcat_loss(
         budgets: one budget loss per router (empty for policies without one).
     """
     raw = {"anchor": anchor}
-    weights = {
-        "anchor": config.anchor_weight,
-        "distill": config.distill_weight,
-        "budget": config.budget_weight,
-    }
+    weights = config.gate_policy.loss_weights(config)
     if distill is not None:
         raw["distill"] = distill
     if budgets:

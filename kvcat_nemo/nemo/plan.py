@@ -55,7 +55,7 @@ def plan(recipe) -> dict[str, Any]:
         "layout": dataclasses.asdict(layout)
         | {"data": layout.data, "num_microbatches": layout.num_microbatches},
         "router_layers": list(config.kvcat.group_starts(config.num_layers))
-        if config.kvcat.policy == "router"
+        if config.kvcat.gate_policy.has_routers
         else [],
         "policy": config.kvcat.policy,
         "mask_span": config.kvcat.mask_span,

@@ -5,13 +5,8 @@ import math
 import pytest
 import torch
 
-from kvcat_nemo.method.policies import (
-    accumulated_attention,
-    attention_gate,
-    prefix_ids,
-    random_gate,
-    random_prefix,
-)
+from kvcat_nemo.method.accumulated_attention import accumulated_attention, attention_gate
+from kvcat_nemo.method.random_draws import prefix_ids, random_gate, random_prefix
 
 TOKENS = torch.randint(0, 50_000, (64, 2048), generator=torch.Generator().manual_seed(0))
 

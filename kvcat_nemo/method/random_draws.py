@@ -1,20 +1,14 @@
-"""Where gates come from when no router proposes them. Shapes: B batch, T tokens, H query heads, G KV heads, D head dim.
+"""Gates and cuts that are drawn from the tokens alone, by hashes: no generator state, so that layouts, recomputation and resume agree.
 
-| policy      | mask                                                            | gradient |
-|-------------|-----------------------------------------------------------------|----------|
-| `router`    | method/router.py                                                | yes      |
-| `random`    | each slot kept with probability ρ, per token and layer group;   | no       |
-|             | with `mask_span=prefix` behind a cut alone, ρ of each window    |          |
-| `attention` | the ρ·T slots with most accumulated attention, per layer (H2O)  | no       |
-| `none`      | no masked pass                                                  | —        |
+Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from kvcat_nemo.method.attention import document_lengths
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -88,7 +82,7 @@ def random_prefix(
     position = place if position_BT is None else position_BT
     before = prefix_ids_BT.roll(1, 1)  # where a document begins, another's: position 0 is no cut
     draw = _uniform(before, position, seed, CUT_STREAM)
-    places = (_document_lengths(position).long() - 1 - position).div(multiple, rounding_mode="floor") + 1
+    places = (document_lengths(position).long() - 1 - position).div(multiple, rounding_mode="floor") + 1
     hit = (position >= 1) & (position % multiple == 0) & (draw * places < 1)
     hits = hit.cumsum(1)
     begin = place - position
@@ -116,66 +110,3 @@ def random_gate(
     position = torch.arange(prefix_ids_BT.shape[1], device=prefix_ids_BT.device)
     uniform = _uniform(prefix_ids_BT, position if position_BT is None else position_BT, seed, group)
     return (uniform < keep).to(torch.float32)
-
-
-@torch.no_grad()
-def accumulated_attention(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    *,
-    scale: float,
-    block: int = 512,
-    places_T: Tensor | None = None,
-    position_BT: Tensor | None = None,
-) -> Tensor:
-    """Attention mass that each slot receives from the given queries, summed over heads, [B, T of the slots].
-
-    Computed in blocks of queries, so that no T×T matrix exists per head.
-
-    Args:
-        q_BTHD, k_BTGD: queries, and the whole window's keys.
-        places_T: each query's place in the window; None: there is a query for every slot.
-        position_BT: each slot's place in its document, [B, T of the slots]; no attention across documents.
-    """
-    B, queries, H, D = q_BTHD.shape
-    T, G = k_BTGD.shape[1:3]
-    wide = torch.promote_types(q_BTHD.dtype, torch.float32)
-    k = k_BTGD.to(wide).permute(0, 2, 3, 1)[:, :, None]
-    mass = q_BTHD.new_zeros(B, T, dtype=wide)
-    j = torch.arange(T, device=q_BTHD.device)
-    places = j if places_T is None else places_T
-    for start in range(0, queries, block):
-        q = q_BTHD[:, start : start + block].to(wide).view(B, -1, G, H // G, D).permute(0, 2, 3, 1, 4)
-        i = places[start : start + block, None]
-        hidden = j > i
-        if position_BT is not None:
-            hidden = hidden | (j < i - position_BT[:, i[:, 0], None])
-            hidden = hidden[:, None, None]
-        s = (q @ k * scale).masked_fill(hidden, float("-inf"))
-        mass += s.softmax(-1).sum((1, 2, 3))
-    return mass
-
-
-def attention_gate(mass_BT: Tensor, keep: float, position_BT: Tensor | None = None) -> Tensor:
-    """Keep the ⌈keep·T⌉ slots of largest mass, of each document of T tokens (position_BT: places in them).
-
-    The mass is of the whole document, so this gate, unlike the router's, looks ahead.
-    """
-    if position_BT is None:
-        kept = math.ceil(keep * mass_BT.shape[1])
-        return torch.zeros_like(mass_BT).scatter(1, mass_BT.topk(kept, dim=1).indices, 1.0)
-    document = (position_BT == 0).cumsum(1)
-    # By document, and in it by mass: the second sort keeps the first one's order.
-    order = mass_BT.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, document.gather(1, order).argsort(dim=1, stable=True))
-    # Documents keep their places, so position_BT ranks the sorted ones too.
-    length = _document_lengths(position_BT)
-    kept = position_BT < torch.ceil(keep * length)
-    return torch.zeros_like(mass_BT).scatter(1, order, kept.to(mass_BT.dtype))
-
-
-def _document_lengths(position_BT: Tensor) -> Tensor:
-    """Tokens of each token's document, [B, T] float64."""
-    document = (position_BT == 0).cumsum(1)
-    same = torch.zeros_like(document).scatter_add_(1, document - 1, torch.ones_like(document))
-    return same.gather(1, document - 1).double()
