@@ -9,6 +9,7 @@ heads of this rank, D head dim.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,9 @@ class Gate:
     """[B, T], or [B, T, G] for each of all ranks' KV heads."""
     spans: Spans | None = None
     """Which rows it applies to; None: every later one."""
+    shared_rows: bool = True
+    """With spans: whether rows of a document's first span are the same in both halves, and so the dense half's alone. KV-Distill's
+    are not: it adapts them."""
 
 
 class GatedSelfAttention(SelfAttention):
@@ -59,10 +63,8 @@ class GatedSelfAttention(SelfAttention):
         attention_bias: Gate | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        spans = None if attention_bias is None else attention_bias.spans
-
         def replayed(query, key, value, documents, gate):
-            bias = None if gate is None else Gate(gate, spans)
+            bias = None if gate is None else dataclasses.replace(attention_bias, gate=gate)
             return self.core_attention(
                 query, key, value, documents, attention_bias=bias, packed_seq_params=packed_seq_params
             )
@@ -119,7 +121,8 @@ class GatedCoreAttention(MegatronModule):
         documents = attention_mask
         assert documents is None or documents.dim() == 1  # engine.paired_model has seen to it
         spans = None if attention_bias is None else attention_bias.spans
-        if spans is not None:
+        shared = spans is not None and attention_bias.shared_rows
+        if shared:
             key, value = (FirstSpansShared.apply(x, spans) for x in (key, value))
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         # Resolved once for both halves: where a kernel takes one of them alone, `auto` must not mix two.
@@ -143,7 +146,7 @@ class GatedCoreAttention(MegatronModule):
             masked = self._masked(q[B:], k[B:], v[B:], attention_bias, documents)
             out = torch.cat([dense, masked])
         out = out.transpose(0, 1)
-        if spans is not None:
+        if shared:
             out = FirstSpansShared.apply(out, spans)
         return out.reshape(query.shape[0], query.shape[1], -1)
 
@@ -169,7 +172,13 @@ class GatedCoreAttention(MegatronModule):
         }
         if bias.spans is not None:  # which know the documents
             return span_gated_attention(
-                q_BTHD, k_BTGD, v_BTGD, gate_BTG, spans=bias.spans, first_spans=False, **settings
+                q_BTHD,
+                k_BTGD,
+                v_BTGD,
+                gate_BTG,
+                spans=bias.spans,
+                first_spans=not bias.shared_rows,
+                **settings,
             )
         q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
         out = gated_attention(

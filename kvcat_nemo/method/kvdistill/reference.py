@@ -50,10 +50,12 @@ class Decoder:
     head_dim: int
     output_VM: Tensor | None = None
     """None: the embedding."""
+    eps: float = 1e-6
+    """Of the norms."""
 
     def logits(self, h_RM: Tensor) -> Tensor:
         weight = self.embedding_VM if self.output_VM is None else self.output_VM
-        return rms_norm(h_RM, self.norm_M) @ weight.T
+        return rms_norm(h_RM, self.norm_M, self.eps) @ weight.T
 
     def rotated(self, x_THD: Tensor, place_T: Tensor) -> Tensor:
         """Rotary positions, base 10,000, halves rotated as in Llama."""
@@ -88,8 +90,8 @@ class Streams:
     chosen_C: Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
 def attend(q_RHD: Tensor, k_SGD: Tensor, v_SGD: Tensor, weight_RS: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def layer_rows(
         adapters, chosen_R: of a context's rows; None: the frozen weights.
     """
     D = model.head_dim
-    x = rms_norm(h_RM, layer.norm_M)
+    x = rms_norm(h_RM, layer.norm_M, model.eps)
     q, k, v = (x @ w.T for w in (layer.q, layer.k, layer.v))
     if adapters is not None:
         every = torch.ones_like(chosen_R)
@@ -134,7 +136,7 @@ def layer_rows(
     if adapters is not None:
         o = o + adapters.o(a, chosen_R)
     h = h_RM + o
-    x = rms_norm(h, layer.mlp_norm_M)
+    x = rms_norm(h, layer.mlp_norm_M, model.eps)
     return h + (F.silu(x @ layer.gate.T) * (x @ layer.up.T)) @ layer.down.T, (k, v)
 
 

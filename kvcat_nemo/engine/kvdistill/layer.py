@@ -1,0 +1,86 @@
+"""A transformer layer with KV-Distill's adapters. Shapes: as in engine.kvdistill.adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcat_nemo.engine.core_attention import Gate
+from kvcat_nemo.engine.group_stats import fixed_stats
+from kvcat_nemo.engine.kvdistill.adapters import OutputAdapter, QKVAdapter, StudentRows
+from kvcat_nemo.engine.layer import KVCatTransformerLayer
+from kvcat_nemo.method.spans import Spans
+
+
+class KVDistillTransformerLayer(KVCatTransformerLayer):
+    """The paired pass' layer: adapters act on the student's context rows, gates on its answer rows.
+
+    Adapters hang on the projections' outputs as hooks, so the base's parameters keep their names and their checkpoints.
+    """
+
+    def __init__(self, config, submodules, layer_number: int = 1, **kwargs):
+        super().__init__(config, submodules, layer_number=layer_number, **kwargs)
+        layer, last = self.layer_number - 1, self.layer_number == config.num_layers
+        distill = config.kvdistill
+        self.qkv_adapter = QKVAdapter(config, distill, layer, self._tp_group, with_q=not last)
+        self.output_adapter = None if last else OutputAdapter(config, distill, layer, self._tp_group)
+        self.routing = distill.routing
+        self._rows: StudentRows | None = None
+        self.self_attention.linear_qkv.register_forward_hook(self._adapt(self.qkv_adapter))
+        if self.output_adapter is not None:
+            self.self_attention.linear_proj.register_forward_hook(self._adapt(self.output_adapter))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        **kwargs,
+    ):
+        """One layer.
+
+        Args:
+            hidden_states: [P, 2B, M]; context: the context slots' gates, [1, B, T], 0 where a token was not chosen; None: a plain
+                pass of the base alone.
+            context_mask: method.spans' table: rows of each window's first span are its context.
+        """
+        self._rows = None
+        if context is None:
+            return super().forward(hidden_states=hidden_states, context=None, **kwargs)
+        spans = Spans.from_table(context_mask, *context.shape[1:])
+        gate = context[0]
+        if layer_is_first(self) and not self._replaying:
+            self.stats.append(
+                fixed_stats(0, self.config.kvcat, (gate.detach() > 0).to(gate.dtype), None, spans, None)
+            )
+        self._rows = student_rows(gate, spans, self.routing)
+        kwargs["attention_bias"] = Gate(gate, spans, shared_rows=False)
+        try:
+            hidden_states, _ = super(KVCatTransformerLayer, self).forward(
+                hidden_states=hidden_states, context=None, **kwargs
+            )
+        finally:
+            self._rows = None
+        return hidden_states, context
+
+    def _adapt(self, adapter):
+        def hook(module, args, output):
+            if self._rows is None:
+                return None
+            out, bias = output
+            B = out.shape[1] // 2
+            delta = adapter(args[0][:, B:], self._rows)
+            return torch.cat([out[:, :B], out[:, B:] + delta], 1), bias
+
+        return hook
+
+
+def layer_is_first(layer: KVDistillTransformerLayer) -> bool:
+    return layer.layer_number == 1
+
+
+def student_rows(gate_BT: Tensor, spans: Spans, routing: bool) -> StudentRows:
+    """Rows of contexts, which are the slots that some row sees through its gate, and the chosen ones among them."""
+    context = spans.gated_BT(gate_BT.device)
+    chosen = context & (gate_BT.detach() > 0) if routing else context
+    return StudentRows(*(x.T[..., None] for x in (context, chosen)))
