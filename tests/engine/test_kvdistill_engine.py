@@ -2,41 +2,14 @@
 
 import pytest
 import torch
-from small_models import VOCAB, build, enliven, transformer_config
+from kvdistill_models import TOKENS, distill_config, model_of
+from small_models import VOCAB
 
-from kvcat_nemo.method.kvdistill import KVDistillConfig, RoutedLoRA, Scorer
+from kvcat_nemo.method.kvdistill import RoutedLoRA, Scorer
 from kvcat_nemo.method.kvdistill.reference import Adapters, Decoder, Layer, distill_loss, three_streams
 
 pytestmark = pytest.mark.usefixtures("one_process")
-TOKENS, CONTEXTS, KEPT = 12, (7, 3, 9), (4, 3, 5)
-
-
-def distill_config(**fields):
-    return KVDistillConfig(
-        **{"scorer_layer": 2, "lora_rank": 3, "lora_alpha": 4.0, "always_keep": 1, "gate_gradient_cap": 80.0}
-        | fields
-    )
-
-
-def model_of(distill, **fields):
-    from kvcat_nemo.engine.kvdistill.config import KVDistillTransformerConfig, paired_settings
-    from kvcat_nemo.engine.kvdistill.layer import KVDistillTransformerLayer
-    from kvcat_nemo.engine.kvdistill.model import KVDistillGPTModel
-    from kvcat_nemo.engine.spec import kvcat_block_spec
-
-    plain = transformer_config("none, untied", **fields)
-    names = {f for f in plain.__dataclass_fields__ if plain.__dataclass_fields__[f].init} - {"kvcat"}
-    config = KVDistillTransformerConfig(
-        **{name: getattr(plain, name) for name in names}, kvcat=paired_settings(distill), kvdistill=distill
-    )
-
-    def model(config, _, **settings):
-        spec = kvcat_block_spec(config, None, KVDistillTransformerLayer)
-        return KVDistillGPTModel(config, spec, true_vocab_size=VOCAB, **settings)
-
-    built = build(config, False, cls=model, max_tokens=TOKENS)
-    enliven(built)
-    return built
+CONTEXTS, KEPT = (7, 3, 9), (4, 3, 5)
 
 
 def batch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from kvcat_nemo.engine.core_attention import Gate
@@ -10,6 +11,9 @@ from kvcat_nemo.engine.group_stats import fixed_stats
 from kvcat_nemo.engine.kvdistill.adapters import OutputAdapter, QKVAdapter, StudentRows
 from kvcat_nemo.engine.layer import KVCatTransformerLayer
 from kvcat_nemo.method.spans import Spans
+
+ADAPTERS = {"qkv_adapter": {"q_up": 0, "k_up": 0, "v_up": 0}, "output_adapter": {"o_down": 1}}
+"""Adapter modules of a layer → dimensions of their parameters that tensor-parallel ranks share; others are whole on each."""
 
 
 class KVDistillTransformerLayer(KVCatTransformerLayer):
@@ -62,6 +66,27 @@ class KVDistillTransformerLayer(KVCatTransformerLayer):
         finally:
             self._rows = None
         return hidden_states, context
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """Megatron's, with adapters under keys of their own, `…layers.kvdistill.{layer}.…`.
+
+        Megatron stacks the layers of a model into one tensor per parameter; the last layer has fewer adapters than the others.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for part, axes in ADAPTERS.items():
+            module = getattr(self, part)
+            for name in [name for name in state if name.startswith(f"{prefix}{part}.")]:
+                del state[name]
+            if module is None:
+                continue
+            own = make_sharded_tensors_for_checkpoint(
+                module.state_dict(keep_vars=True), f"{prefix}{part}.", axes
+            )
+            for tensor in own.values():
+                name = tensor.key.removeprefix(f"{prefix}{part}.")
+                tensor.key = f"{prefix}kvdistill.{self.layer_number - 1}.{name}"
+            state.update(own)
+        return state
 
     def _adapt(self, adapter):
         def hook(module, args, output):
