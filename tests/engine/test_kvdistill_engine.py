@@ -119,6 +119,51 @@ def test_figures_and_gradients_are_the_oracles(routing, dropped, recompute):
     assert compared == 4 + 3 * 8 + 4
 
 
+def test_the_exported_adapter_answers_alike_on_the_hugging_face_model(tmp_path):
+    """Cross-entropies of the answers' tokens: Megatron's student against the plain model after a compressed cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kvcat_nemo.compress import next_logits
+    from kvcat_nemo.compress.kvdistill import encode, load_adapter, save_adapter
+    from kvcat_nemo.conversion.kvdistill import adapter_of
+
+    distill = distill_config(keep_gate_at_inference=True)
+    model = model_of(distill)
+    c = model.config
+    decoder, _, _ = oracle(model, distill)
+    plain = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=c.hidden_size, intermediate_size=c.ffn_hidden_size, num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_query_groups, head_dim=c.kv_channels,
+            rms_norm_eps=c.layernorm_epsilon, tie_word_embeddings=False,
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "norm_M": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj", "mlp_norm_M": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }  # fmt: skip
+    state = {"model.embed_tokens.weight": decoder.embedding_VM, "lm_head.weight": decoder.output_VM}
+    state["model.norm.weight"] = decoder.norm_M
+    for number, layer in enumerate(decoder.layers):
+        state |= {
+            f"model.layers.{number}.{theirs}.weight": getattr(layer, ours) for ours, theirs in names.items()
+        }
+    plain.load_state_dict(state)
+    save_adapter(adapter_of(model), tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    tokens, position, labels = batch()
+    with torch.no_grad():
+        metrics = model(
+            tokens, position, labels=labels, context_lengths=torch.tensor(CONTEXTS), kept_B=torch.tensor(KEPT)
+        )
+        for b, context in enumerate(CONTEXTS):
+            cache = encode(plain, tokens[b, :context], KEPT[b], adapter)
+            logits = next_logits(plain, cache, tokens[b : b + 1, context:])[0]
+            ce = torch.nn.functional.cross_entropy(logits, labels[b, context:], reduction="none")
+            torch.testing.assert_close(ce.double(), metrics[2, b, context:].double(), rtol=0, atol=1e-4)
+
+
 def test_what_is_trained_is_small_and_the_rest_has_no_gradient():
     model = model_of(distill_config())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
