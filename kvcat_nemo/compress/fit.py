@@ -28,6 +28,11 @@ def know(model: PreTrainedModel, fingerprint: str, name: str) -> None:
     _KNOWN[model] = {"model": fingerprint, "model_name": name}
 
 
+def known_fingerprint(model: PreTrainedModel) -> str | None:
+    """Fingerprint of the files that a model was loaded from; None where nobody told."""
+    return _KNOWN.get(model, {}).get("model")
+
+
 def remember(model: PreTrainedModel) -> dict[str, Any]:
     """Facts that a cache keeps of the model that made it; plain JSON."""
     made_by = {

@@ -62,7 +62,8 @@ class GatedCoreAttention(GatedCoreAttentionBase):
         """
         assert documents is None or documents.dim() == 1  # engine.paired_model has seen to it
         spans = None if gate is None else gate.spans
-        if spans is not None:
+        shared = spans is not None and gate.shared_rows
+        if shared:
             key, value = (FirstSpansShared.apply(x, spans) for x in (key, value))
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         # Resolved once for both halves: where a kernel takes one of them alone, `auto` must not mix two.
@@ -86,7 +87,7 @@ class GatedCoreAttention(GatedCoreAttentionBase):
             masked = self._masked(q[B:], k[B:], v[B:], gate, documents)
             out = torch.cat([dense, masked])
         out = out.transpose(0, 1)
-        if spans is not None:
+        if shared:
             out = FirstSpansShared.apply(out, spans)
         return out.reshape(query.shape[0], query.shape[1], -1)
 
@@ -112,7 +113,13 @@ class GatedCoreAttention(GatedCoreAttentionBase):
         }
         if given.spans is not None:  # which know the documents
             return span_gated_attention(
-                q_BTHD, k_BTGD, v_BTGD, gate_BTG, spans=given.spans, first_spans=False, **settings
+                q_BTHD,
+                k_BTGD,
+                v_BTGD,
+                gate_BTG,
+                spans=given.spans,
+                first_spans=not given.shared_rows,
+                **settings,
             )
         q, k, v, gate = (_end_to_end(x, documents) for x in (q_BTHD, k_BTGD, v_BTGD, gate_BTG))
         out = gated_attention(

@@ -36,11 +36,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def kvcat_block_spec(config, vp_stage: int | None = None) -> ModuleSpec:
+def kvcat_block_spec(
+    config, vp_stage: int | None = None, layer_class: type = KVCatTransformerLayer
+) -> ModuleSpec:
     """Spec of this rank's decoder block.
 
     Args:
         config: TransformerConfig with a `kvcat` field; normalization must be RMSNorm without Transformer Engine.
+        layer_class: of its layers.
     """
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
@@ -59,7 +62,7 @@ def kvcat_block_spec(config, vp_stage: int | None = None) -> ModuleSpec:
         attention = layer.submodules.self_attention.submodules
         if attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layer.module = KVCatTransformerLayer
+    layer.module = layer_class
     layer.submodules.self_attention.module = GatedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = GatedCoreAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

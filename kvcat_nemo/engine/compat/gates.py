@@ -14,7 +14,7 @@ Megatron's layer and attention take no other arguments (0.15.3): TransformerBloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -56,6 +56,9 @@ class Gate:
     """[B, T], or [B, T, G] for each of all ranks' KV heads."""
     spans: Spans | None = None
     """Which rows it applies to; None: every later one."""
+    shared_rows: bool = True
+    """With spans: whether rows of a document's first span are the same in both halves, and so the dense half's alone. KV-Distill's
+    are not: it adapts them."""
 
 
 class GatedGPTModel(GPTModel):
@@ -141,10 +144,8 @@ class GatedSelfAttention(SelfAttention):
         attention_bias: Gate | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        spans = None if attention_bias is None else attention_bias.spans
-
         def replayed(query, key, value, documents, gate):
-            bias = None if gate is None else Gate(gate, spans)
+            bias = None if gate is None else replace(attention_bias, gate=gate)
             return self.core_attention(
                 query, key, value, documents, attention_bias=bias, packed_seq_params=packed_seq_params
             )

@@ -1,0 +1,1 @@
+"""KV-Distill on Megatron: teacher and student as one paired batch, frozen base weights, adapters, and a scorer."""
