@@ -90,12 +90,12 @@ class KVCatTransformerLayer(GatedTransformerLayer):
             gates = gate[None]
         gate = gates[self.group if len(gates) > 1 else 0]
         held = None if spans is None else Spans.from_table(spans, *gate.shape[:2])
-        if self.router is None and self.begins_group and not self._is_recomputation:
+        if self.router is None and self.begins_group and not self.is_recomputation:
             split = self.self_attention.core_attention.split
             self.stats.append(fixed_stats(self.group, self.config.kvcat, gate, documents, held, split))
         hidden_states = self.plain_forward(hidden_states, gate=Gate(gate, held), **rest)
         if held is not None:
-            first = hidden_states.shape[0] * (self._tp_group.rank() if self._sequence_parallel else 0)
+            first = hidden_states.shape[0] * (self.tp_group.rank() if self._sequence_parallel else 0)
             hidden_states = FirstSpansShared.apply(hidden_states, held, first)
         return hidden_states, gates
 
@@ -129,12 +129,12 @@ class KVCatTransformerLayer(GatedTransformerLayer):
         weighted = budget * kvcat.budget_weight / kvcat.num_groups
         if torch.is_grad_enabled():
             hidden_states = MoEAuxLossAutoScaler.apply(hidden_states, weighted)
-        if not self._is_recomputation:
+        if not self.is_recomputation:
             flipped = self._flipped_by_last_update(h_BTM, routing.hard_BT, segments, position_BT)
             self.stats.append(GroupStats(self.group, kept, probability.detach(), budget.detach(), flipped))
         # Attention needs the gates of all of this rank's keys, for its own heads.
         whole = gather_sequence if self._sequence_parallel else copy_to_tensor_parallel
-        return hidden_states, whole(routing.gate_BT, self._tp_group)
+        return hidden_states, whole(routing.gate_BT, self.tp_group)
 
     def _router_input(self, hidden_states: Tensor) -> Tensor:
         kvcat: KVCatConfig = self.config.kvcat
@@ -147,7 +147,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
         self, h_BTM: Tensor, documents: Tensor | None
     ) -> tuple[TokenSegments | None, Tensor | None]:
         """How the tokens of h are parts of whole windows, and their places in their documents."""
-        tp, cp = self._tp_group, self._cp_group
+        tp, cp = self.tp_group, self._cp_group
         tokens = h_BTM.shape[1]
         position_BT = None
         if documents is not None:
@@ -163,7 +163,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
         return segments, position_BT
 
     @property
-    def _is_recomputation(self) -> bool:
+    def is_recomputation(self) -> bool:
         """Whether this is the second run of a layer under full recomputation.
 
         The first runs without gradients; the router's loss therefore rides on the second alone, and figures are taken in
@@ -175,7 +175,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
         return config.recompute_method == "uniform" or self.place < config.recompute_num_layers
 
     @property
-    def _tp_group(self):
+    def tp_group(self):
         return self.self_attention.core_attention.tp_group
 
     @property
@@ -184,7 +184,7 @@ class KVCatTransformerLayer(GatedTransformerLayer):
 
     @property
     def _sequence_parallel(self) -> bool:
-        return self.config.sequence_parallel and self._tp_group is not None and self._tp_group.size() > 1
+        return self.config.sequence_parallel and self.tp_group is not None and self.tp_group.size() > 1
 
     @torch.no_grad()
     def _flipped_by_last_update(

@@ -1,6 +1,5 @@
 """KV-Distill trains as one process at every layout: figures, and the gradient of every adapter and of the scorer."""
 
-
 import pytest
 
 from tests.engine import matrix_run

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from kvcat_nemo.models.families import FAMILIES, Family
 from kvcat_nemo.models.hf_config import read_model
-from tests.models.tiny_models import SIZES, THETA, _tokenizer, native
+from tests.models.tiny_models import SIZES, THETA, native
+from tests.support.hf_models import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def toy(tmp_path, monkeypatch):
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
     model.save_pretrained(tmp_path / "toy")
-    _tokenizer().save_pretrained(tmp_path / "toy")
+    byte_tokenizer().save_pretrained(tmp_path / "toy")
     return tmp_path / "toy"
 
 

@@ -26,8 +26,8 @@ class KVDistillTransformerLayer(KVCatTransformerLayer):
         super().__init__(config, submodules, layer_number=layer_number, **kwargs)
         layer, last = self.layer_number - 1, self.layer_number == config.num_layers
         distill = config.kvdistill
-        self.qkv_adapter = QKVAdapter(config, distill, layer, self._tp_group, with_q=not last)
-        self.output_adapter = None if last else OutputAdapter(config, distill, layer, self._tp_group)
+        self.qkv_adapter = QKVAdapter(config, distill, layer, self.tp_group, with_q=not last)
+        self.output_adapter = None if last else OutputAdapter(config, distill, layer, self.tp_group)
         self.routing = distill.routing
         self._rows: StudentRows | None = None
         self.self_attention.linear_qkv.register_forward_hook(self._adapt(self.qkv_adapter))
@@ -47,7 +47,7 @@ class KVDistillTransformerLayer(KVCatTransformerLayer):
         if gates is None:
             return self.plain_forward(hidden_states, gate=None, documents=documents, **kwargs), None
         gate, held = gates[0], Spans.from_table(spans, *gates.shape[1:])
-        if self.layer_number == 1 and not self._is_recomputation:
+        if self.layer_number == 1 and not self.is_recomputation:
             open_slots = (gate.detach() > 0).to(gate.dtype)
             self.stats.append(fixed_stats(0, self.config.kvcat, open_slots, None, held, None))
         self._rows = student_rows(gate, held, self.routing)
