@@ -16,14 +16,14 @@ from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.models.function import write_record
 from kvcat_nemo.nemo.base_model import trained_function
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
-from kvcat_nemo.nemo.stop import stop_requested
+from kvcat_nemo.nemo.run_state import RunCallback
 from kvcat_nemo.runs.checkpoint_manifest import UNFINISHED, write_seal
 from kvcat_nemo.runs.checkpoints import complete
 from kvcat_nemo.runs.retention import remove, tidy
 from kvcat_nemo.runs.vocabulary import PADDED, VOCABULARY, padded
 
 
-class KVCatCheckpoint(nl.ModelCheckpoint):
+class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
     """Saves to checkpoints/step=N, which is complete once it is sealed (kvcat_nemo.runs) and counts only then.
 
     Args:
@@ -71,8 +71,6 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         )
         self.keep_last, self.keep_best, self.best_metric = keep_last, keep_best, best_metric
         self.on_failed_save, self.max_failed_saves = on_failed_save, max_failed_saves
-        self.failed = 0
-        """Failed saves since the last one that succeeded."""
         self._saved_at = -1
         self._scores: dict[int, tuple[str, float]] = {}
 
@@ -103,14 +101,14 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
         # The last one waits for the last validation (on_train_end): a run that is resumed at its end does nothing more.
         due = trainer.global_step % self._every_n_train_steps == 0
-        if (due and trainer.global_step != trainer.max_steps) or stop_requested(trainer):
+        if (due and trainer.global_step != trainer.max_steps) or self.run.stop_requested:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         pass
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        validation = _validation(trainer)
+        validation = self.run.validation
         if trainer.sanity_checking or not validation:
             return
         metric = self.best_metric
@@ -188,7 +186,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
                 self._tidy()  # it is complete: whatever fails from here on is no failed save
 
             rank_sync.on_first_rank(seal)
-            self.failed = 0
+            self.run.failed_saves = 0
             self.last_model_path = str(path)
             if trainer.is_global_zero:
                 for logger in trainer.loggers:
@@ -199,7 +197,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
 
     def _failed(self, path: Path, error: BaseException) -> None:
         """What a failed save leads to; called on every rank."""
-        self.failed += 1
+        self.run.failed_saves += 1
         self._saved_at = -1
         text = next(t for t in rank_sync.gather(_reason(error)) if t) + _room(path.parent)
         # Its marker says that it is this save's, and not one that lay there before.
@@ -211,8 +209,8 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             if kept
             else "there is none yet"
         )
-        message = f"kvcat: SAVING {path} FAILED ({self.failed} in a row): {text}. Nothing complete was touched: {newest}."
-        if self.on_failed_save == "stop" or self.failed >= self.max_failed_saves:
+        message = f"kvcat: SAVING {path} FAILED ({self.run.failed_saves} in a row): {text}. Nothing complete was touched: {newest}."
+        if self.on_failed_save == "stop" or self.run.failed_saves >= self.max_failed_saves:
             raise RuntimeError(f"{message} Training ends: make room, then start the run again.") from None
         logging.error(
             f"{message} Training goes on and tries again at the next save; after {self.max_failed_saves} failures in a row it "
@@ -232,12 +230,6 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             )
         except OSError as error:
             logging.error(f"kvcat: could not tidy up {self.dirpath}: {error}")
-
-
-def _validation(trainer) -> dict[str, float]:
-    from kvcat_nemo.nemo.callbacks import KVCatMetrics
-
-    return next((c.validation for c in trainer.callbacks if isinstance(c, KVCatMetrics)), {})
 
 
 def _vocabulary(trainer) -> dict[str, int]:

@@ -26,6 +26,8 @@ from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
 from kvcat_nemo.nemo.guard import GuardedOptimizer
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.rng_callback import load_random_state, random_state_entry
+from kvcat_nemo.nemo.run_state import run_state
+from kvcat_nemo.nemo.trainer import start_run
 from kvcat_nemo.runs.pickles import check_common, check_index, plain_values_only
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
@@ -46,6 +48,7 @@ class KVCatStrategy(nl.MegatronStrategy):
         mend_distributed_optimizer()
         if not hardware.is_cuda():
             self._fit_cpu(model)
+        start_run(model.trainer)
         self._check(model)
         super().connect(model)
 
@@ -121,7 +124,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
         """As NeMo's, with every rank's random state."""
         if "optimizer_states" in checkpoint:  # not when the weights alone are saved
-            checkpoint |= random_state_entry(self.trainer)
+            checkpoint |= random_state_entry(run_state(self.trainer))
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False):
@@ -141,7 +144,7 @@ class KVCatStrategy(nl.MegatronStrategy):
         with plain_values_only() if self._foreign else contextlib.nullcontext():
             loaded = super().load_checkpoint(weights, selective_restore)
         if not selective_restore:
-            load_random_state(self.trainer, weights)
+            load_random_state(run_state(self.trainer), weights)
         return loaded
 
     def setup_distributed(self) -> None:
