@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fiddle as fdl
 import nemo_run as run
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
@@ -106,4 +107,4 @@ def _ddp_arguments(strategy: run.Config) -> dict:
 
 def _arguments(config: run.Config) -> dict:
     """The arguments that were set on a fiddle configuration."""
-    return dict(config.__arguments__)
+    return fdl.ordered_arguments(config)

@@ -69,6 +69,7 @@ class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
             dirpath=dirpath,
             verbose=False,
         )
+        self.every_n_train_steps = every_n_train_steps
         self.keep_last, self.keep_best, self.best_metric = keep_last, keep_best, best_metric
         self.on_failed_save, self.max_failed_saves = on_failed_save, max_failed_saves
         self._saved_at = -1
@@ -100,7 +101,7 @@ class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
 
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
         # The last one waits for the last validation (on_train_end): a run that is resumed at its end does nothing more.
-        due = trainer.global_step % self._every_n_train_steps == 0
+        due = trainer.global_step % self.every_n_train_steps == 0
         if (due and trainer.global_step != trainer.max_steps) or self.run.stop_requested:
             self._save(trainer)
 
@@ -139,7 +140,6 @@ class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
             rank_sync.on_first_rank(lambda: self._begin(path))
             finish = self._finisher(trainer, path, trainer.global_step, started)
             options = {"finalize_fn": finish} if self.async_save else None
-            self._last_global_step_saved = trainer.global_step
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(str(path), False, storage_options=options)
             function = trained_function(trainer.lightning_module.config)

@@ -16,6 +16,11 @@ from kvcat_nemo.engine import hardware, rank_sync
 from kvcat_nemo.engine.grad_norm import gradient_norms
 from kvcat_nemo.engine.rng_state import digest
 from kvcat_nemo.engine.step import step_metrics
+from kvcat_nemo.nemo.compat import (
+    count_resumed_batches,
+    limit_val_batches_in_micro_batches,
+    validate_between_steps,
+)
 from kvcat_nemo.nemo.mlflow_logger import (
     METRICS_FILE,
     MetricsFile,
@@ -111,17 +116,11 @@ class KVCatMetrics(RunCallback, pl.Callback):
     # --- validation ---
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        # Lightning counts what the loader yields, and NeMo's yields micro-batches: without this a limit of 8 would be
-        # half a global batch where a batch has 16 of them.
-        if isinstance(trainer.limit_val_batches, int):
-            trainer.limit_val_batches *= get_num_microbatches()
+        limit_val_batches_in_micro_batches(trainer, get_num_microbatches())
 
     def on_train_start(self, trainer, pl_module) -> None:
         if trainer.global_step:
-            # A checkpoint is saved before Lightning counts its batch as completed: after a resume the batch number, and
-            # with it every later validation, would be one step behind.
-            done = trainer.fit_loop.epoch_loop.batch_progress.current
-            done.ready = done.started = done.processed = done.completed = trainer.global_step
+            count_resumed_batches(trainer)
         if trainer.is_global_zero:
             # A run that begins anew after a life without a save keeps nothing, the validation before its first step neither.
             resumed_at = trainer.global_step or -1
@@ -148,15 +147,8 @@ class KVCatMetrics(RunCallback, pl.Callback):
             write_atomically(run_folder() / "finished.json", json.dumps({"step": trainer.global_step}) + "\n")
 
     def _validate(self, trainer: pl.Trainer) -> None:
-        if not trainer.enable_validation:
-            return
-        # As Lightning's training loop does between steps.
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        # A loop that was restored takes the batches of the validation before its checkpoint for its own and leaves as many out.
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
+        if trainer.enable_validation:
+            validate_between_steps(trainer)
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self._batches = []

@@ -4,18 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
 from kvcat_nemo.nemo.base_model import check_base, check_resumed, require_base
+from kvcat_nemo.nemo.compat import ResumeFrom
 from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import survey
 from kvcat_nemo.runs.integrity import is_sealed
 
 
 @dataclass(kw_only=True)
-class KVCatResume(nl.AutoResume):
+class KVCatResume(ResumeFrom):
     """NeMo's AutoResume with a base model to start from, checkpoints that are looked at first, and a word on what it decided."""
 
     base: Optional[str] = None
@@ -111,5 +111,5 @@ class KVCatResume(nl.AutoResume):
             )
         return usable
 
-    def _find_trainer_ckpt_path(self) -> Optional[Path]:
+    def checkpoint_to_resume(self) -> Optional[Path]:
         return self._candidates[0] if self._candidates else None

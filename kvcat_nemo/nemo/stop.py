@@ -16,6 +16,7 @@ from nemo.utils import logging
 
 from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.nemo.mlflow_logger import run_folder, write_atomically
+from kvcat_nemo.nemo.old_names import moved_class
 from kvcat_nemo.nemo.run_state import RunCallback
 from kvcat_nemo.runs.exit_codes import REQUEUE as EXIT_REQUEUE
 
@@ -113,3 +114,7 @@ def _process_start() -> float:
     import psutil
 
     return psutil.Process().create_time()
+
+
+def __getattr__(name: str):
+    return moved_class(__name__, name)

@@ -23,6 +23,7 @@ from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
 from kvcat_nemo.nemo.base_model import check_base
 from kvcat_nemo.nemo.checkpoint_check import first_whole, whole_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
+from kvcat_nemo.nemo.compat import fit_strategy_to_cpu
 from kvcat_nemo.nemo.guard import GuardedOptimizer
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.rng_callback import load_random_state, random_state_entry
@@ -43,6 +44,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     _verify_hashes = True
     _unverified = False
     _foreign = False
+    _io = None
 
     def connect(self, model) -> None:
         mend_distributed_optimizer()
@@ -81,7 +83,7 @@ class KVCatStrategy(nl.MegatronStrategy):
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
-        self._process_group_backend = hardware.process_group_backend()
+        fit_strategy_to_cpu(self, hardware.process_group_backend())
         # Forked writers work here too, but training has no idle core for them: for tests alone.
         self.async_save = self.async_save and os.environ.get("KVCAT_ASYNC_SAVE_ON_CPU") == "1"
         self.parallel_load = False
@@ -91,13 +93,11 @@ class KVCatStrategy(nl.MegatronStrategy):
         # Every rank holds the whole state: nobody trains large models here. A test may ask for the form that GPU hosts save.
         if os.environ.get("KVCAT_DISTRIBUTED_OPTIMIZER_ON_CPU") != "1":
             self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
-        # The progress printer gathers a table of timers from all ranks, which never ends on gloo when it is empty.
-        self.timers = None
 
     @property
     def checkpoint_io(self):
-        if not self._checkpoint_io:
-            self._checkpoint_io = make_checkpoint_io(
+        if not self._io:
+            self._io = make_checkpoint_io(
                 save_ckpt_format=self.save_ckpt_format,
                 async_save=self.async_save,
                 torch_dist_multiproc=self.torch_dist_multiproc,
@@ -107,11 +107,11 @@ class KVCatStrategy(nl.MegatronStrategy):
                 parallel_load=self.parallel_load,
                 load_directly_on_device=self.load_directly_on_device,
             )
-        return self._checkpoint_io
+        return self._io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io) -> None:
-        self._checkpoint_io = io
+        self._io = io
 
     def resume_from(
         self, candidates: list[Path], *, verify_hashes: bool, unverified: bool = False, foreign: bool = False
