@@ -16,11 +16,15 @@ from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.models.function import write_record
 from kvcat_nemo.nemo.base_model import trained_function
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
+from kvcat_nemo.nemo.choices import check_choice
 from kvcat_nemo.nemo.run_state import RunCallback
 from kvcat_nemo.runs.checkpoint_manifest import UNFINISHED, write_seal
 from kvcat_nemo.runs.checkpoints import complete
 from kvcat_nemo.runs.retention import remove, tidy
 from kvcat_nemo.runs.vocabulary import PADDED, VOCABULARY, padded
+
+OnFailedSave = Literal["continue", "stop"]
+"""Whether training goes on after a save that failed (log.ckpt.on_failed_save)."""
 
 
 class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
@@ -42,7 +46,7 @@ class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
         keep_last: int = 2,
         keep_best: int = 1,
         best_metric: str = "masked_ppl",
-        on_failed_save: Literal["continue", "stop"] = "continue",
+        on_failed_save: OnFailedSave = "continue",
         max_failed_saves: int = 3,
         dirpath: Optional[str] = None,
     ):
@@ -53,10 +57,8 @@ class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
             )
         if keep_last < 1:
             raise ValueError(f"log.ckpt.keep_last={keep_last!r}: keep at least 1")
-        if keep_best not in (0, 1):
-            raise ValueError(f"log.ckpt.keep_best={keep_best!r}: choose 0 or 1")
-        if on_failed_save not in ("continue", "stop"):
-            raise ValueError(f"log.ckpt.on_failed_save={on_failed_save!r}: choose continue or stop")
+        check_choice("log.ckpt.keep_best", keep_best, Literal[0, 1])
+        check_choice("log.ckpt.on_failed_save", on_failed_save, OnFailedSave)
         if max_failed_saves < 1:
             raise ValueError(f"log.ckpt.max_failed_saves={max_failed_saves!r}: give at least 1")
         super().__init__(

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -16,7 +16,7 @@ from kvcat_nemo.data.window_counts import split_shares
 from kvcat_nemo.engine.epochs import EpochDataset
 from kvcat_nemo.nemo.base_model import tokenizer_dir
 from kvcat_nemo.nemo.compat import WrapsDatasets, interval_of_one_validation
-from kvcat_nemo.nemo.data_order import STATE, KeepsOrder
+from kvcat_nemo.nemo.data_order import STATE, KeepsOrder, OnChange
 from kvcat_nemo.nemo.numbered import NumberedDataset, PairedDataSampler
 from kvcat_nemo.nemo.synthetic import RecallDataset, SyntheticDataModule
 
@@ -124,15 +124,15 @@ class KVCatDataModule(KeepsOrder, WrapsDatasets):
         index_mapping_dir: Optional[str] = None,
         packed_documents: bool = False,
         eod_mask_loss: bool = False,
-        on_change: Literal["refuse", "say"] = "refuse",
+        on_change: OnChange = "refuse",
     ):
         self.on_change = on_change
         self._check_sizes(
-            seq_length=(seq_length, "positions"),
-            micro_batch_size=(micro_batch_size, "batch"),
-            global_batch_size=(global_batch_size, "batch"),
-            num_workers=(num_workers, "workers"),
-            seed=(seed, "seed"),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )
         if paths is None:
             raise ValueError("data.paths=None: give a folder made by kvcat data build, or dataset prefixes")

@@ -1,7 +1,7 @@
 """What happens when a loss or a gradient is not a number: the step is skipped or the run ends, on all ranks alike."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -10,6 +10,9 @@ from nemo.utils import logging
 
 from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.nemo.run_state import RunCallback, StepState
+
+OnNonfinite = Literal["stop", "skip"]
+"""What a step leads to whose loss or gradient is NaN or infinite (optim.nonfinite)."""
 
 
 class NonFiniteStep(RuntimeError):

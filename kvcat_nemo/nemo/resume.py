@@ -8,10 +8,14 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
 from kvcat_nemo.nemo.base_model import check_base, check_resumed, require_base
+from kvcat_nemo.nemo.choices import check_choice
 from kvcat_nemo.nemo.compat import ResumeFrom
 from kvcat_nemo.runs.checkpoint_manifest import SEAL
 from kvcat_nemo.runs.checkpoints import survey
 from kvcat_nemo.runs.integrity import is_sealed
+
+Mode = Literal["auto", "must", "never"]
+Verify = Literal["hashes", "sizes"]
 
 
 @dataclass(kw_only=True)
@@ -20,9 +24,9 @@ class KVCatResume(ResumeFrom):
 
     base: Optional[str] = None
     """A converted base model (kvcat convert import) or a training checkpoint whose weights a new run starts from."""
-    mode: Literal["auto", "must", "never"] = "auto"
+    mode: Mode = "auto"
     """auto: go on from the run's newest complete checkpoint if there is one; must: fail without one; never: fail with one."""
-    verify: Literal["hashes", "sizes"] = "hashes"
+    verify: Verify = "hashes"
     """What of a checkpoint's or base's files is compared with its seal before it is loaded; hashes read every file once more."""
     unverified: bool = False
     """True takes a base, or a checkpoint named by resume_from_path, that has no seal (a plain NeMo or Megatron checkpoint)."""
@@ -38,10 +42,8 @@ class KVCatResume(ResumeFrom):
                 damaged, when the base does not exist, is damaged or has no seal, or when the run would compute another function
                 than its base or its checkpoint.
         """
-        if self.mode not in ("auto", "must", "never"):
-            raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
-        if self.verify not in ("hashes", "sizes"):
-            raise ValueError(f"resume.verify={self.verify!r}: choose hashes or sizes")
+        check_choice("resume.mode", self.mode, Mode)
+        check_choice("resume.verify", self.verify, Verify)
         if self.base is None and self.restore_config is not None:
             raise ValueError(
                 f"resume.restore_config={self.restore_config!r}: NeMo would load it without looking whether it is whole; "

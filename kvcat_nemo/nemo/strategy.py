@@ -5,7 +5,7 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Optional
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -23,8 +23,9 @@ from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
 from kvcat_nemo.nemo.base_model import check_base
 from kvcat_nemo.nemo.checkpoint_check import first_whole, whole_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
+from kvcat_nemo.nemo.choices import check_choice
 from kvcat_nemo.nemo.compat import fit_strategy_to_cpu
-from kvcat_nemo.nemo.guard import GuardedOptimizer
+from kvcat_nemo.nemo.guard import GuardedOptimizer, OnNonfinite
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.rng_callback import load_random_state, random_state_entry
 from kvcat_nemo.nemo.run_state import run_state
@@ -251,11 +252,10 @@ class KVCatOptimizerModule(MegatronOptimizerModule):
         no_weight_decay_cond: Optional[Callable] = None,
         scale_lr_cond: Optional[Callable] = None,
         lr_mult: float = 1.0,
-        nonfinite: Literal["stop", "skip"] = "stop",
+        nonfinite: OnNonfinite = "stop",
         max_skipped: int = 10,
     ):
-        if nonfinite not in ("stop", "skip"):
-            raise ValueError(f"optim.nonfinite={nonfinite!r}: choose stop or skip")
+        check_choice("optim.nonfinite", nonfinite, OnNonfinite)
         if max_skipped < 1:
             raise ValueError(f"optim.max_skipped={max_skipped!r}: give at least 1")
         super().__init__(config, lr_scheduler, no_weight_decay_cond, scale_lr_cond, lr_mult)

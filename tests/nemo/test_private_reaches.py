@@ -19,7 +19,9 @@ FILES = [
     if f.name != "compat.py"
 ]
 PUBLIC = {"_replace", "_asdict", "_fields"}  # of named tuples
-PYTHONS = set(dir(type)) | set(dir(object)) | {"__func__", "__post_init__", "__all__", "__name__"}
+PYTHONS = (
+    set(dir(type)) | set(dir(object)) | {"__func__", "__post_init__", "__all__", "__name__", "__getattr__"}
+)
 LOOPS = {"fit_loop", "epoch_loop", "val_loop", "batch_progress"}
 
 
