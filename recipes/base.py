@@ -1,4 +1,4 @@
-"""From a NeMo recipe to a KV-CAT one: swap the parts that know the method, keep the rest."""
+"""Derives a KV-CAT recipe from one of NeMo's: replaces the parts that know the method and keeps the rest."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def as_kvcat(
         DistributedDataParallelConfig,
         **(DDP | _ddp_arguments(trainer.strategy) | {"check_for_nan_in_grad": False}),
     )
-    # In any layout a run goes on from its checkpoints; NeMo's default form fits other numbers of data-parallel ranks alone.
+    # Checkpoints of this form load in any layout; NeMo's default form loads at other data-parallel sizes alone.
     trainer.strategy.ckpt_optim_fully_reshardable = True
     trainer.plugins = run.Config(KVCatPrecision, **_arguments(trainer.plugins or bf16_mixed()))
     trainer.logger = False  # the loggers are the log's

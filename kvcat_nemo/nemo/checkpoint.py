@@ -161,7 +161,9 @@ class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
         self._check_room(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + UNFINISHED).touch()
-        if path.exists():  # of a life that got further and was set back to an older checkpoint
+        if (
+            path.exists()
+        ):  # of a former process that got further, before the run was set back to an older checkpoint
             remove(path)
             path.with_name(path.name + UNFINISHED).touch()
 

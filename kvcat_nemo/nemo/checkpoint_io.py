@@ -1,4 +1,4 @@
-"""Writing and reading the files of a checkpoint: NeMo's, with hashes, and with failures that every rank hears of."""
+"""Writes and reads the files of a checkpoint as NeMo does, with hashes; a failure on one rank is raised on every rank."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _is_number(text: str) -> bool:
 
 
 class KVCatDataModule(KeepsOrder, WrapsDatasets):
-    """NeMo's pretraining data on Megatron's datasets, in an order that does not hang on the run's length.
+    """NeMo's pretraining data on Megatron's datasets, in an order that does not depend on the run's length.
 
     Windows are read epoch by epoch (engine.epochs), corpora without weights in the ratio of their tokens, and every
     validation reads the same windows. The order is kept in the run's checkpoints (nemo.data_order).
@@ -193,7 +193,7 @@ class KVCatDataModule(KeepsOrder, WrapsDatasets):
     def _weighted(self) -> dict[str, Any]:
         """What Megatron is given, with training corpora that have no weights in the ratio of their tokens.
 
-        Without weights it reads one epoch and has no more; with its own (windows of one epoch) they would hang on seq_length.
+        Without weights it reads one epoch and has no more; with its own (windows of one epoch) they would depend on seq_length.
         """
         out = dict(self.build_kwargs)
 

@@ -1,4 +1,4 @@
-"""A data module's order of windows, kept in the run's checkpoints: a resumed run goes on with it, or is refused."""
+"""A data module's order of windows, kept in the run's checkpoints: a resumed run continues it, or is refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SIZES = {
 """Sizes of a data module, and the kinds of kvcat_nemo.common.limits that bound them."""
 
 OLD_RUN = (
-    "kvcat: this run was begun before its order of windows was kept. It goes on as it would have then, with Megatron's own "
-    "order, which hangs on trainer.max_steps × data.global_batch_size. What cannot be checked: that both, data.seed, "
+    "kvcat: this run was begun before its order of windows was kept. It continues as it would have then, with Megatron's own "
+    "order, which depends on trainer.max_steps × data.global_batch_size. What cannot be checked: that both, data.seed, "
     "data.seq_length, data.split and data.paths are those of the run's beginning. If one is not, or if the run is extended "
     "across the end of an epoch, some windows are read again and some never"
 )
@@ -56,7 +56,7 @@ class KeepsOrder:
         check_choice("data.on_change", self.on_change, OnChange)
 
     def describe_order(self, trainer) -> dict[str, Any]:
-        """What the order hangs on (data.run_order), with the trainer's settings as they were given."""
+        """What the order depends on (data.run_order), with the trainer's settings as they were given."""
         raise NotImplementedError
 
     def check_run(self, trainer, candidates: list[Path] | tuple[Path, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What happens when a loss or a gradient is not a number: the step is skipped or the run ends, on all ranks alike."""
+"""Skips a step, or ends the run, on every rank, when a loss or a gradient is NaN or infinite."""
 
 import math
 from typing import Any, Literal

@@ -122,7 +122,7 @@ class KVCatMetrics(RunCallback, pl.Callback):
         if trainer.global_step:
             count_resumed_batches(trainer)
         if trainer.is_global_zero:
-            # A run that begins anew after a life without a save keeps nothing, the validation before its first step neither.
+            # A run that restarts without a checkpoint keeps no line, not even the validation before its first step.
             resumed_at = trainer.global_step or -1
             self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=resumed_at)
         if (self.validate_at_ends and trainer.global_step == 0) or self._validation_was_lost(trainer):

@@ -20,7 +20,7 @@ Verify = Literal["hashes", "sizes"]
 
 @dataclass(kw_only=True)
 class KVCatResume(ResumeFrom):
-    """NeMo's AutoResume with a base model to start from, checkpoints that are looked at first, and a word on what it decided."""
+    """NeMo's AutoResume that may start from a base model, checks checkpoints before they are loaded, and logs what it decided."""
 
     base: Optional[str] = None
     """A converted base model (kvcat convert import) or a training checkpoint whose weights a new run starts from."""

@@ -1,4 +1,4 @@
-"""Every rank's random state: kept from step to step, saved, and put back where a run is resumed."""
+"""Keeps every rank's random state from step to step, saves it, and restores it when a run is resumed."""
 
 from pathlib import Path
 from typing import Any

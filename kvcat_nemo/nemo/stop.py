@@ -1,4 +1,4 @@
-"""Stopping at a step's end: signals and a flag file, a decision that all ranks take together, a save, an exit code.
+"""Stops a run at a step's end, on a signal or a flag file: all ranks decide together, save, and exit with one code.
 
 The contract with whatever launches a run: SIGTERM, SIGUSR1, or the file that KVCAT_STOP_FILE names → the run saves after
 the step it is in and every rank exits with 75 (EX_TEMPFAIL): start the same command again.

@@ -123,7 +123,7 @@ class SyntheticDataModule(KeepsOrder, pl.LightningDataModule, IOMixin):
         return self._loader("validation", max(int(batches), 1) * self.global_batch_size, self.seed + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data stands, so that a resumed run goes on with the next window."""
+        """Windows consumed and their order, so that a resumed run continues with the next window."""
         steps = self.trainer.global_step - self.data_sampler.init_global_step
         consumed = self.data_sampler.compute_consumed_samples(steps)
         return {"consumed_samples": consumed, STATE: self.order_record()}
