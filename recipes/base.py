@@ -13,8 +13,9 @@ from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
 from kvcat_nemo.nemo.data_module import KVCatDataModule
 from kvcat_nemo.nemo.lightning_module import KVCatModel
 from kvcat_nemo.nemo.mlflow_logger import MLflowTracker
+from kvcat_nemo.nemo.optimizer import KVCatOptimizerModule
 from kvcat_nemo.nemo.resume import KVCatResume
-from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
+from kvcat_nemo.nemo.strategy import KVCatPrecision, KVCatStrategy
 from kvcat_nemo.nemo.trainer import CALLBACKS, KVCatTrainer
 
 # The routers' settings that the study stands on (docs/evidence.md; 4 and 135 M parameters, runs of up to 250 steps). With the

@@ -1,37 +1,18 @@
 """Skips a step, or ends the run, on every rank, when a loss or a gradient is NaN or infinite."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 from nemo.utils import logging
 
 from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.nemo.run_state import RunCallback, StepState
 
-OnNonfinite = Literal["stop", "skip"]
-"""What a step leads to whose loss or gradient is NaN or infinite (optim.nonfinite)."""
-
 
 class NonFiniteStep(RuntimeError):
     """A step's loss or gradient was NaN or infinite, and the run is to end."""
-
-
-class GuardedOptimizer(McoreDistributedOptimizer):
-    """NeMo's wrapper of Megatron's optimizer, with a step that can be left out after its gradients are known."""
-
-    skip = False
-    """Leave the coming update out: weights, moments and weight decay stay as they are."""
-
-    def step(self, closure=None):
-        loss = closure() if closure is not None else None
-        if self.skip:
-            self.skip = False
-            return loss, None, None
-        _, grad_norm, num_zeros = super().step()
-        return loss, grad_norm, num_zeros
 
 
 class KVCatGuard(RunCallback, pl.Callback):

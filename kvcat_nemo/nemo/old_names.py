@@ -32,7 +32,7 @@ MODULES = {
 }
 """Old module → new one."""
 
-CLASSES = {"stop": {"KVCatTrainer": "trainer"}}
+CLASSES = {"stop": {"KVCatTrainer": "trainer"}, "strategy": {"KVCatOptimizerModule": "optimizer"}}
 """Module that is still there → class → where the class stands now."""
 
 

@@ -1,20 +1,16 @@
-"""NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
+"""NeMo's Megatron strategy and precision, for either host; and the start from a base checkpoint."""
 
 import contextlib
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
-from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
-from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import logging
 
 from kvcat_nemo.common.processes import children_die_with_us
@@ -23,9 +19,8 @@ from kvcat_nemo.engine.optimizer_state import mend_distributed_optimizer
 from kvcat_nemo.nemo.base_model import check_base
 from kvcat_nemo.nemo.checkpoint_check import first_whole, whole_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
-from kvcat_nemo.nemo.choices import check_choice
 from kvcat_nemo.nemo.compat import fit_strategy_to_cpu
-from kvcat_nemo.nemo.guard import GuardedOptimizer, OnNonfinite
+from kvcat_nemo.nemo.old_names import moved_class
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.rng_callback import load_random_state, random_state_entry
 from kvcat_nemo.nemo.run_state import run_state
@@ -235,34 +230,5 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
         )
 
 
-class KVCatOptimizerModule(MegatronOptimizerModule):
-    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`.
-
-    Args:
-        nonfinite: what a step leads to whose loss or gradient is NaN or infinite: `stop` ends the run, `skip` leaves the
-            update out (kvcat_nemo.nemo.guard).
-        max_skipped: skipped steps in a row after which `skip` stops as well.
-        others: as NeMo's.
-    """
-
-    def __init__(
-        self,
-        config: OptimizerConfig,
-        lr_scheduler: Optional[LRSchedulerModule] = None,
-        no_weight_decay_cond: Optional[Callable] = None,
-        scale_lr_cond: Optional[Callable] = None,
-        lr_mult: float = 1.0,
-        nonfinite: OnNonfinite = "stop",
-        max_skipped: int = 10,
-    ):
-        check_choice("optim.nonfinite", nonfinite, OnNonfinite)
-        if max_skipped < 1:
-            raise ValueError(f"optim.max_skipped={max_skipped!r}: give at least 1")
-        super().__init__(config, lr_scheduler, no_weight_decay_cond, scale_lr_cond, lr_mult)
-        self.nonfinite, self.max_skipped = nonfinite, max_skipped
-
-    def optimizers(self, model):
-        kvcat = model.module.config.kvcat
-        self.lr_mult = kvcat.router_lr_mult
-        self.scale_lr_cond = lambda name, parameter: ".router." in name
-        return [GuardedOptimizer(optimizer.mcore_optimizer) for optimizer in super().optimizers(model)]
+def __getattr__(name: str):
+    return moved_class(__name__, name)

@@ -12,8 +12,8 @@ def places():
     from megatron.core.optimizer import OptimizerConfig
 
     from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
+    from kvcat_nemo.nemo.optimizer import KVCatOptimizerModule
     from kvcat_nemo.nemo.resume import KVCatResume
-    from kvcat_nemo.nemo.strategy import KVCatOptimizerModule
     from kvcat_nemo.nemo.synthetic import SyntheticDataModule
 
     def resume(**field):
