@@ -1,26 +1,22 @@
-"""From a NeMo recipe to a KV-CAT one: swap the parts that know the method, keep the rest."""
+"""Derives a KV-CAT recipe from one of NeMo's: replaces the parts that know the method and keeps the rest."""
 
 from __future__ import annotations
 
+import fiddle as fdl
 import nemo_run as run
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
 
 from kvcat_nemo.method.config import KVCatConfig
-from kvcat_nemo.nemo.callbacks import KVCatMetrics
 from kvcat_nemo.nemo.checkpoint import KVCatCheckpoint
 from kvcat_nemo.nemo.data_module import KVCatDataModule
-from kvcat_nemo.nemo.guard import KVCatGuard
 from kvcat_nemo.nemo.lightning_module import KVCatModel
-from kvcat_nemo.nemo.liveness import KVCatHeartbeat
 from kvcat_nemo.nemo.mlflow_logger import MLflowTracker
-from kvcat_nemo.nemo.progress import KVCatProgress
-from kvcat_nemo.nemo.records import KVCatRecords
+from kvcat_nemo.nemo.optimizer import KVCatOptimizerModule
 from kvcat_nemo.nemo.resume import KVCatResume
-from kvcat_nemo.nemo.rng_callback import KVCatRandomState
-from kvcat_nemo.nemo.stop import KVCatStop, KVCatTrainer
-from kvcat_nemo.nemo.strategy import KVCatOptimizerModule, KVCatPrecision, KVCatStrategy
+from kvcat_nemo.nemo.strategy import KVCatPrecision, KVCatStrategy
+from kvcat_nemo.nemo.trainer import CALLBACKS, KVCatTrainer
 
 # The routers' settings that the study stands on (docs/evidence.md; 4 and 135 M parameters, runs of up to 250 steps). With the
 # paper's start nothing was hidden after 24 steps, with a capped gate gradient or its budget weight the target was missed.
@@ -66,22 +62,12 @@ def as_kvcat(
         DistributedDataParallelConfig,
         **(DDP | _ddp_arguments(trainer.strategy) | {"check_for_nan_in_grad": False}),
     )
-    # In any layout a run goes on from its checkpoints; NeMo's default form fits other numbers of data-parallel ranks alone.
+    # Checkpoints of this form load in any layout; NeMo's default form loads at other data-parallel sizes alone.
     trainer.strategy.ckpt_optim_fully_reshardable = True
     trainer.plugins = run.Config(KVCatPrecision, **_arguments(trainer.plugins or bf16_mixed()))
     trainer.logger = False  # the loggers are the log's
     trainer.strategy.ckpt_async_save = True  # on CUDA; a CPU host saves at once
-    # In this order: what a step drew, its figures, whether it counts, whether it is the last.
-    callbacks = (
-        KVCatRandomState,
-        KVCatMetrics,
-        KVCatProgress,
-        KVCatGuard,
-        KVCatStop,
-        KVCatHeartbeat,
-        KVCatRecords,
-    )
-    trainer.callbacks = [run.Config(callback) for callback in callbacks]
+    trainer.callbacks = [run.Config(callback) for callback in CALLBACKS]
     trainer.max_steps = 40_000
     trainer.val_check_interval = 1_000
     trainer.limit_val_batches = 8
@@ -122,4 +108,4 @@ def _ddp_arguments(strategy: run.Config) -> dict:
 
 def _arguments(config: run.Config) -> dict:
     """The arguments that were set on a fiddle configuration."""
-    return dict(config.__arguments__)
+    return fdl.ordered_arguments(config)

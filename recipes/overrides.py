@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
@@ -87,9 +88,9 @@ def _check(config: fdl.Buildable, dotted: str) -> None:
         if not isinstance(config, fdl.Buildable):
             return  # inside a plain value, which nemo-run knows how to handle
         target = fdl.get_callable(config)
-        known = _names(target)
+        known = list(settable(target) | fdl.ordered_arguments(config))  # NeMo sets some that **kwargs hide
         part, *places = re.findall(r"\d+(?=\])|[^\[\]]+(?=\[|$)", part) or [part]
-        if known is not None and part not in known:
+        if known and part not in known:
             near = difflib.get_close_matches(part, known, n=3, cutoff=0.5)
             full = [".".join([*done, name]) for name in near]
             hint = f"did you mean {' or '.join(full)}?" if near else f"known here: {', '.join(sorted(known))}"
@@ -100,19 +101,17 @@ def _check(config: fdl.Buildable, dotted: str) -> None:
             config = config[place] if isinstance(config, list | tuple) and place < len(config) else None
 
 
-def _names(target: Callable) -> list[str] | None:
-    """Parameters of a callable, those hidden behind **kwargs of its base classes included; None when they are open."""
-    names: list[str] = []
+def settable(target: Callable) -> dict[str, Any]:
+    """Parameters of a callable and their defaults, those hidden behind **kwargs of its base classes included."""
+    out: dict[str, Any] = {}
     for owner in inspect.getmro(target) if inspect.isclass(target) else [target]:
         function = owner.__dict__.get("__init__") if inspect.isclass(owner) else owner
         if function is None or owner is object:
             continue
         parameters = inspect.signature(function).parameters.values()
-        names += [
-            p.name
-            for p in parameters
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
-        ]
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self":
+                out.setdefault(p.name, p.default)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return names
-    return names or None
+            break
+    return out

@@ -16,15 +16,19 @@ from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.models.function import write_record
 from kvcat_nemo.nemo.base_model import trained_function
 from kvcat_nemo.nemo.checkpoint_io import SAVE_FAILED, KVCatAsyncIO, collect_hashes
-from kvcat_nemo.nemo.stop import stop_requested
+from kvcat_nemo.nemo.choices import check_choice
+from kvcat_nemo.nemo.run_state import RunCallback
 from kvcat_nemo.runs.checkpoint_manifest import write_manifest
 from kvcat_nemo.runs.checkpoints import complete
 from kvcat_nemo.runs.layout import CONTEXT, UNFINISHED
 from kvcat_nemo.runs.retention import remove, tidy
 from kvcat_nemo.runs.vocabulary import PADDED, VOCABULARY, padded
 
+OnFailedSave = Literal["continue", "stop"]
+"""Whether training goes on after a save that failed (log.ckpt.on_failed_save)."""
 
-class KVCatCheckpoint(nl.ModelCheckpoint):
+
+class KVCatCheckpoint(RunCallback, nl.ModelCheckpoint):
     """Saves to checkpoints/step=N, which is complete once its manifest is written (kvcat_nemo.runs) and counts only then.
 
     Args:
@@ -43,7 +47,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         keep_last: int = 2,
         keep_best: int = 1,
         best_metric: str = "masked_ppl",
-        on_failed_save: Literal["continue", "stop"] = "continue",
+        on_failed_save: OnFailedSave = "continue",
         max_failed_saves: int = 3,
         dirpath: Optional[str] = None,
     ):
@@ -54,10 +58,8 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             )
         if keep_last < 1:
             raise ValueError(f"log.ckpt.keep_last={keep_last!r}: keep at least 1")
-        if keep_best not in (0, 1):
-            raise ValueError(f"log.ckpt.keep_best={keep_best!r}: choose 0 or 1")
-        if on_failed_save not in ("continue", "stop"):
-            raise ValueError(f"log.ckpt.on_failed_save={on_failed_save!r}: choose continue or stop")
+        check_choice("log.ckpt.keep_best", keep_best, Literal[0, 1])
+        check_choice("log.ckpt.on_failed_save", on_failed_save, OnFailedSave)
         if max_failed_saves < 1:
             raise ValueError(f"log.ckpt.max_failed_saves={max_failed_saves!r}: give at least 1")
         super().__init__(
@@ -70,10 +72,9 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             dirpath=dirpath,
             verbose=False,
         )
+        self.every_n_train_steps = every_n_train_steps
         self.keep_last, self.keep_best, self.best_metric = keep_last, keep_best, best_metric
         self.on_failed_save, self.max_failed_saves = on_failed_save, max_failed_saves
-        self.failed = 0
-        """Failed saves since the last one that succeeded."""
         self._saved_at = -1
         self._scores: dict[int, tuple[str, float]] = {}
 
@@ -103,15 +104,15 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
 
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
         # The last one waits for the last validation (on_train_end): a run that is resumed at its end does nothing more.
-        due = trainer.global_step % self._every_n_train_steps == 0
-        if (due and trainer.global_step != trainer.max_steps) or stop_requested(trainer):
+        due = trainer.global_step % self.every_n_train_steps == 0
+        if (due and trainer.global_step != trainer.max_steps) or self.run.stop_requested:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         pass
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        validation = _validation(trainer)
+        validation = self.run.validation
         if trainer.sanity_checking or not validation:
             return
         metric = self.best_metric
@@ -142,7 +143,6 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             rank_sync.on_first_rank(lambda: self._begin(path))
             finish = self._finisher(trainer, path, trainer.global_step, started)
             options = {"finalize_fn": finish} if self.async_save else None
-            self._last_global_step_saved = trainer.global_step
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(str(path), False, storage_options=options)
             function = trained_function(trainer.lightning_module.config)
@@ -162,7 +162,9 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
         self._check_room(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + UNFINISHED).touch()
-        if path.exists():  # of a life that got further and was set back to an older checkpoint
+        if (
+            path.exists()
+        ):  # of a former process that got further, before the run was set back to an older checkpoint
             remove(path)
             path.with_name(path.name + UNFINISHED).touch()
 
@@ -189,7 +191,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
                 self._tidy()  # it is complete: whatever fails from here on is no failed save
 
             rank_sync.on_first_rank(declare_complete)
-            self.failed = 0
+            self.run.failed_saves = 0
             self.last_model_path = str(path)
             if trainer.is_global_zero:
                 for logger in trainer.loggers:
@@ -200,7 +202,7 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
 
     def _failed(self, path: Path, error: BaseException) -> None:
         """What a failed save leads to; called on every rank."""
-        self.failed += 1
+        self.run.failed_saves += 1
         self._saved_at = -1
         text = next(t for t in rank_sync.gather(_reason(error)) if t) + _room(path.parent)
         # Its marker says that it is this save's, and not one that lay there before.
@@ -212,8 +214,8 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             if kept
             else "there is none yet"
         )
-        message = f"kvcat: SAVING {path} FAILED ({self.failed} in a row): {text}. Nothing complete was touched: {newest}."
-        if self.on_failed_save == "stop" or self.failed >= self.max_failed_saves:
+        message = f"kvcat: SAVING {path} FAILED ({self.run.failed_saves} in a row): {text}. Nothing complete was touched: {newest}."
+        if self.on_failed_save == "stop" or self.run.failed_saves >= self.max_failed_saves:
             raise RuntimeError(f"{message} Training ends: make room, then start the run again.") from None
         logging.error(
             f"{message} Training goes on and tries again at the next save; after {self.max_failed_saves} failures in a row it "
@@ -233,12 +235,6 @@ class KVCatCheckpoint(nl.ModelCheckpoint):
             )
         except OSError as error:
             logging.error(f"kvcat: could not tidy up {self.dirpath}: {error}")
-
-
-def _validation(trainer) -> dict[str, float]:
-    from kvcat_nemo.nemo.callbacks import KVCatMetrics
-
-    return next((c.validation for c in trainer.callbacks if isinstance(c, KVCatMetrics)), {})
 
 
 def _vocabulary(trainer) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Writing and reading the files of a checkpoint: NeMo's, with hashes, and with failures that every rank hears of."""
+"""Writes and reads the files of a checkpoint as NeMo does, with hashes; a failure on one rank is raised on every rank."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.types import _PATH
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import MegatronCheckpointIO
@@ -23,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from kvcat_nemo.common.files import new_file
 from kvcat_nemo.common.processes import die_with_parent
 from kvcat_nemo.engine import rank_sync
+from kvcat_nemo.nemo.compat import forget_save_plan, set_results_queue, use_common_writer
 from kvcat_nemo.runs.checkpoint_manifest import contents, hash_files, owner
 from kvcat_nemo.runs.layout import HASHES
 
@@ -42,11 +40,12 @@ class _CommonSave(TorchCommonSaveStrategy):
 class KVCatCheckpointIO(MegatronCheckpointIO):
     """NeMo's Megatron checkpoints; the files' hashes are taken by the ranks that wrote them."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None):
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ):
         """As NeMo's. With async_save the request also hashes what it has written, in the writer's process."""
         _prepare_results_queue(self.async_save)
-        # A plan cached from a save that failed must not be used again.
-        self._save_sharded_strategy = None
+        forget_save_plan(self)
         request = super().save_checkpoint(checkpoint, path, storage_options)
         if request is not None and request.async_fn is not None:
             folder, rank, world = str(ckpt_to_dir(path)), rank_sync.rank(), rank_sync.world_size()
@@ -72,7 +71,7 @@ class KVCatAsyncIO(AsyncFinalizableCheckpointIO):
 
 def make_checkpoint_io(**arguments):
     """The CheckpointIO of a run, wrapped for asynchronous saving where that is asked for."""
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonSave("torch", 1))
+    use_common_writer(_CommonSave("torch", 1))
     plain = KVCatCheckpointIO(**arguments)
     return KVCatAsyncIO(plain) if arguments.get("async_save") else plain
 
@@ -126,11 +125,9 @@ def _prepare_results_queue(asynchronous: bool) -> None:
     """
     global _manager
     if not asynchronous:
-        filesystem_async._results_queue = (
-            queue.Queue()
-        )  # a new one each time: a failed save may leave a result behind
+        set_results_queue(queue.Queue())  # a new one each time: a failed save may leave a result behind
         return
     if _manager is None:
         _manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         _manager.start(initializer=die_with_parent, initargs=(os.getpid(),))
-    filesystem_async._results_queue = _manager.Queue()
+    set_results_queue(_manager.Queue())

@@ -9,7 +9,6 @@ def prepare() -> None:
     """Let NeMo run on this host; nothing is changed where CUDA is available."""
     if not hardware.enable():
         return
-    import nemo.lightning.io.pl as checkpoint_io
+    from kvcat_nemo.nemo.compat import load_checkpoints_without_cuda
 
-    # It asserts an initialised CUDA context before it moves loaded tensors between CUDA devices.
-    checkpoint_io._fix_tensors_device = lambda checkpoint: checkpoint
+    load_checkpoints_without_cuda()

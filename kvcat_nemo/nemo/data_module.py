@@ -2,13 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from nemo.collections.common.tokenizers import AutoTokenizer
-from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
-from nemo.lightning.data import WrappedDataLoader
+from torch.utils.data import Dataset
 
 from kvcat_nemo.data.arrays import check_arrays
 from kvcat_nemo.data.indexed_check import check_indexed
@@ -16,7 +15,8 @@ from kvcat_nemo.data.run_order import EPOCHS, FORMAT, check_parts, splits_of
 from kvcat_nemo.data.window_counts import split_shares
 from kvcat_nemo.engine.epochs import EpochDataset
 from kvcat_nemo.nemo.base_model import tokenizer_dir
-from kvcat_nemo.nemo.data_order import STATE, KeepsOrder
+from kvcat_nemo.nemo.compat import WrapsDatasets, interval_of_one_validation
+from kvcat_nemo.nemo.data_order import STATE, KeepsOrder, OnChange
 from kvcat_nemo.nemo.numbered import NumberedDataset, PairedDataSampler
 from kvcat_nemo.nemo.synthetic import RecallDataset, SyntheticDataModule
 
@@ -90,8 +90,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
-    """NeMo's pretraining data on Megatron's datasets, in an order that does not hang on the run's length.
+class KVCatDataModule(KeepsOrder, WrapsDatasets):
+    """NeMo's pretraining data on Megatron's datasets, in an order that does not depend on the run's length.
 
     Windows are read epoch by epoch (engine.epochs), corpora without weights in the ratio of their tokens, and every
     validation reads the same windows. The order is kept in the run's checkpoints (nemo.data_order).
@@ -124,15 +124,15 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
         index_mapping_dir: Optional[str] = None,
         packed_documents: bool = False,
         eod_mask_loss: bool = False,
-        on_change: Literal["refuse", "say"] = "refuse",
+        on_change: OnChange = "refuse",
     ):
         self.on_change = on_change
         self._check_sizes(
-            seq_length=(seq_length, "positions"),
-            micro_batch_size=(micro_batch_size, "batch"),
-            global_batch_size=(global_batch_size, "batch"),
-            num_workers=(num_workers, "workers"),
-            seed=(seed, "seed"),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )
         if paths is None:
             raise ValueError("data.paths=None: give a folder made by kvcat data build, or dataset prefixes")
@@ -180,7 +180,7 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
         """As NeMo's, but epoch by epoch, and of the validation set so many windows as a single validation reads."""
         check_arrays(self._index_folders)
         steps = max(trainer_max_steps, (self.num_train_samples or 0) // self.global_batch_size)
-        once = steps + 1  # "validate every so many steps": the set is then sized for a single validation
+        once = interval_of_one_validation(steps)
         self._limits = (trainer_limit_val_batches, trainer_limit_test_batches)
         given, self.dataset_cls = self.build_kwargs, GPTDataset
         if self._index == EPOCHS:
@@ -193,7 +193,7 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
     def _weighted(self) -> dict[str, Any]:
         """What Megatron is given, with training corpora that have no weights in the ratio of their tokens.
 
-        Without weights it reads one epoch and has no more; with its own (windows of one epoch) they would hang on seq_length.
+        Without weights it reads one epoch and has no more; with its own (windows of one epoch) they would depend on seq_length.
         """
         out = dict(self.build_kwargs)
 
@@ -246,7 +246,7 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
 
     def train_dataloader(self):
         needed = self.windows_needed()
-        if len(self._train_ds) < needed and self.trainer.global_step < self.trainer.max_steps:
+        if self.train_windows < needed and self.trainer.global_step < self.trainer.max_steps:
             # The batch was larger once: the steps to come reach further than max_steps × global_batch_size.
             self.num_train_samples = needed
             self.build(self.trainer.max_steps, None, *self._limits)
@@ -262,8 +262,8 @@ class KVCatDataModule(KeepsOrder, PreTrainingDataModule):
             self.build(self.trainer.max_steps, None, *self._limits)
         super().load_state_dict(state_dict)
 
-    def _create_dataloader(self, dataset, mode, **kwargs) -> WrappedDataLoader:
-        return super()._create_dataloader(NumberedDataset(dataset, self.packed_documents), mode, **kwargs)
+    def wrap_dataset(self, dataset: Dataset) -> Dataset:
+        return NumberedDataset(dataset, self.packed_documents)
 
 
 def _eod(tokenizer) -> int | None:

@@ -1,4 +1,4 @@
-"""A data module's order of windows, kept in the run's checkpoints: a resumed run goes on with it, or is refused."""
+"""A data module's order of windows, kept in the run's checkpoints: a resumed run continues it, or is refused."""
 
 from __future__ import annotations
 
@@ -10,15 +10,29 @@ from nemo.utils import logging
 
 from kvcat_nemo.common.limits import check_size
 from kvcat_nemo.data.run_order import EPOCHS, MEGATRON, changes, refusal
+from kvcat_nemo.nemo.choices import check_choice
 from kvcat_nemo.runs.layout import RunFolder, read_record
 
 STATE = "order"
 """Its name in a data module's state, in every checkpoint."""
 """The same beside the run's other records, read before anything has started."""
 
+OnChange = Literal["refuse", "say"]
+"""What a setting leads to by which a resumed run would read its windows in another order."""
+
+SIZES = {
+    "seq_length": "positions",
+    "vocab_size": "vocabulary",
+    "micro_batch_size": "batch",
+    "global_batch_size": "batch",
+    "num_workers": "workers",
+    "seed": "seed",
+}
+"""Sizes of a data module, and the kinds of kvcat_nemo.common.limits that bound them."""
+
 OLD_RUN = (
-    "kvcat: this run was begun before its order of windows was kept. It goes on as it would have then, with Megatron's own "
-    "order, which hangs on trainer.max_steps × data.global_batch_size. What cannot be checked: that both, data.seed, "
+    "kvcat: this run was begun before its order of windows was kept. It continues as it would have then, with Megatron's own "
+    "order, which depends on trainer.max_steps × data.global_batch_size. What cannot be checked: that both, data.seed, "
     "data.seq_length, data.split and data.paths are those of the run's beginning. If one is not, or if the run is extended "
     "across the end of an epoch, some windows are read again and some never"
 )
@@ -27,22 +41,21 @@ OLD_RUN = (
 class KeepsOrder:
     """Mixed into a data module with `data_sampler`, `global_batch_size`, `seed` and a trainer.
 
-    on_change: what a setting leads to by which a resumed run would read its windows in another order: `refuse` or `say`.
+    on_change: see OnChange.
     """
 
-    on_change: Literal["refuse", "say"] = "refuse"
+    on_change: OnChange = "refuse"
     _index = EPOCHS
     _order: dict[str, Any] | None = None
 
-    def _check_sizes(self, **sizes: tuple[Any, str]) -> None:
-        """Set attributes to their sizes as integers: name → (value, kind of kvcat_nemo.common.limits)."""
-        for name, (value, kind) in sizes.items():
-            setattr(self, name, check_size(f"data.{name}", value, kind))
-        if self.on_change not in ("refuse", "say"):
-            raise ValueError(f"data.on_change={self.on_change!r}: choose refuse or say")
+    def _check_sizes(self, **sizes: Any) -> None:
+        """Set attributes to their sizes (SIZES) as integers."""
+        for name, value in sizes.items():
+            setattr(self, name, check_size(f"data.{name}", value, SIZES[name]))
+        check_choice("data.on_change", self.on_change, OnChange)
 
     def describe_order(self, trainer) -> dict[str, Any]:
-        """What the order hangs on (data.run_order), with the trainer's settings as they were given."""
+        """What the order depends on (data.run_order), with the trainer's settings as they were given."""
         raise NotImplementedError
 
     def check_run(self, trainer, candidates: list[Path] | tuple[Path, ...] = ()) -> None:

@@ -1,36 +1,21 @@
-"""What happens when a loss or a gradient is not a number: the step is skipped or the run ends, on all ranks alike."""
+"""Skips a step, or ends the run, on every rank, when a loss or a gradient is NaN or infinite."""
 
 import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 from nemo.utils import logging
 
 from kvcat_nemo.engine import rank_sync
+from kvcat_nemo.nemo.run_state import RunCallback, StepState
 
 
 class NonFiniteStep(RuntimeError):
     """A step's loss or gradient was NaN or infinite, and the run is to end."""
 
 
-class GuardedOptimizer(McoreDistributedOptimizer):
-    """NeMo's wrapper of Megatron's optimizer, with a step that can be left out after its gradients are known."""
-
-    skip = False
-    """Leave the coming update out: weights, moments and weight decay stay as they are."""
-
-    def step(self, closure=None):
-        loss = closure() if closure is not None else None
-        if self.skip:
-            self.skip = False
-            return loss, None, None
-        _, grad_norm, num_zeros = super().step()
-        return loss, grad_norm, num_zeros
-
-
-class KVCatGuard(pl.Callback):
+class KVCatGuard(RunCallback, pl.Callback):
     """Looks at every step's loss parts and gradient norms before the update.
 
     `optim.nonfinite=stop` ends the run with the step and the ranks it came from; `skip` leaves the update out, counts it
@@ -38,56 +23,47 @@ class KVCatGuard(pl.Callback):
     Megatron's own check ends one rank and leaves the others waiting; recipes switch it off (ddp.check_for_nan_in_grad).
     """
 
-    def __init__(self):
-        self.skipped_steps = 0
-        """Over the whole run, resumed parts included."""
-        self.in_a_row = 0
-
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "in_a_row": self.in_a_row}
+        return {"skipped_steps": self.run.skipped_steps, "in_a_row": self.run.skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped_steps, self.in_a_row = state_dict["skipped_steps"], state_dict["in_a_row"]
+        self.run.skipped_steps = state_dict["skipped_steps"]
+        self.run.skipped_in_a_row = state_dict["in_a_row"]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        metrics = _metrics(trainer)
-        figures = metrics.train | {f"grad_norm/{name}": value for name, value in metrics.norms.items()}
+        run, this = self.run, self.run.step
+        norms = {f"grad_norm/{name}": value for name, value in this.known("norms").items()}
+        figures = this.known("figures") | norms
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if not rank_sync.any_rank(bool(bad)):
-            self.in_a_row = 0
+            run.skipped_in_a_row = 0
             return
         step = trainer.global_step + 1
-        origin = "; ".join(o for o in rank_sync.gather(_origin(trainer, metrics)) if o)
+        origin = "; ".join(o for o in rank_sync.gather(_origin(trainer, this)) if o)
         names = sorted({name for found in rank_sync.gather(bad) for name in found})
-        self.in_a_row += 1
-        self.skipped_steps += 1
-        metrics.skipped = True
+        run.skipped_in_a_row += 1
+        run.skipped_steps += 1
+        this.skipped = True
         what = f"step {step}: not finite: {', '.join(names)} ({origin or 'from no single rank: the sum over ranks'})"
         optim = pl_module.optim
         if optim.nonfinite == "stop":
             raise NonFiniteStep(
                 f"{what}. The weights are those before this step. To leave such steps out: optim.nonfinite=skip"
             )
-        if self.in_a_row > optim.max_skipped:
+        if run.skipped_in_a_row > optim.max_skipped:
             raise NonFiniteStep(
                 f"{what}, after {optim.max_skipped} skipped steps in a row (optim.max_skipped)"
             )
         trainer.strategy.optimizers[0].skip = True
         logging.warning(
-            f"kvcat: {what}: update left out ({self.in_a_row} in a row, {self.skipped_steps} in all)"
+            f"kvcat: {what}: update left out ({run.skipped_in_a_row} in a row, {run.skipped_steps} in all)"
         )
 
 
-def _metrics(trainer):
-    from kvcat_nemo.nemo.callbacks import KVCatMetrics
-
-    return next(c for c in trainer.callbacks if isinstance(c, KVCatMetrics))
-
-
-def _origin(trainer, metrics) -> str:
+def _origin(trainer, step: StepState) -> str:
     """Where on this rank it came from, as far as can be told after gradients were summed over ranks."""
     found = []
-    if not metrics.local_loss_finite:
+    if not step.known("local_loss_finite"):
         found.append("loss of its own micro-batches")
     for chunk in trainer.strategy.megatron_parallel:
         for name, parameter in chunk.module.named_parameters():

@@ -92,9 +92,9 @@ class KVCatModel(llm.GPTModel):
 
     @property
     def training_loss_reduction(self) -> KVCatLossReduction:
-        if not self._training_loss_reduction:
-            self._training_loss_reduction = KVCatLossReduction(self.config.kvcat)
-        return self._training_loss_reduction
+        if not hasattr(self, "_loss_reduction"):
+            self._loss_reduction = KVCatLossReduction(self.config.kvcat)
+        return self._loss_reduction
 
     @property
     def validation_loss_reduction(self) -> KVCatLossReduction:

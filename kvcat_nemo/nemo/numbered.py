@@ -1,10 +1,10 @@
 """Windows that carry their numbers, and what tells Megatron's schedule how many of them travel together."""
 
-import dataclasses
-
 import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
+
+from kvcat_nemo.nemo.compat import send_windows
 
 
 class PairedDataSampler(MegatronDataSampler):
@@ -13,7 +13,7 @@ class PairedDataSampler(MegatronDataSampler):
     def on_megatron_step_start(self, step):
         step = super().on_megatron_step_start(step)
         windows = self.micro_batch_size * (2 if step.pl_module.config.kvcat.paired else 1)
-        return dataclasses.replace(step, micro_batch_size=windows)
+        return send_windows(step, windows)
 
 
 class NumberedDataset(Dataset):

@@ -12,6 +12,7 @@ from kvcat_nemo.common.limits import check_model_sizes, check_size
 from kvcat_nemo.engine.config_checks import validate_model_config
 from kvcat_nemo.engine.cost import Layout, flops_per_step, memory_per_gpu, parameters
 from kvcat_nemo.nemo.base_model import check_base
+from kvcat_nemo.nemo.data_order import SIZES
 from kvcat_nemo.nemo.trainer_settings import check_run_settings
 
 
@@ -27,7 +28,7 @@ def plan(recipe) -> dict[str, Any]:
     trainer = recipe.trainer
     check_trainer(trainer)
     check_model_sizes(recipe.model.config)  # before anything loops over them
-    for name, kind in _DATA_SIZES.items():
+    for name, kind in SIZES.items():
         if (value := getattr(recipe.data, name, None)) is not None:
             check_size(f"data.{name}", value, kind)
     devices = check_size("trainer.devices", trainer.devices, "workers")
@@ -68,16 +69,6 @@ def plan(recipe) -> dict[str, Any]:
         "steps": trainer.max_steps,
         "tokens": tokens * trainer.max_steps,
     }
-
-
-_DATA_SIZES = {
-    "seq_length": "positions",
-    "vocab_size": "vocabulary",
-    "micro_batch_size": "batch",
-    "global_batch_size": "batch",
-    "num_workers": "workers",
-    "seed": "seed",
-}
 
 
 def check_trainer(trainer) -> None:

@@ -6,10 +6,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from tqdm import tqdm
 
-from kvcat_nemo.nemo.callbacks import KVCatMetrics
+from kvcat_nemo.nemo.run_state import RunCallback
 
 
-class KVCatProgress(ProgressBar):
+class KVCatProgress(RunCallback, ProgressBar):
     """One bar for the training steps and one for each validation, on the first rank only."""
 
     def __init__(self):
@@ -24,9 +24,6 @@ class KVCatProgress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def _metrics(self, trainer) -> KVCatMetrics | None:
-        return next((c for c in trainer.callbacks if isinstance(c, KVCatMetrics)), None)
-
     def on_train_batch_start(self, trainer, *args) -> None:
         if self._enabled and trainer.is_global_zero and self._bar is None:
             done = trainer.global_step
@@ -40,10 +37,9 @@ class KVCatProgress(ProgressBar):
             )
 
     def on_train_batch_end(self, trainer, *args) -> None:
-        metrics = self._metrics(trainer)
-        if self._bar is None or metrics is None:
+        if self._bar is None:
             return
-        m = metrics.train
+        m = self.run.train
         figures = {
             "anchor": f"{m['loss/anchor']:.3f}",
             "distill": f"{m['loss/distill']:.3f}" if "loss/distill" in m else None,
@@ -79,9 +75,8 @@ class KVCatProgress(ProgressBar):
             return
         self._validation.close()
         self._validation = None
-        metrics = self._metrics(trainer)
-        if metrics is not None and metrics.validation:
-            m = metrics.validation
+        m = self.run.validation
+        if m:
             masked = (
                 f", masked {m['masked_ppl']:.2f} at keep {m['keep_rate']:.3f}" if "masked_ppl" in m else ""
             )

@@ -1,4 +1,4 @@
-"""What a run is made of, beside its checkpoints and in its loggers: configuration, manifest, pictures."""
+"""Writes a run's configuration, manifest and pictures beside its checkpoints, and hands them to its loggers."""
 
 import dataclasses
 import inspect
@@ -40,7 +40,7 @@ class KVCatRecords(pl.Callback):
         if not trainer.is_global_zero:
             return
         described = redact_tree(describe(trainer, pl_module))
-        # Through JSON: what is left of NumPy's and others' kinds of numbers and words becomes plain, or YAML refuses it.
+        # Through JSON: NumPy's scalars and other types become plain values, which safe YAML takes.
         described = json.loads(json.dumps(described, default=str))
         folder = run_folder()
         write_atomically(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")

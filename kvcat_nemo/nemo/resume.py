@@ -4,25 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils import AppState, logging
 
 from kvcat_nemo.nemo.base_model import check_base, check_resumed, require_base
+from kvcat_nemo.nemo.choices import check_choice
+from kvcat_nemo.nemo.compat import ResumeFrom
 from kvcat_nemo.runs.checkpoints import survey
 from kvcat_nemo.runs.integrity import has_manifest
 from kvcat_nemo.runs.layout import CHECKPOINTS, MANIFEST, WEIGHTS
 
+Mode = Literal["auto", "must", "never"]
+Verify = Literal["hashes", "sizes"]
+
 
 @dataclass(kw_only=True)
-class KVCatResume(nl.AutoResume):
-    """NeMo's AutoResume with a base model to start from, checkpoints that are looked at first, and a word on what it decided."""
+class KVCatResume(ResumeFrom):
+    """NeMo's AutoResume that may start from a base model, checks checkpoints before they are loaded, and logs what it decided."""
 
     base: Optional[str] = None
     """A converted base model (kvcat convert import) or a training checkpoint whose weights a new run starts from."""
-    mode: Literal["auto", "must", "never"] = "auto"
+    mode: Mode = "auto"
     """auto: go on from the run's newest complete checkpoint if there is one; must: fail without one; never: fail with one."""
-    verify: Literal["hashes", "sizes"] = "hashes"
+    verify: Verify = "hashes"
     """What of a checkpoint's or base's files is compared with its manifest before it is loaded; hashes read every file once more."""
     unverified: bool = False
     """True takes a base, or a checkpoint named by resume_from_path, that has no manifest (a plain NeMo or Megatron checkpoint)."""
@@ -38,10 +42,8 @@ class KVCatResume(nl.AutoResume):
                 damaged, when the base does not exist, is damaged or has no manifest, or when the run would compute another function
                 than its base or its checkpoint.
         """
-        if self.mode not in ("auto", "must", "never"):
-            raise ValueError(f"resume.mode={self.mode!r}: choose one of auto, must, never")
-        if self.verify not in ("hashes", "sizes"):
-            raise ValueError(f"resume.verify={self.verify!r}: choose hashes or sizes")
+        check_choice("resume.mode", self.mode, Mode)
+        check_choice("resume.verify", self.verify, Verify)
         if self.base is None and self.restore_config is not None:
             raise ValueError(
                 f"resume.restore_config={self.restore_config!r}: NeMo would load it without looking whether it is whole; "
@@ -111,5 +113,5 @@ class KVCatResume(nl.AutoResume):
             )
         return usable
 
-    def _find_trainer_ckpt_path(self) -> Optional[Path]:
+    def checkpoint_to_resume(self) -> Optional[Path]:
         return self._candidates[0] if self._candidates else None

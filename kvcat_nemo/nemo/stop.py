@@ -1,4 +1,4 @@
-"""Stopping at a step's end: signals and a flag file, a decision that all ranks take together, a save, an exit code.
+"""Stops a run at a step's end, on a signal or a flag file: all ranks decide together, save, and exit with one code.
 
 The contract with whatever launches a run: SIGTERM, SIGUSR1, or the file that KVCAT_STOP_FILE names → the run saves after
 the step it is in and every rank exits with 75 (EX_TEMPFAIL): start the same command again.
@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo import lightning as nl
 from nemo.utils import logging
 
 from kvcat_nemo.engine import rank_sync
 from kvcat_nemo.nemo.mlflow_logger import run_folder, write_atomically
+from kvcat_nemo.nemo.old_names import moved_class
+from kvcat_nemo.nemo.run_state import RunCallback
 from kvcat_nemo.runs.exit_codes import REQUEUE as EXIT_REQUEUE
 from kvcat_nemo.runs.layout import STOPPED
 
@@ -24,7 +25,7 @@ STOP_FILE = "KVCAT_STOP_FILE"
 """Environment variable: path of a file that asks every rank to stop once it exists. (A signal to torchrun ends torchrun.)"""
 
 
-class KVCatStop(pl.Callback):
+class KVCatStop(RunCallback, pl.Callback):
     """Ends the run at the end of the step in which it was asked to, on the same step on every rank.
 
     Args:
@@ -40,8 +41,6 @@ class KVCatStop(pl.Callback):
                 f"signals={list(signals)!r}: {unknown[0]} is no signal; give names such as SIGTERM"
             )
         self.signals = tuple(signals)
-        self.requested = False
-        """Agreed by all ranks."""
         self._asked_by = ""
         self._old: dict[int, Any] = {}
         self._file = os.environ.get(STOP_FILE)
@@ -83,7 +82,7 @@ class KVCatStop(pl.Callback):
     def on_train_batch_end(self, trainer, *args, **kwargs) -> None:
         if not rank_sync.any_rank(bool(self._poll())):
             return
-        self.requested = True
+        self.run.stop_requested = True
         trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning validates before an early stop; the time may be short
         reasons = sorted({reason for reason in rank_sync.gather(self._asked_by) if reason})
@@ -93,7 +92,7 @@ class KVCatStop(pl.Callback):
         )
 
     def on_fit_end(self, trainer, pl_module) -> None:
-        if self.requested and trainer.is_global_zero:
+        if self.run.stop_requested and trainer.is_global_zero:
             checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
             record = {
                 "step": trainer.global_step,
@@ -111,26 +110,11 @@ class KVCatStop(pl.Callback):
         self._restore()
 
 
-def stop_callback(trainer) -> KVCatStop | None:
-    return next((c for c in trainer.callbacks if isinstance(c, KVCatStop)), None)
-
-
-def stop_requested(trainer) -> bool:
-    """Whether all ranks have agreed to stop after this step."""
-    callback = stop_callback(trainer)
-    return callback is not None and callback.requested
-
-
 def _process_start() -> float:
     import psutil
 
     return psutil.Process().create_time()
 
 
-class KVCatTrainer(nl.Trainer):
-    """NeMo's trainer; a run that was asked to stop ends the process with exit code 75, after everything is closed."""
-
-    def fit(self, *args, **kwargs) -> None:
-        super().fit(*args, **kwargs)
-        if stop_requested(self) and self.global_step < self.max_steps:
-            raise SystemExit(EXIT_REQUEUE)
+def __getattr__(name: str):
+    return moved_class(__name__, name)

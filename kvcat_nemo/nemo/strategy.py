@@ -1,20 +1,16 @@
-"""NeMo's Megatron strategy, precision and optimizer, for either host; and the start from a base checkpoint."""
+"""NeMo's Megatron strategy and precision, for either host; and the start from a base checkpoint."""
 
 import contextlib
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Optional
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
-from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
-from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import logging
 
 from kvcat_nemo.common.processes import children_die_with_us
@@ -23,9 +19,12 @@ from kvcat_nemo.engine.compat.distributed_optimizer import patch_distributed_opt
 from kvcat_nemo.nemo.base_model import check_base
 from kvcat_nemo.nemo.checkpoint_check import first_whole, whole_base
 from kvcat_nemo.nemo.checkpoint_io import make_checkpoint_io
-from kvcat_nemo.nemo.guard import GuardedOptimizer
+from kvcat_nemo.nemo.compat import fit_strategy_to_cpu
+from kvcat_nemo.nemo.old_names import moved_class
 from kvcat_nemo.nemo.plan import check_trainer, checked_layout
 from kvcat_nemo.nemo.rng_callback import load_random_state, random_state_entry
+from kvcat_nemo.nemo.run_state import run_state
+from kvcat_nemo.nemo.trainer import start_run
 from kvcat_nemo.runs.pickles import check_common, check_index, plain_values_only
 
 RNG_SEED = 1234  # NeMo's own default where it seeds the tracker
@@ -41,11 +40,13 @@ class KVCatStrategy(nl.MegatronStrategy):
     _verify_hashes = True
     _unverified = False
     _foreign = False
+    _io = None
 
     def connect(self, model) -> None:
         patch_distributed_optimizer()
         if not hardware.is_cuda():
             self._fit_cpu(model)
+        start_run(model.trainer)
         self._check(model)
         super().connect(model)
 
@@ -78,7 +79,7 @@ class KVCatStrategy(nl.MegatronStrategy):
 
     def _fit_cpu(self, model) -> None:
         # Here and not in the recipe: a recipe may be built on a login node and run on GPUs.
-        self._process_group_backend = hardware.process_group_backend()
+        fit_strategy_to_cpu(self, hardware.process_group_backend())
         # Forked writers work here too, but training has no idle core for them: for tests alone.
         self.async_save = self.async_save and os.environ.get("KVCAT_ASYNC_SAVE_ON_CPU") == "1"
         self.parallel_load = False
@@ -88,13 +89,11 @@ class KVCatStrategy(nl.MegatronStrategy):
         # Every rank holds the whole state: nobody trains large models here. A test may ask for the form that GPU hosts save.
         if os.environ.get("KVCAT_DISTRIBUTED_OPTIMIZER_ON_CPU") != "1":
             self.ddp_config.use_distributed_optimizer = model.optim.config.use_distributed_optimizer = False
-        # The progress printer gathers a table of timers from all ranks, which never ends on gloo when it is empty.
-        self.timers = None
 
     @property
     def checkpoint_io(self):
-        if not self._checkpoint_io:
-            self._checkpoint_io = make_checkpoint_io(
+        if not self._io:
+            self._io = make_checkpoint_io(
                 save_ckpt_format=self.save_ckpt_format,
                 async_save=self.async_save,
                 torch_dist_multiproc=self.torch_dist_multiproc,
@@ -104,11 +103,11 @@ class KVCatStrategy(nl.MegatronStrategy):
                 parallel_load=self.parallel_load,
                 load_directly_on_device=self.load_directly_on_device,
             )
-        return self._checkpoint_io
+        return self._io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io) -> None:
-        self._checkpoint_io = io
+        self._io = io
 
     def resume_from(
         self, candidates: list[Path], *, verify_hashes: bool, unverified: bool = False, foreign: bool = False
@@ -121,7 +120,7 @@ class KVCatStrategy(nl.MegatronStrategy):
     def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
         """As NeMo's, with every rank's random state."""
         if "optimizer_states" in checkpoint:  # not when the weights alone are saved
-            checkpoint |= random_state_entry(self.trainer)
+            checkpoint |= random_state_entry(run_state(self.trainer))
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False):
@@ -141,7 +140,7 @@ class KVCatStrategy(nl.MegatronStrategy):
         with plain_values_only() if self._foreign else contextlib.nullcontext():
             loaded = super().load_checkpoint(weights, selective_restore)
         if not selective_restore:
-            load_random_state(self.trainer, weights)
+            load_random_state(run_state(self.trainer), weights)
         return loaded
 
     def setup_distributed(self) -> None:
@@ -231,35 +230,5 @@ class KVCatPrecision(nl.MegatronMixedPrecision):
         )
 
 
-class KVCatOptimizerModule(MegatronOptimizerModule):
-    """Megatron's optimizer, with the routers' learning rate multiplied by `kvcat.router_lr_mult`.
-
-    Args:
-        nonfinite: what a step leads to whose loss or gradient is NaN or infinite: `stop` ends the run, `skip` leaves the
-            update out (kvcat_nemo.nemo.guard).
-        max_skipped: skipped steps in a row after which `skip` stops as well.
-        others: as NeMo's.
-    """
-
-    def __init__(
-        self,
-        config: OptimizerConfig,
-        lr_scheduler: Optional[LRSchedulerModule] = None,
-        no_weight_decay_cond: Optional[Callable] = None,
-        scale_lr_cond: Optional[Callable] = None,
-        lr_mult: float = 1.0,
-        nonfinite: Literal["stop", "skip"] = "stop",
-        max_skipped: int = 10,
-    ):
-        if nonfinite not in ("stop", "skip"):
-            raise ValueError(f"optim.nonfinite={nonfinite!r}: choose stop or skip")
-        if max_skipped < 1:
-            raise ValueError(f"optim.max_skipped={max_skipped!r}: give at least 1")
-        super().__init__(config, lr_scheduler, no_weight_decay_cond, scale_lr_cond, lr_mult)
-        self.nonfinite, self.max_skipped = nonfinite, max_skipped
-
-    def optimizers(self, model):
-        kvcat = model.module.config.kvcat
-        self.lr_mult = kvcat.router_lr_mult
-        self.scale_lr_cond = lambda name, parameter: ".router." in name
-        return [GuardedOptimizer(optimizer.mcore_optimizer) for optimizer in super().optimizers(model)]
+def __getattr__(name: str):
+    return moved_class(__name__, name)

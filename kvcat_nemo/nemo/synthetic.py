@@ -1,6 +1,6 @@
 """A stream of synthetic windows with exact resume, for kvcat_tiny and tests."""
 
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -9,7 +9,7 @@ from nemo.lightning.io import IOMixin
 from torch.utils.data import Dataset
 
 from kvcat_nemo.data.run_order import FORMAT, RECALL
-from kvcat_nemo.nemo.data_order import STATE, KeepsOrder
+from kvcat_nemo.nemo.data_order import STATE, KeepsOrder, OnChange
 from kvcat_nemo.nemo.numbered import NumberedDataset, PairedDataSampler
 
 
@@ -75,16 +75,16 @@ class SyntheticDataModule(KeepsOrder, pl.LightningDataModule, IOMixin):
         global_batch_size: int = 4,
         seed: int = 1234,
         packed_documents: bool = False,
-        on_change: Literal["refuse", "say"] = "refuse",
+        on_change: OnChange = "refuse",
     ):
         super().__init__()
         self.packed_documents, self.on_change = packed_documents, on_change
         self._check_sizes(
-            seq_length=(seq_length, "positions"),
-            vocab_size=(vocab_size, "vocabulary"),
-            micro_batch_size=(micro_batch_size, "batch"),
-            global_batch_size=(global_batch_size, "batch"),
-            seed=(seed, "seed"),
+            seq_length=seq_length,
+            vocab_size=vocab_size,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            seed=seed,
         )
         self.tokenizer = _NumberTokenizer(self.vocab_size)
         self.data_sampler = PairedDataSampler(
@@ -123,7 +123,7 @@ class SyntheticDataModule(KeepsOrder, pl.LightningDataModule, IOMixin):
         return self._loader("validation", max(int(batches), 1) * self.global_batch_size, self.seed + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data stands, so that a resumed run goes on with the next window."""
+        """Windows consumed and their order, so that a resumed run continues with the next window."""
         steps = self.trainer.global_step - self.data_sampler.init_global_step
         consumed = self.data_sampler.compute_consumed_samples(steps)
         return {"consumed_samples": consumed, STATE: self.order_record()}

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: the figures of every step, and validation at both ends."""
+"""The figures of every step and every validation of a training run, and validation at both ends."""
 
 import json
 import math
@@ -14,19 +14,23 @@ from nemo.utils import logging
 
 from kvcat_nemo.engine import hardware, rank_sync
 from kvcat_nemo.engine.grad_norm import gradient_norms
+from kvcat_nemo.engine.rng_state import digest
 from kvcat_nemo.engine.step import step_metrics
-from kvcat_nemo.nemo.guard import KVCatGuard
+from kvcat_nemo.nemo.compat import (
+    count_resumed_batches,
+    limit_val_batches_in_micro_batches,
+    validate_between_steps,
+)
 from kvcat_nemo.nemo.mlflow_logger import MetricsFile, MLflowTracker, run_folder, write_atomically
 from kvcat_nemo.nemo.records import tflops_per_gpu
-from kvcat_nemo.nemo.rng_callback import random_state_callback
-from kvcat_nemo.nemo.stop import stop_requested
+from kvcat_nemo.nemo.run_state import RunCallback, StepState
 from kvcat_nemo.runs.layout import FINISHED, METRICS_FILE
 
 STUCK_KEEP_RATE = 0.99
 
 
-class KVCatMetrics(pl.Callback):
-    """Gathers, names and logs the figures of every step and validation; each rank has them in `train` and `validation`.
+class KVCatMetrics(RunCallback, pl.Callback):
+    """Gathers, names and logs the figures of every step and validation; each rank has them in the run's state.
 
     Args:
         validate_at_ends: run a validation before the first step and, if the last step had none, after it.
@@ -37,28 +41,17 @@ class KVCatMetrics(pl.Callback):
     def __init__(self, validate_at_ends: bool = True, warn_after: int = 100):
         self.validate_at_ends = validate_at_ends
         self.warn_after = warn_after
-        self.train: dict[str, float] = {}
-        self.validation: dict[str, float] = {}
-        self.norms: dict[str, float] = {}
-        """Gradient norms of the step that is under way."""
-        self.local_loss_finite = True
-        """Of this rank's own micro-batches, in the step that is under way."""
-        self.skipped = False
-        """The guard has left the update of this step out."""
-        self.consumed_tokens = 0
-        """Tokens that counted in a loss, over the whole run."""
         self._batches: list[dict[str, float]] = []
         self._validated_at = -1
         self._file: MetricsFile | None = None
         self._waiting: list[tuple[str, int, dict[str, float]]] = []
-        self._started = 0.0
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed_tokens": self.consumed_tokens}
+        return {"consumed_tokens": self.run.consumed_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.consumed_tokens = state_dict.get("consumed_tokens", 0)
+        self.run.consumed_tokens = state_dict.get("consumed_tokens", 0)
 
     # --- figures ---
 
@@ -71,67 +64,60 @@ class KVCatMetrics(pl.Callback):
         if step.forward_only:
             self._batches.append(metrics)
         else:
-            self.local_loss_finite = all(bool(torch.isfinite(s).all()) for s in sums)
-            self.train = metrics | {"samples": samples}
+            self.run.step.local_loss_finite = all(bool(torch.isfinite(s).all()) for s in sums)
+            self.run.step.figures = metrics | {"samples": samples}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._started = time.perf_counter()
-        self.skipped = False
+        self.run.step = StepState(seconds_at_start=time.perf_counter())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.norms = gradient_norms(chunk.module for chunk in trainer.strategy.megatron_parallel)
+        self.run.step.norms = gradient_norms(chunk.module for chunk in trainer.strategy.megatron_parallel)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        seconds = time.perf_counter() - self._started
-        step = trainer.global_step
-        self.consumed_tokens += int(self.train["tokens"])
-        self.train |= {f"grad_norm/{name}": value for name, value in self.norms.items()}
-        self.train |= {
-            "consumed_tokens": self.consumed_tokens,
+        run, this, step = self.run, self.run.step, trainer.global_step
+        seconds = time.perf_counter() - this.seconds_at_start
+        figures = dict(this.known("figures"))
+        run.consumed_tokens += int(figures["tokens"])
+        figures |= {f"grad_norm/{name}": value for name, value in this.known("norms").items()}
+        figures |= {
+            "consumed_tokens": run.consumed_tokens,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_second": self.train["tokens"] / seconds,
+            "tokens_per_second": figures["tokens"] / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": float(hardware.peak_memory_bytes()),
         } | tflops_per_gpu(trainer, pl_module, seconds)
-        guard = next((c for c in trainer.callbacks if isinstance(c, KVCatGuard)), None)
-        if self.skipped:
+        if this.skipped:
             # Figures that are no numbers are left out of records: without this word the step would look like any other.
-            self.train["skipped"] = 1
-        if guard is not None and guard.skipped_steps:
-            self.train["skipped_steps"] = guard.skipped_steps
-        if failed := getattr(trainer.checkpoint_callback, "failed", 0):
-            self.train["failed_saves"] = failed
-        random_state = random_state_callback(trainer)
-        if random_state is not None:
-            self.train["rng"] = rank_sync.sum_over_ranks(random_state.digest()) & ((1 << 53) - 1)
-        self._log(trainer, "train", step, self.train)
-        self._warn_if_nothing_is_masked(step)
+            figures["skipped"] = 1
+        if run.skipped_steps:
+            figures["skipped_steps"] = run.skipped_steps
+        if run.failed_saves:
+            figures["failed_saves"] = run.failed_saves
+        if run.random_state is not None:
+            figures["rng"] = rank_sync.sum_over_ranks(digest(run.random_state)) & ((1 << 53) - 1)
+        run.train = figures
+        self._log(trainer, "train", step, figures)
+        self._warn_if_nothing_is_masked(step, figures)
 
-    def _warn_if_nothing_is_masked(self, step: int) -> None:
-        if self._warned or step < self.warn_after or self.train.get("keep_rate", 0) < STUCK_KEEP_RATE:
+    def _warn_if_nothing_is_masked(self, step: int, figures: dict[str, float]) -> None:
+        if self._warned or step < self.warn_after or figures.get("keep_rate", 0) < STUCK_KEEP_RATE:
             return
         self._warned = True
         logging.warning(
-            f"The keep rate is still {self.train['keep_rate']:.3f} after {step} steps: almost nothing is masked, so the masked pass "
+            f"The keep rate is still {figures['keep_rate']:.3f} after {step} steps: almost nothing is masked, so the masked pass "
             "teaches nothing. Start the routers nearer the threshold (kvcat.router_init_keep=0.5) or raise kvcat.router_lr_mult."
         )
 
     # --- validation ---
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        # Lightning counts what the loader yields, and NeMo's yields micro-batches: without this a limit of 8 would be
-        # half a global batch where a batch has 16 of them.
-        if isinstance(trainer.limit_val_batches, int):
-            trainer.limit_val_batches *= get_num_microbatches()
+        limit_val_batches_in_micro_batches(trainer, get_num_microbatches())
 
     def on_train_start(self, trainer, pl_module) -> None:
         if trainer.global_step:
-            # A checkpoint is saved before Lightning counts its batch as completed: after a resume the batch number, and
-            # with it every later validation, would be one step behind.
-            done = trainer.fit_loop.epoch_loop.batch_progress.current
-            done.ready = done.started = done.processed = done.completed = trainer.global_step
+            count_resumed_batches(trainer)
         if trainer.is_global_zero:
-            # A run that begins anew after a life without a save keeps nothing, the validation before its first step neither.
+            # A run that restarts without a checkpoint keeps no line, not even the validation before its first step.
             resumed_at = trainer.global_step or -1
             self._file = MetricsFile(run_folder() / METRICS_FILE, resumed_at=resumed_at)
         if (self.validate_at_ends and trainer.global_step == 0) or self._validation_was_lost(trainer):
@@ -145,7 +131,7 @@ class KVCatMetrics(pl.Callback):
         return rank_sync.any_rank(trainer.is_global_zero and trainer.global_step > 0 and due and not known)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if stop_requested(trainer):
+        if self.run.stop_requested:
             return  # the time may be short; the resumed run makes up for it
         if self.validate_at_ends and self._validated_at != trainer.global_step:
             self._validate(trainer)
@@ -156,15 +142,8 @@ class KVCatMetrics(pl.Callback):
             write_atomically(run_folder() / FINISHED, json.dumps({"step": trainer.global_step}) + "\n")
 
     def _validate(self, trainer: pl.Trainer) -> None:
-        if not trainer.enable_validation:
-            return
-        # As Lightning's training loop does between steps.
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        # A loop that was restored takes the batches of the validation before its checkpoint for its own and leaves as many out.
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
+        if trainer.enable_validation:
+            validate_between_steps(trainer)
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self._batches = []
@@ -179,7 +158,7 @@ class KVCatMetrics(pl.Callback):
         mean["dense_ppl"] = math.exp(mean["loss/anchor"])
         if "ce_masked" in mean:
             mean["masked_ppl"] = math.exp(mean["ce_masked"])
-        self.validation = mean
+        self.run.validation = mean
         self._validated_at = trainer.global_step
         self._log(trainer, "validation", trainer.global_step, mean)
 
