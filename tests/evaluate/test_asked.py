@@ -468,7 +468,7 @@ def test_qasper_rows_balance_the_answers(model_dir, tmp_path, monkeypatch):
         ({"questions": "trivia"}, "questions='trivia': choose among qasper, squad, longbench-v2"),
         ({"questions": "squad"}, "for squad, give the set's local file"),
         ({"file": "x.json"}, "for qasper, leave it out"),
-        ({"options": "both"}, "options='both': choose letters or texts"),
+        ({"options": "both"}, "options='both': choose among letters, texts"),
         ({"max_tokens": 1}, "max_tokens=1: give at least 2"),
     ):
         with pytest.raises(ValueError, match=message):
