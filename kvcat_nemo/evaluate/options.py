@@ -166,6 +166,8 @@ def fit(name: str, value: Any, kind: Any) -> Any:
         values = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
         if all(isinstance(x, (str, int, float)) and not isinstance(x, bool) for x in values):
             return [str(x).strip() for x in values if str(x).strip()]
+    if int in kinds and str in kinds and isinstance(value, str) and value.strip().isdigit():
+        return int(value)  # a command line's number
     for one in kinds:
         if one is type(None) and value is None:
             return None

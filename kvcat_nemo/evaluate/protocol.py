@@ -24,13 +24,10 @@ from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.registry import make
 from kvcat_nemo.evaluate.models import ModelFolder, choose_device, find_models, load_model, model_facts
-from kvcat_nemo.evaluate.registry import PROTOCOLS, protocol_class
 from kvcat_nemo.evaluate.results import NONE, Key, Store, budget_label, parse_budget, write_results
 from kvcat_nemo.evaluate.runner import Lazy, Work, item_seed, run_items, set_threads
 from kvcat_nemo.evaluate.settings import CompressionSettings, ProtocolSettings
 from kvcat_nemo.evaluate.statistics import mean
-
-__all__ = ["PROTOCOLS", "Cell", "CompressionProtocol", "Group", "Protocol", "protocol_class"]
 
 Tags = tuple[tuple[str, str], ...]
 """What tells rows of one compressor and budget apart, e.g. (("depth", "0.5"),)."""

@@ -55,7 +55,7 @@ def _write(out: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))
     from model_folders import save_model
 
-    from kvcat_nemo.evaluate.protocol import protocol_class
+    from kvcat_nemo.evaluate.registry import protocol_class
 
     out.mkdir(parents=True)
     model = save_model(out / "model").resolve()

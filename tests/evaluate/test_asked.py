@@ -18,8 +18,8 @@ from kvcat_nemo.evaluate.haystack import filled, made_up, sentences_of_files, st
 from kvcat_nemo.evaluate.long_qa import LongQA, balanced, cut_middle, exact, f1, option_scores
 from kvcat_nemo.evaluate.models import load_model
 from kvcat_nemo.evaluate.needle import Needle, greedy_match
-from kvcat_nemo.evaluate.protocol import protocol_class
 from kvcat_nemo.evaluate.question_protocol import Ask
+from kvcat_nemo.evaluate.registry import protocol_class
 from kvcat_nemo.evaluate.ruler import Ruler, found
 from kvcat_nemo.evaluate.ruler_tasks import TASKS
 from kvcat_nemo.tokens import beginning

@@ -11,7 +11,7 @@ from model_folders import save_model
 from kvcat_nemo.cli import main
 from kvcat_nemo.compress import KVCache
 from kvcat_nemo.evaluate.models import find_model
-from kvcat_nemo.evaluate.protocol import protocol_class
+from kvcat_nemo.evaluate.registry import protocol_class
 
 LIMIT = 60
 WINDOW = {"source": "s", "doc": "d", "start": 0, "ids": [5] * 50}
