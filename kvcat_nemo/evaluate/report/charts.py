@@ -56,25 +56,18 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def line_chart(
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    y_label: str,
-    x_ticks: Sequence[float] | None = None,
-    x_log: bool = False,
-    x_format: Callable[[float], str] = _number,
-    markers: bool = True,
-) -> str:
-    """An SVG of lines with error bars; the y axis is logarithmic when positive values span more than a factor of 20.
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, **how) -> str:
+    """An SVG of lines with error bars, and a legend below it.
+
+    Args:
+        how: see `draw`.
 
     Raises:
-        ValueError: when there is no finite point, or matplotlib is missing.
+        ValueError: as `draw`.
     """
-    how = {"x_label": x_label, "y_label": y_label, "x_ticks": x_ticks, "x_log": x_log}
-    figure, titles = draw(series, **how, x_format=x_format, markers=markers)
-    label = f"{y_label} over {x_label}"
-    return _inline(figure, titles, label) + _legend([s for s in series if _finite(s)])
+    figure, titles = draw(series, x_label=x_label, y_label=y_label, **how)
+    svg = _inline(figure, titles, f"{y_label} over {x_label}")
+    return svg + _legend([s for s in series if _finite(s)])
 
 
 def _finite(series: Series) -> list[Point]:
@@ -91,7 +84,17 @@ def draw(
     x_format: Callable[[float], str] = _number,
     markers: bool = True,
 ):
-    """The chart as matplotlib's figure; and by the id of a group in its SVG, the group's CSS class and title."""
+    """The chart as matplotlib's figure; and by the id of a group in its SVG, the group's CSS class and title.
+
+    The y axis is logarithmic when positive values span more than a factor of 20.
+
+    Args:
+        x_ticks: where the x axis has labels, as far as they fit; x_format: what they say; x_log: a logarithmic x axis.
+        markers: a mark with its error bar at each point.
+
+    Raises:
+        ValueError: when there is no finite point, or matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
