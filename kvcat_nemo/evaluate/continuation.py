@@ -34,7 +34,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcat_nemo.compress import KVCache, Prefilled, next_logits, prefill
-from kvcat_nemo.evaluate.protocol import Cell, Group
+from kvcat_nemo.evaluate.cells import Cell
+from kvcat_nemo.evaluate.protocol import Group
 from kvcat_nemo.evaluate.settings import ContinuationSettings
 from kvcat_nemo.evaluate.statistics import jackknife, mean, standard_error
 from kvcat_nemo.evaluate.window_protocol import WindowProtocol, item_ids

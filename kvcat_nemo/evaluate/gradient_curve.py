@@ -27,8 +27,9 @@ from torch import Tensor
 from kvcat_nemo.compress.gradient import optimise, sample, teach
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.stack import Stack
+from kvcat_nemo.evaluate.cells import Cell
 from kvcat_nemo.evaluate.continuation import ScoredWindows
-from kvcat_nemo.evaluate.protocol import Cell, Group
+from kvcat_nemo.evaluate.protocol import Group
 from kvcat_nemo.evaluate.results import Store
 from kvcat_nemo.evaluate.settings import GradientSettings
 from kvcat_nemo.evaluate.statistics import jackknife, mean

@@ -19,12 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvcat_nemo.compress.budget import Budget
-from kvcat_nemo.compress.compressor import Compressor
-from kvcat_nemo.compress.kivi import Quantisation
-from kvcat_nemo.compress.registry import make
+from kvcat_nemo.evaluate.cells import Cell, cells_of
 from kvcat_nemo.evaluate.models import ModelFolder, choose_device, find_models, load_model, model_facts
-from kvcat_nemo.evaluate.results import NONE, Key, Store, budget_label, parse_budget, write_results
+from kvcat_nemo.evaluate.results import NONE, Key, Store, write_results
 from kvcat_nemo.evaluate.runner import Lazy, Work, item_seed, run_items, set_threads
 from kvcat_nemo.evaluate.settings import CompressionSettings, ProtocolSettings
 from kvcat_nemo.evaluate.statistics import mean
@@ -127,22 +124,6 @@ class Protocol(ProtocolSettings, ABC):
         return {name: {"fingerprint": f.fingerprint, "tokenizer": f.tokenizer} for name, f in facts.items()}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A compressor at a budget."""
-
-    compressor: Compressor
-    budget: Budget
-
-    @property
-    def name(self) -> str:
-        return str(self.compressor)
-
-    @property
-    def label(self) -> str:
-        return budget_label(self.budget)
-
-
 class Group(ABC):
     """Items that share a prefill: windows of a batch, or the questions on one context.
 
@@ -235,28 +216,8 @@ class CompressionProtocol(CompressionSettings, Protocol):
         return super().settings(*names, *(["bos"] if self.bos != "auto" else []))
 
     def cells_of(self, length: int) -> list[Cell]:
-        """Every compressor at every budget, in the order given, each once.
-
-        Args:
-            length: tokens of the shortest context.
-
-        Raises:
-            ValueError: on an unknown compressor or setting, or a budget that the compressor cannot keep to.
-        """
-        if not self.compressors:
-            raise ValueError("compressors: give at least one, e.g. attention-matching")
-        budgets = [parse_budget(x) for x in self.keep]
-        cells: dict[tuple[str, str], Cell] = {}
-        for text in self.compressors:
-            specification, at, own = text.partition("@")
-            if not at and not budgets:
-                raise ValueError("keep: give at least one budget, e.g. 0.1")
-            compressor = make(specification)
-            for budget in [parse_budget(own)] if at else budgets:
-                check_budget(compressor, budget, length)
-                cell = Cell(compressor, budget)
-                cells.setdefault((cell.name, cell.label), cell)
-        return list(cells.values())
+        """The compressors at the budgets, for contexts of at least that many tokens; see cells.cells_of."""
+        return cells_of(self.compressors, self.keep, length)
 
     def plan_of(self, cells: list[Cell]) -> list[str]:
         """Lines of the plan that name compressors and budgets."""
@@ -264,31 +225,3 @@ class CompressionProtocol(CompressionSettings, Protocol):
             f"compressors  {', '.join(dict.fromkeys(c.name for c in cells))}",
             f"keep         {', '.join(dict.fromkeys(c.label for c in cells))}",
         ]
-
-
-def fed_by_compressors(cells: list[Cell], length: int) -> Iterator[tuple[str, int]]:
-    """Compressors that feed tokens behind a context of that length, and how many."""
-    for cell in cells:
-        if cell.budget.slots(length) < length and (tokens := cell.compressor.tokens_after(length)):
-            yield f"compressor {cell.name}", tokens
-
-
-def check_budget(compressor: Compressor, budget: Budget, length: int) -> None:
-    """Refuse a budget that a compressor could not keep to on a context of that many tokens.
-
-    Raises:
-        ValueError: it keeps nothing, fewer slots than the compressor works with, or less than all where it drops none.
-    """
-    slots = budget.slots(length)
-    if slots >= length:
-        return
-    if isinstance(compressor, Quantisation):
-        raise ValueError(
-            f"compressor {compressor}: keep {budget_label(budget)} drops slots, but quantisation drops none: write"
-            f" {compressor}@1, or stack it on a selection, e.g. attention-matching+{compressor}"
-        )
-    if slots < compressor.smallest:
-        raise ValueError(
-            f"compressor {compressor}: keep {budget_label(budget)} of {length} tokens leaves {slots} slots, it needs"
-            f" {compressor.smallest}; give a larger budget or smaller settings"
-        )

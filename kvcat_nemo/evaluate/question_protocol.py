@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo import tokens
 from kvcat_nemo.compress import KVCache, prefill
+from kvcat_nemo.evaluate.cells import Cell, fed_by_compressors
 from kvcat_nemo.evaluate.haystack import text_fingerprint
 from kvcat_nemo.evaluate.models import ModelFolder
 from kvcat_nemo.evaluate.options import options_of
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Group, Tags, fed_by_compressors
+from kvcat_nemo.evaluate.protocol import CompressionProtocol, Group, Tags
 from kvcat_nemo.evaluate.results import Store
 from kvcat_nemo.evaluate.settings import HiddenSettings, ProtocolSettings, QuestionSettings
 from kvcat_nemo.evaluate.statistics import mean

@@ -12,8 +12,9 @@ from typing import Any
 
 from kvcat_nemo.data.corpora import CORPORA
 from kvcat_nemo.data.tokenizer import load_tokenizer
+from kvcat_nemo.evaluate.cells import Cell, fed_by_compressors
 from kvcat_nemo.evaluate.models import ModelFolder
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Group, fed_by_compressors
+from kvcat_nemo.evaluate.protocol import CompressionProtocol, Group
 from kvcat_nemo.evaluate.results import Store
 from kvcat_nemo.evaluate.settings import WindowSettings
 from kvcat_nemo.evaluate.windows import (
