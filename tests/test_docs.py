@@ -131,7 +131,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_protocol_has_its_row():
-    from kvcat_nemo.evaluate.protocol import PROTOCOLS
+    from kvcat_nemo.evaluate.registry import PROTOCOLS
 
     named = re.findall(r"^\| `kvcat evaluate ([\w-]+)` \|", PAGES[-1].read_text(encoding="utf-8"), re.M)
     assert sorted(named) == sorted([*PROTOCOLS, "sweep"])

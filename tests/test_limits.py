@@ -191,7 +191,7 @@ def test_command_lines(arguments, message):
 
 def test_settings_of_compressors_and_sweeps():
     from kvcat_nemo.compress.registry import make
-    from kvcat_nemo.evaluate.protocol import protocol_class
+    from kvcat_nemo.evaluate.registry import protocol_class
 
     with pytest.raises(ValueError, match="batch_size=10+: at most"):
         protocol_class("needle").of({"models": ["m"], "out": "o", "batch_size": 10**30})

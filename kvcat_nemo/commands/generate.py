@@ -51,6 +51,7 @@ def command(model, cache_file, prompts, tokens, temperature, seed, dtype, chat_t
 def _generate(model, cache_file, prompts, tokens, temperature, seed, dtype, chat_template, special_tokens):
     from kvcat_nemo.compress import KVCache, generate
     from kvcat_nemo.compress.context_limit import check_positions
+    from kvcat_nemo.compress.fit import check_fits
     from kvcat_nemo.evaluate.models import find_model, load_model
     from kvcat_nemo.tokens import IdRules, end_ids, load, text_of
     from kvcat_nemo.tokens.chat import prompt_ids
@@ -73,13 +74,9 @@ def _generate(model, cache_file, prompts, tokens, temperature, seed, dtype, chat
             what=f"{cache_file}, --prompt {prompt[:20]!r} and --tokens {tokens}",
             fix="give fewer --tokens, a shorter prompt, or compress a shorter text",
         )
-    network, _, facts = load_model(folder, dtype=dtype)
-    if cache.facts.get("model") not in (None, facts.fingerprint):
-        raise ValueError(
-            f"{cache_file} was made by {cache.facts.get('model_name')} ({cache.facts['model'][:12]}…), not by {model}"
-            f" ({facts.fingerprint[:12]}…): another model's cache means nothing to it; compress the text again"
-        )
+    network, _, _ = load_model(folder, dtype=dtype)
     cache = cache.to(network.device)
+    check_fits(network, cache)
     full = int(cache.lengths_B[0])
     click.echo(
         f"{cache_file}: {cache.slots:.1f} slots per layer and head for {full} tokens of text,"

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.compat import rope_frequencies
 from kvcat_nemo.compress.hf_attention import check_model
 
 _SAMPLES = 16
@@ -110,13 +111,8 @@ def _parts(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rope(model: PreTrainedModel) -> list[float]:
     """Rotary frequencies for short texts (some kinds change them with the length), and the factor of their cosines."""
-    rotary = model.model.rotary_emb
-    frequencies = getattr(rotary, "original_inv_freq", None)
-    frequencies = rotary.inv_freq if frequencies is None else frequencies
-    return [
-        *frequencies.detach().double().flatten().tolist(),
-        float(getattr(rotary, "attention_scaling", 1.0)),
-    ]
+    frequencies, factor = rope_frequencies(model)
+    return [*frequencies.detach().double().flatten().tolist(), factor]
 
 
 def _alike(there: Any, now: list[float], dtype: Any, own_dtype: str) -> bool:

@@ -24,6 +24,7 @@ from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.context_limit import check_positions
 from kvcat_nemo.compress.decode import check_following, extend_checked, logits_checked, next_logits
 from kvcat_nemo.compress.prefill import Prefilled
+from kvcat_nemo.compress.specification import make
 from kvcat_nemo.compress.trained_slots import TrainedSlots
 
 LOSSES = ("kl", "ce")
@@ -196,8 +197,6 @@ class Gradient(Compressor):
 
     @property
     def _init(self) -> Compressor:
-        from kvcat_nemo.compress.registry import make
-
         return make(self.init)
 
     @property

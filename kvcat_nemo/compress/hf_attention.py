@@ -9,7 +9,6 @@ Shapes: B rows, N tokens of this call, H query heads, G KV heads, S slots, D and
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.compat import attention, rope_type
 from kvcat_nemo.models.families import FAMILIES
 
 NAME = "kvcat_handler"
@@ -63,22 +63,12 @@ def check_model(model: PreTrainedModel) -> None:
             f"sliding_window={getattr(config, 'sliding_window', None)}: layers with a sliding window forget slots by"
             " themselves; only full attention is supported"
         )
-    rope = getattr(getattr(model.model, "rotary_emb", None), "rope_type", "default")
+    rope = rope_type(model)
     if rope in ("dynamic", "longrope"):
         raise ValueError(
             f"rope_type={rope!r}: its frequencies change with the length of the text, so the keys of a cache would belong to"
             " another length; compressors need a fixed rope (default, linear, llama3, yarn)"
         )
-
-
-@contextmanager
-def _handled(model: PreTrainedModel):
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def run(
@@ -98,7 +88,7 @@ def run(
     Returns:
         logits [B, N, V], or of the last tokens alone; [B, 0, V] with 0.
     """
-    with _handled(model):
+    with attention(model, NAME):
         hidden = model.model(
             input_ids=ids_BN, position_ids=positions_BN, use_cache=False, kvcat_handler=handler
         ).last_hidden_state

@@ -26,8 +26,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from kvcat_nemo.compress import compat
 from kvcat_nemo.compress.cache import KVCache
 from kvcat_nemo.compress.compressor import Compressor
+from kvcat_nemo.compress.kvpress_run import run_press, taken_over
 from kvcat_nemo.compress.prefill import Prefilled
 
 PRESSES = {
@@ -56,16 +58,6 @@ def named_press(name: str, settings: dict[str, Any]) -> KVPress:
     """
     press, defaults = PRESSES.get(name) or (name.removeprefix("kvpress."), {})
     return KVPress(press, {**defaults, **settings})
-
-
-def _library():
-    try:
-        import kvpress
-    except ImportError as error:
-        raise ValueError(
-            "kvpress is missing: pip install 'kvcat-nemo[kvpress]', in an environment without NeMo (it needs numpy 2)"
-        ) from error
-    return kvpress
 
 
 @dataclass
@@ -105,7 +97,7 @@ class KVPress(Compressor):
 
     def build(self):
         """A new press of kvpress; its compression_ratio is still to be set."""
-        library = _library()
+        library = compat.kvpress()
         press = _construct(library, self.press, dict(self.arguments), str_of=f"kvpress.{self.press}")
         parts = list(_parts(press))
         decoding = (library.DecodingPress, library.PrefillDecodingPress)
@@ -138,9 +130,7 @@ class KVPress(Compressor):
             logger.setLevel(before)
 
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
-        from kvcat_nemo.compress.kvpress_run import run_press, taken_over
-
-        library = _library()
+        library = compat.kvpress()
         press = self._again()
         length = prefilled.lengths[0]
         # kvpress keeps int(length · (1 − ratio)) slots, or removes int(all · ratio): the nudge keeps either exact.

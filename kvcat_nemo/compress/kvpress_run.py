@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcat_nemo.compress.cache import LayerCache
+from kvcat_nemo.compress import compat
 from kvcat_nemo.compress.context_limit import check_positions
+from kvcat_nemo.compress.layers import LayerCache
 from kvcat_nemo.compress.prefill import Prefilled
 from kvcat_nemo.tokens import chat_form, load
 from kvcat_nemo.tokens.chat import template_of
@@ -30,28 +31,6 @@ class Kept:
     """True for slots that are still stored but hidden from attention."""
     full: Any
     """Keys and values of all slots, as the press was given them."""
-
-
-@contextmanager
-def _restored(model, implementation: str):
-    """kvpress leaves a rotary embedding and masks on the attention modules, and needs a certain attention."""
-    modules = [layer.self_attn for layer in model.model.layers]
-    had = ["rotary_emb" in module._modules for module in modules]
-    forward = "forward" in model.model.__dict__
-    before = model.config._attn_implementation
-    model.config._attn_implementation = implementation
-    try:
-        for module in modules:
-            module.masked_key_indices = None
-        yield modules
-    finally:
-        model.config._attn_implementation = before
-        for module, rotary in zip(modules, had, strict=True):
-            module.__dict__.pop("masked_key_indices", None)
-            if not rotary:
-                module._modules.pop("rotary_emb", None)
-        if not forward:
-            model.model.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -81,10 +60,7 @@ def _templates(press, prefilled: Prefilled, what: str):
     A context that does not begin with the template's prefix is given a tokenizer without template: else the first
     tokens of the text would be taken for that prefix, left unscored and dropped.
     """
-    import kvpress.presses.kvzip_press as kvzip
-    from transformers import AutoTokenizer
-
-    if not isinstance(press, kvzip.KVzipPress):
+    if not isinstance(press, compat.kvpress().KVzipPress):
         yield
         return
     folder = prefilled.model.config.name_or_path
@@ -95,12 +71,8 @@ def _templates(press, prefilled: Prefilled, what: str):
             f"{what}: it reads the context once more and needs the tokenizer in the model's folder, {folder!r}: {error}"
         ) from error
     tokenizer.chat_template = _template_before(tokenizer, prefilled.ids_BT[0].tolist())
-    stand_in = SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
-    try:
-        kvzip.AutoTokenizer = stand_in
+    with compat.kvzip_tokenizer(tokenizer):
         yield
-    finally:
-        kvzip.AutoTokenizer = AutoTokenizer
 
 
 def _template_before(tokenizer, ids: list[int]) -> str | None:
@@ -131,15 +103,14 @@ def run_press(press, prefilled: Prefilled, implementation: str, what: str) -> li
     full: dict[int, Any] = {}
 
     def remember(module, args, kwargs, output):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        keys, values = compat.cached(kwargs["past_key_values"], module.layer_idx)
         # Later passes of a press (KVzip's repetition) append to the cache: the first one is the context.
-        full.setdefault(
-            module.layer_idx, SimpleNamespace(keys=layer.keys.clone(), values=layer.values.clone())
-        )
+        full.setdefault(module.layer_idx, SimpleNamespace(keys=keys.clone(), values=values.clone()))
 
     cache = DynamicCache()
     with ExitStack() as stack:
-        modules = stack.enter_context(_restored(model, implementation))
+        stack.enter_context(compat.attention(model, implementation))
+        modules = stack.enter_context(compat.left_as_found(model))
         stack.enter_context(_templates(press, prefilled, what))
         stack.enter_context(_within_limit(model, what))
         for module in modules:
@@ -149,13 +120,13 @@ def run_press(press, prefilled: Prefilled, implementation: str, what: str) -> li
                 model.model(input_ids=prefilled.ids_BT, past_key_values=cache)
         except AssertionError as error:
             raise ValueError(f"{what}: kvpress refused the context: {error}") from error
-        masks = [getattr(module, "masked_key_indices", None) for module in modules]
+        hidden = [compat.hidden_slots(module) for module in modules]
     kept = []
-    for layer, mask in enumerate(masks):
-        keys, values = cache.layers[layer].keys, cache.layers[layer].values
+    for layer, places in enumerate(hidden):
+        keys, values = compat.cached(cache, layer)
         masked = torch.zeros(keys.shape[1:3], dtype=torch.bool, device=keys.device)
-        if mask is not None:
-            masked[mask[1].to(keys.device), mask[2].to(keys.device)] = True
+        if places is not None:
+            masked[places[0].to(keys.device), places[1].to(keys.device)] = True
         kept.append(Kept(keys, values, masked, full[layer]))
     return kept
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.compat import attention_modules
 from kvcat_nemo.compress.context_limit import check_positions
 from kvcat_nemo.compress.fit import remember
 from kvcat_nemo.compress.hf_attention import causal, check_model, run
@@ -167,10 +168,10 @@ def prefill(model: PreTrainedModel, rows: Iterable[list[int]], *, needs: Iterabl
     hooks = []
     if "hidden_states" in needs:
         hooks = [
-            layer.self_attn.register_forward_pre_hook(
+            module.register_forward_pre_hook(
                 lambda module, args, kwargs: hidden.append(kwargs["hidden_states"]), with_kwargs=True
             )
-            for layer in model.model.layers
+            for module in attention_modules(model)
         ]
     recorder = _Recorder(lengths, needs)
     try:

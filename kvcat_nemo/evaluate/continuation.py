@@ -24,10 +24,9 @@ Shapes: B windows of a batch, N = C − 1 predictions, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +34,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcat_nemo.compress import KVCache, Prefilled, next_logits, prefill
-from kvcat_nemo.evaluate.models import ModelFolder, load_model
-from kvcat_nemo.evaluate.protocol import Cell
-from kvcat_nemo.evaluate.results import NONE, Key, Store
-from kvcat_nemo.evaluate.runner import Work, item_seed, run_items
+from kvcat_nemo.evaluate.cells import Cell
+from kvcat_nemo.evaluate.protocol import Group
+from kvcat_nemo.evaluate.settings import ContinuationSettings
 from kvcat_nemo.evaluate.statistics import jackknife, mean, standard_error
-from kvcat_nemo.evaluate.window_protocol import Lazy, WindowProtocol, item_id
+from kvcat_nemo.evaluate.window_protocol import WindowProtocol, item_ids
 from kvcat_nemo.evaluate.windows import Window
 
 
@@ -91,11 +89,6 @@ class Batch:
         return [{**x, "seconds": seconds} for x in self.score(cache)]
 
 
-def _measure(batch: Batch, cell: Cell | None, state: int) -> list[dict]:
-    torch.manual_seed(state)  # the batch's, whichever of its windows asks first
-    return batch.measure(cell)
-
-
 def log_probabilities(logits_NV: Tensor) -> Tensor:
     """In float64: in float32 the sum over a large vocabulary comes out systematically low (8e-6 nats at 49,152)."""
     return logits_NV.double().log_softmax(-1)
@@ -114,19 +107,8 @@ def compare(dense_NV: Tensor, other_NV: Tensor, targets_N: Tensor) -> dict[str, 
 
 
 @dataclass(kw_only=True)
-class Continuation(WindowProtocol):
+class Continuation(ContinuationSettings, WindowProtocol):
     """Compressed-prefix continuation on windows of text."""
-
-    name: ClassVar[str] = "continuation"
-    shown: ClassVar[tuple[str, ...]] = (
-        "ppl_dense",
-        "delta_ppl",
-        "delta_ppl_se",
-        "kl",
-        "top1",
-        "slots",
-        "seconds",
-    )
 
     def check_own(self, cells: list[Cell]) -> list[str]:
         rows = len(self.models) * (1 + len(cells))
@@ -135,45 +117,30 @@ class Continuation(WindowProtocol):
     def own_settings(self) -> dict[str, Any]:
         return self.settings("prefix", "continuation")
 
-    def measure_model(
-        self, store: Store, model: ModelFolder, windows: list[Window], cells: list[Cell]
-    ) -> None:
-        work, total = self._work(model, windows, cells), len(windows) * (1 + len(cells))
-        run_items(store, work, total=total, description=model.name, seed=self.seed)
+    def batch(self, number: int, windows: list[Window]) -> Group:
+        return ScoredWindows(number, windows, self.prefix)
 
-    def rows(self, store: Store, models: list[str], windows: list[Window], cells: list[Cell]) -> list[dict]:
-        return [self._row(store, model, windows, cell) for model in models for cell in [None, *cells]]
+    def row(self, head: dict[str, Any], slots: int, items: list[dict[str, Any]]) -> dict[str, Any]:
+        asked = {"slots_asked": slots, "slots_full": self.prefix}
+        return {**head, **asked, **summary(items, self.continuation - 1)}
 
-    def _key(self, model: str, cell: Cell | None) -> Key:
-        return Key(self.name, model, cell.name if cell else NONE, cell.label if cell else "1")
 
-    def _work(self, folder: ModelFolder, windows: list[Window], cells: list[Cell]) -> Iterator[Work]:
-        model = Lazy(lambda: load_model(folder, self.dtype, self.device)[0])
-        needs = {need for cell in cells for need in cell.compressor.needs}
-        for first in range(0, len(windows), self.batch_size):
-            part = windows[first : first + self.batch_size]
-            batch = Lazy(lambda part=part: Batch(model(), part, self.prefix, needs))
-            for cell in [None, *cells]:
-                key = self._key(folder.name, cell)
-                state = item_seed(self.seed, key, item_id(first, part[0]))
-                figures = Lazy(lambda batch=batch, cell=cell, state=state: _measure(batch(), cell, state))
-                for i, window in enumerate(part):
-                    yield key, item_id(first + i, window), lambda i=i, figures=figures: figures()[i]
+class ScoredWindows(Group):
+    """A batch of windows, scored under each cell."""
 
-    def _row(self, store: Store, model: str, windows: list[Window], cell: Cell | None) -> dict:
-        key = self._key(model, cell)
-        items = [store.get(key, item_id(i, window)) for i, window in enumerate(windows)]
-        slots = cell.budget.slots(self.prefix) if cell else self.prefix
-        head = {
-            "model": model,
-            "compressor": key.compressor,
-            "keep": slots / self.prefix if cell and cell.budget.tokens else float(key.budget.rstrip("t")),
-            "budget": key.budget,
-            "question_aware": False,
-            "slots_asked": slots,
-            "slots_full": self.prefix,
-        }
-        return {**head, **summary(items, self.continuation - 1)}
+    def __init__(self, number: int, windows: list[Window], prefix: int):
+        names = item_ids(number, windows)
+        super().__init__(names, (), names[0])
+        self.windows, self.prefix = windows, prefix
+
+    def open(self, model: PreTrainedModel, tokenizer, needs: set[str]) -> None:
+        self.batch = Batch(model, self.windows, self.prefix, needs)
+
+    def compressed(self, cell: Cell | None) -> list[dict[str, Any]]:
+        return self.batch.measure(cell)
+
+    def measure(self, compressed: list[dict[str, Any]], number: int) -> dict[str, Any]:
+        return compressed[number]
 
 
 def summary(items: list[dict], predictions: int) -> dict:

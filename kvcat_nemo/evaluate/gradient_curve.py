@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,56 +27,23 @@ from torch import Tensor
 from kvcat_nemo.compress.gradient import optimise, sample, teach
 from kvcat_nemo.compress.kivi import Quantisation
 from kvcat_nemo.compress.stack import Stack
-from kvcat_nemo.evaluate.continuation import Batch
-from kvcat_nemo.evaluate.models import ModelFolder, load_model
-from kvcat_nemo.evaluate.protocol import Cell
-from kvcat_nemo.evaluate.results import Key, Store
-from kvcat_nemo.evaluate.runner import Work, item_seed, run_items
+from kvcat_nemo.evaluate.cells import Cell
+from kvcat_nemo.evaluate.continuation import ScoredWindows
+from kvcat_nemo.evaluate.protocol import Group
+from kvcat_nemo.evaluate.results import Store
+from kvcat_nemo.evaluate.settings import GradientSettings
 from kvcat_nemo.evaluate.statistics import jackknife, mean
-from kvcat_nemo.evaluate.window_protocol import Lazy, WindowProtocol, item_id
+from kvcat_nemo.evaluate.window_protocol import WindowProtocol
 from kvcat_nemo.evaluate.windows import Window
-
-LESSONS = ("continuation", "repeat", "sample")
 
 
 @dataclass(kw_only=True)
-class GradientCurve(WindowProtocol):
+class GradientCurve(GradientSettings, WindowProtocol):
     """ΔPPL per step of gradient KV optimisation."""
 
-    name: ClassVar[str] = "gradient"
-    shown: ClassVar[tuple[str, ...]] = (
-        "lessons",
-        "ppl_dense",
-        "delta_ppl_start",
-        "delta_ppl",
-        "steps",
-        "speed_up",
-    )
-
-    compressors: list[str] = field(default_factory=lambda: ["recent:sinks=4"])
-    """Whose slots are trained; unquantised."""
-    keep: list[str] = field(default_factory=lambda: ["0.05"])
-    steps: int = 30
-    """Adam steps."""
-    lr: float = 0.02
-    """Learning rate, relative to the size of keys and values."""
-    every: int = 1
-    """Score after every so many steps (and after the last)."""
-    lessons: str = "continuation"
-    """What the slots are trained on: continuation, repeat or sample."""
-    lesson_count: int = 2
-    """Texts, for repeat and sample."""
-    lesson_tokens: int = 128
-    """Tokens of each, for repeat and sample."""
+    over_full_cache = False
 
     def check_own(self, cells: list[Cell]) -> list[str]:
-        for name in ("steps", "every", "lesson_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: give a learning rate above 0; 0.02 is usual")
-        if self.lessons not in LESSONS:
-            raise ValueError(f"lessons={self.lessons!r}: choose among {', '.join(LESSONS)}")
         if self.lessons != "continuation" and not 2 <= self.lesson_tokens <= self.prefix:
             raise ValueError(
                 f"lesson_tokens={self.lesson_tokens}: give 2 to {self.prefix}, the prefix' length"
@@ -102,33 +69,32 @@ class GradientCurve(WindowProtocol):
             "prefix", "continuation", "steps", "lr", "every", "lessons", "lesson_count", "lesson_tokens"
         )
 
-    def measure_model(
-        self, store: Store, model: ModelFolder, windows: list[Window], cells: list[Cell]
-    ) -> None:
-        work, total = self._work(model, windows, cells), len(windows) * len(cells)
-        run_items(store, work, total=total, description=model.name, seed=self.seed)
+    def batch(self, number: int, windows: list[Window]) -> Group:
+        return TrainedWindows(number, windows, self)
 
-    def _key(self, model: str, cell: Cell) -> Key:
-        return Key(self.name, model, cell.name, cell.label)
+    def row(self, head: dict[str, Any], slots: int, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**head, "lessons": self.lessons, "slots_asked": slots, **_summary(items)}
 
-    def _work(self, folder: ModelFolder, windows: list[Window], cells: list[Cell]) -> Iterator[Work]:
-        model = Lazy(lambda: load_model(folder, self.dtype, self.device)[0])
-        needs = {need for cell in cells for need in cell.compressor.needs}
-        for first in range(0, len(windows), self.batch_size):
-            part = windows[first : first + self.batch_size]
-            batch = Lazy(lambda part=part: Batch(model(), part, self.prefix, needs))
-            for cell in cells:
-                key = self._key(folder.name, cell)
-                state = item_seed(self.seed, key, item_id(first, part[0]))
-                curves = Lazy(lambda batch=batch, cell=cell, state=state: self._curves(batch(), cell, state))
-                for i, window in enumerate(part):
-                    yield key, item_id(first + i, window), lambda i=i, curves=curves: curves()[i]
+    def rows(self, store: Store, models: list[str]) -> list[dict[str, Any]]:
+        rows = super().rows(store, models)
+        first = {(row["compressor"], row["budget"]): row for row in rows if row["model"] == models[0]}
+        for row in rows:
+            if row["model"] != models[0]:
+                row.update(speed_up(first[row["compressor"], row["budget"]], row))
+        return rows
 
-    def _curves(self, batch: Batch, cell: Cell, state: int) -> list[dict]:
-        """Figures per scored step of each window of a batch."""
-        torch.manual_seed(state)
+
+class TrainedWindows(ScoredWindows):
+    """A batch of windows, each with a curve of figures per scored step."""
+
+    def __init__(self, number: int, windows: list[Window], settings: GradientSettings):
+        super().__init__(number, windows, settings.prefix)
+        self.settings = settings
+
+    def compressed(self, cell: Cell) -> list[dict[str, Any]]:
+        batch, settings = self.batch, self.settings
         start = cell.compressor.compress(batch.prefilled, cell.budget)
-        lessons = teach(batch.model, batch.prefilled.cache, self._texts(batch))
+        lessons = teach(batch.model, batch.prefilled.cache, self._texts())
         scored = [batch.score(start)]
         steps, losses, seconds, clock = [0], [], 0.0, time.perf_counter()
 
@@ -136,13 +102,13 @@ class GradientCurve(WindowProtocol):
             nonlocal seconds, clock
             seconds += time.perf_counter() - clock
             losses.append(step.losses_B)
-            if step.number % self.every == 0 or step.number == self.steps:
+            if step.number % settings.every == 0 or step.number == settings.steps:
                 steps.append(step.number)
                 scored.append(batch.score(step.cache))
             clock = time.perf_counter()
 
-        count = lessons.ids_BKN.shape[1]
-        optimise(batch.model, start, lessons, steps=self.steps, lr=self.lr, batch=count, on_step=on_step)
+        how = {"steps": settings.steps, "lr": settings.lr, "batch": lessons.ids_BKN.shape[1]}
+        optimise(batch.model, start, lessons, **how, on_step=on_step)
         return [
             {
                 "steps": steps,
@@ -154,39 +120,17 @@ class GradientCurve(WindowProtocol):
             for b in range(len(scored[0]))
         ]
 
-    def _texts(self, batch: Batch) -> Tensor:
+    def _texts(self) -> Tensor:
         """Token ids of the lessons, [B, K, N]."""
-        if self.lessons == "continuation":
-            return batch.ids[:, None, self.prefix : -1]
-        if self.lessons == "repeat":
-            last = self.prefix - self.lesson_tokens
-            firsts = np.linspace(0, last, self.lesson_count).round().astype(int)
-            return torch.stack([batch.ids[:, i : i + self.lesson_tokens] for i in firsts.tolist()], 1)
+        batch, prefix, tokens = self.batch, self.prefix, self.settings.lesson_tokens
+        count, seed = self.settings.lesson_count, self.settings.seed
+        if self.settings.lessons == "continuation":
+            return batch.ids[:, None, prefix:-1]
+        if self.settings.lessons == "repeat":
+            firsts = np.linspace(0, prefix - tokens, count).round().astype(int)
+            return torch.stack([batch.ids[:, i : i + tokens] for i in firsts.tolist()], 1)
         rows = [batch.prefilled.row(b) for b in range(len(batch.ids))]
-        return torch.cat([sample(x, self.lesson_count, self.lesson_tokens, seed=self.seed) for x in rows])
-
-    def rows(self, store: Store, models: list[str], windows: list[Window], cells: list[Cell]) -> list[dict]:
-        rows = []
-        for model in models:
-            for cell in cells:
-                key = self._key(model, cell)
-                items = [store.get(key, item_id(i, window)) for i, window in enumerate(windows)]
-                slots = cell.budget.slots(self.prefix)
-                head = {
-                    "model": model,
-                    "compressor": key.compressor,
-                    "keep": slots / self.prefix if cell.budget.tokens else cell.budget.keep_fraction,
-                    "budget": key.budget,
-                    "question_aware": False,
-                    "lessons": self.lessons,
-                    "slots_asked": slots,
-                }
-                rows.append({**head, **_summary(items)})
-        first = {(row["compressor"], row["budget"]): row for row in rows if row["model"] == models[0]}
-        for row in rows:
-            if row["model"] != models[0]:
-                row.update(speed_up(first[row["compressor"], row["budget"]], row))
-        return rows
+        return torch.cat([sample(x, count, tokens, seed=seed) for x in rows])
 
 
 def _summary(items: list[dict]) -> dict:

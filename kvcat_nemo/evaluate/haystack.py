@@ -13,111 +13,50 @@ from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.data.reading import find_files
 from kvcat_nemo.evaluate.windows import corpora_from_files
 
-NAMES = (
-    "Ada",
-    "Boris",
-    "Clara",
-    "Dmitri",
-    "Edith",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Klara",
-    "Lena",
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(", "))
+
+
+NAMES = _words(
+    """
+    Ada, Boris, Clara, Dmitri, Edith, Felix, Greta, Hugo, Irene, Jonas, Klara, Lena, Marco, Nadia, Oscar,
+    Paula, Quentin, Rosa, Stefan, Thea, Ulrich, Vera, Walter, Zoe
+    """
 )
-NAMES += (
-    "Marco",
-    "Nadia",
-    "Oscar",
-    "Paula",
-    "Quentin",
-    "Rosa",
-    "Stefan",
-    "Thea",
-    "Ulrich",
-    "Vera",
-    "Walter",
-    "Zoe",
+NOUNS = _words(
+    """
+    kettle, lantern, river, garden, letter, bridge, market, violin, window, orchard, harbour, ladder,
+    blanket, compass, meadow, station, candle, basket, mountain, library, pencil, teapot, bicycle, forest,
+    mirror, pebble, saddle, thimble, umbrella, wagon, anchor, button, carpet, dragon, engine, feather,
+    guitar, hammer, island, jacket
+    """
 )
-NOUNS = ("kettle", "lantern", "river", "garden", "letter", "bridge", "market", "violin", "window", "orchard")
-NOUNS += (
-    "harbour",
-    "ladder",
-    "blanket",
-    "compass",
-    "meadow",
-    "station",
-    "candle",
-    "basket",
-    "mountain",
-    "library",
+ADJECTIVES = _words(
+    """
+    amber, broad, clever, dusty, early, faded, gentle, hollow, idle, jolly, keen, lonely, mellow, narrow,
+    old, patient, quiet, rusty, silent, tidy, upper, velvet, warm, young, yellow, brave, copper, distant,
+    eager, frozen, green, humble
+    """
 )
-NOUNS += (
-    "pencil",
-    "teapot",
-    "bicycle",
-    "forest",
-    "mirror",
-    "pebble",
-    "saddle",
-    "thimble",
-    "umbrella",
-    "wagon",
+_VERBS = _words(
+    """
+    found, painted, carried, repaired, admired, forgot, described, sold, watched, borrowed, measured,
+    cleaned, missed, praised, sketched, visited
+    """
 )
-NOUNS += ("anchor", "button", "carpet", "dragon", "engine", "feather", "guitar", "hammer", "island", "jacket")
-ADJECTIVES = (
-    "amber",
-    "broad",
-    "clever",
-    "dusty",
-    "early",
-    "faded",
-    "gentle",
-    "hollow",
-    "idle",
-    "jolly",
-    "keen",
+_PLACES = _words(
+    """
+    near the old mill, behind the school, at the edge of town, on the way home, by the shore, under the
+    stairs, in the next valley, across the square, beside the road, in the rain
+    """
 )
-ADJECTIVES += (
-    "lonely",
-    "mellow",
-    "narrow",
-    "old",
-    "patient",
-    "quiet",
-    "rusty",
-    "silent",
-    "tidy",
-    "upper",
-    "velvet",
+_TIMES = _words(
+    """
+    in the morning, after lunch, before the storm, last spring, on a cold evening, once again, without a
+    word, for the first time, as if by chance, every other week
+    """
 )
-ADJECTIVES += ("warm", "young", "yellow", "brave", "copper", "distant", "eager", "frozen", "green", "humble")
-_VERBS = (
-    "found",
-    "painted",
-    "carried",
-    "repaired",
-    "admired",
-    "forgot",
-    "described",
-    "sold",
-    "watched",
-    "borrowed",
-)
-_VERBS += ("measured", "cleaned", "missed", "praised", "sketched", "visited")
-_PLACES = ("near the old mill", "behind the school", "at the edge of town", "on the way home", "by the shore")
-_PLACES += ("under the stairs", "in the next valley", "across the square", "beside the road", "in the rain")
-_TIMES = (
-    "in the morning",
-    "after lunch",
-    "before the storm",
-    "last spring",
-    "on a cold evening",
-    "once again",
-)
-_TIMES += ("without a word", "for the first time", "as if by chance", "every other week")
 
 
 def made_up(rng: random.Random) -> Iterator[str]:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -41,52 +41,22 @@ from kvcat_nemo.data.questions import (
     squad_articles,
 )
 from kvcat_nemo.evaluate.needle import greedy_match
-from kvcat_nemo.evaluate.question_protocol import Ask, AskedProtocol, Context, Tags
+from kvcat_nemo.evaluate.question_protocol import Ask, Context, QuestionProtocol, Tags
+from kvcat_nemo.evaluate.settings import LongQASettings
 from kvcat_nemo.evaluate.statistics import mean, standard_error
 from kvcat_nemo.tokens import IdRules, answer_ids, document_ids, end_ids, text_of
 
-SETS = ("qasper", "squad", "longbench-v2")
 _ANSWER_TOKENS = 24
 
 
 @dataclass(kw_only=True)
-class LongQA(AskedProtocol):
+class LongQA(LongQASettings, QuestionProtocol):
     """Questions on long documents."""
 
-    name: ClassVar[str] = "long-qa"
-    shown: ClassVar[tuple[str, ...]] = (
-        *(
-            "difficulty",
-            "items",
-            "accuracy",
-            "accuracy_se",
-            "balanced_accuracy",
-            "f1",
-            "exact",
-            "nll",
-            "slots",
-        ),
-    )
-
-    questions: str = "qasper"
-    """Of SETS."""
-    file: str | None = None
-    """The local file of squad and longbench-v2."""
-    options: str = "letters"
-    """How LongBench's options are answered: letters or texts."""
-    max_tokens: int | None = None
-    """Longer documents lose their middle; None: what the model reads, less question and answer."""
-
     def check_own(self) -> list[str]:
-        if self.questions not in SETS:
-            raise ValueError(f"questions={self.questions!r}: choose among {', '.join(SETS)}")
         if (self.file is None) != (self.questions == "qasper"):
             wanted = "leave it out, it comes from a package" if self.file else "give the set's local file"
             raise ValueError(f"file={self.file!r}: for {self.questions}, {wanted}")
-        if self.options not in ("letters", "texts"):
-            raise ValueError(f"options={self.options!r}: choose letters or texts")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise ValueError(f"max_tokens={self.max_tokens}: give at least 2")
         return [f"questions    {self.limit or 'all'} of {self.questions}"]
 
     def _documents(self) -> list[QADocument]:
@@ -137,8 +107,8 @@ class LongQA(AskedProtocol):
     def own_settings(self) -> dict[str, Any]:
         return self.settings("questions", "options", "max_tokens")
 
-    def options_told(self) -> dict[str, Any]:
-        return {**super().options_told(), "documents_cut": self._cut}
+    def told(self) -> dict[str, Any]:
+        return {"options": {**super().told()["options"], "documents_cut": self._cut}}
 
     def data_facts(self) -> dict[str, Any]:
         return {"file": registry_assets("qasper").SHA256 if self.file is None else sha256_of(Path(self.file))}

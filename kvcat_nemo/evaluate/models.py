@@ -14,6 +14,7 @@ import torch
 from kvcat_nemo import tokens
 from kvcat_nemo.common.files import sha256_of
 from kvcat_nemo.common.limits import check_config_fits_weights
+from kvcat_nemo.evaluate.settings import DTYPES
 from kvcat_nemo.models.families import FAMILIES
 from kvcat_nemo.models.hf_config import parse_config, read_config
 from kvcat_nemo.models.hub import model_folder, own_name, pinned
@@ -21,8 +22,6 @@ from kvcat_nemo.models.load import load_causal_lm
 from kvcat_nemo.models.weights import check_tied, find_weights
 from kvcat_nemo.runs.integrity import require_unchanged
 from kvcat_nemo.runs.layout import CARD, CHECKPOINTS, CONTEXT, WEIGHTS
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)

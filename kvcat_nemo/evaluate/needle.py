@@ -1,7 +1,7 @@
 """Needle: a six-digit pass key hidden in a long text, its cache compressed, and the key asked for.
 
 A context is `length` tokens (at most one sentence fewer) of made-up or given text with the key at a depth: 0 first,
-1 last. `question` says whether the compressor sees the question (asked.py); rows never mix the two.
+1 last. `question` says whether the compressor sees the question (question_protocol.py); rows never mix the two.
 
     accuracy   share of keys that greedy decoding gives in full, percent. Fed the key itself, every one of its tokens is
                the likeliest: the same as decoding, in one pass
@@ -14,75 +14,37 @@ Rows are per length and depth, and per length over all depths (depth "all").
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kvcat_nemo.compress import next_logits
-from kvcat_nemo.evaluate.haystack import filled, sentences_of_files, stream, text_fingerprint
-from kvcat_nemo.evaluate.question_protocol import Ask, AskedProtocol, Context, Tags
+from kvcat_nemo.evaluate.haystack import filled, sentences_of_files, stream
+from kvcat_nemo.evaluate.question_protocol import Ask, Context, HiddenProtocol, Tags
+from kvcat_nemo.evaluate.settings import NeedleSettings
 from kvcat_nemo.evaluate.statistics import mean, standard_error
 from kvcat_nemo.tokens import answer_ids, beginning, following_ids
 
-QUESTIONS = ("unknown", "known")
 _NEEDLE = "The pass key is {key}. Keep it in mind: {key} is the pass key."
 _QUESTION = "\n\nQuestion: What is the pass key that the text above mentions?\nAnswer:"
 _CUE = " The pass key is"
 
 
 @dataclass(kw_only=True)
-class Needle(AskedProtocol):
+class Needle(NeedleSettings, HiddenProtocol):
     """Passkey retrieval over a compressed cache."""
 
-    name: ClassVar[str] = "needle"
-    shown: ClassVar[tuple[str, ...]] = (
-        "question_aware",
-        "length",
-        "depth",
-        "accuracy",
-        "digits",
-        "nll",
-        "slots",
-    )
-
-    keep: list[str] = field(default_factory=lambda: ["0.1", "0.2", "0.3", "0.4", "0.5"])
-    lengths: list[str] = field(default_factory=lambda: ["1024"])
-    """Tokens of the haystack, needle included."""
-    depths: list[str] = field(default_factory=lambda: ["0", "0.25", "0.5", "0.75", "1"])
-    """Where the key stands: 0 first, 1 last."""
-    samples: int = 10
-    """Haystacks of each length and depth; `limit` takes the first of them."""
-    question: str = "unknown"
-    """Whether the compressor sees the question: unknown or known."""
-    text: list[str] = field(default_factory=list)
-    """Files or folders whose sentences are the haystack; made-up ones when there is none."""
-
-    @property
-    def question_aware(self) -> bool:
-        return self.question == "known"
-
     def check_own(self) -> list[str]:
-        if self.question not in QUESTIONS:
-            raise ValueError(f"question={self.question!r}: choose among {', '.join(QUESTIONS)}")
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: give at least 1")
-        numbers(self.lengths, "lengths", int, 1)
-        if any(depth > 1 for depth in numbers(self.depths, "depths", float, 0)):
-            raise ValueError(f"depths={','.join(self.depths)}: each must be from 0 (first) to 1 (last)")
-        return [f"needle       depth {', '.join(self.depths)}; {self._count} keys each"]
-
-    @property
-    def _count(self) -> int:
-        return self.samples if self.limit is None else min(self.samples, self.limit)
+        return [f"needle       depth {', '.join(self.depths)}; {self.count} keys each"]
 
     def contexts(self, tokenizer, context: int | None) -> list[Context]:
         sentences = sentences_of_files(self.text) if self.text else []
         return [
             self._context(tokenizer, sentences, length, depth, number)
-            for number in range(self._count)
-            for length in numbers(self.lengths, "lengths", int, 1)
-            for depth in numbers(self.depths, "depths", float, 0)
+            for number in range(self.count)
+            for length in map(int, self.lengths)
+            for depth in map(float, self.depths)
         ]
 
     def _context(self, tokenizer, sentences: list[str], length: int, depth: float, number: int) -> Context:
@@ -102,12 +64,6 @@ class Needle(AskedProtocol):
         ask = Ask("key", prompt, {"answer": answer, "answer_tokens": len(answer)})
         tags = (("length", str(length)), ("depth", f"{depth:g}"))
         return Context(str(number), ids, (ask,), tags)
-
-    def own_settings(self) -> dict[str, Any]:
-        return self.settings("question")
-
-    def data_facts(self) -> dict[str, Any]:
-        return {"text": text_fingerprint(self.text)}
 
     def measure(self, model, tokenizer, cache, ask: Ask) -> dict[str, Any]:
         return greedy_match(model, cache, ask.prompt, ask.payload["answer"])
@@ -141,18 +97,3 @@ def greedy_match(model, cache, prompt: list[int], answer: list[int]) -> dict[str
     right = logits_AV.argmax(-1) == target_A
     nll = torch.nn.functional.cross_entropy(logits_AV, target_A).item()
     return {"exact": bool(right.all()), "first": right.double().mean().item(), "nll": nll}
-
-
-def numbers(words: list[str], name: str, kind: type, least: float) -> list:
-    """A setting's words as different numbers.
-
-    Raises:
-        ValueError: not numbers, below `least`, none, or one twice.
-    """
-    try:
-        values = [kind(word) for word in words]
-    except ValueError:
-        raise ValueError(f"{name}={','.join(words)!r}: must be numbers, comma-separated") from None
-    if not values or min(values) < least or len(set(values)) < len(values):
-        raise ValueError(f"{name}={','.join(words)!r}: give different numbers, each at least {least}")
-    return values

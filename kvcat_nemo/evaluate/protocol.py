@@ -1,134 +1,107 @@
-"""What all protocols share: settings that are checked as a whole before any work, and cells of compressor × budget.
+"""What all protocols share: the whole run, from its check to its results, and cells of compressor × budget.
 
-A protocol is a dataclass of its settings with `check` and `run`. The command line and sweeps build it by name, so that
-a new one needs a line in PROTOCOLS and a command.
+A protocol says which items there are and how each is measured (`items`), and sums them up (`rows`). Everything else is
+here: the settings are checked before any work, models are compared, finished items are skipped, results are written.
+
+Most protocols compress: `CompressionProtocol` turns groups of items that share a prefill into cells × items, so that such
+a protocol gives its groups alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
-import types
-import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from kvcat_nemo.common.limits import check_upper
-from kvcat_nemo.compress.budget import Budget
-from kvcat_nemo.compress.compressor import Compressor
-from kvcat_nemo.compress.kivi import Quantisation
-from kvcat_nemo.compress.registry import make
-from kvcat_nemo.evaluate.models import DTYPES, ModelFolder, choose_device, find_models, model_facts
-from kvcat_nemo.evaluate.results import budget_label, parse_budget
-from kvcat_nemo.tokens import IdRules
+import torch
+from transformers import PreTrainedModel
 
-# name → module:class in kvcat_nemo.evaluate; imported when used.
-PROTOCOLS = {
-    "continuation": "continuation:Continuation",
-    "gradient": "gradient_curve:GradientCurve",
-    "needle": "needle:Needle",
-    "long-qa": "long_qa:LongQA",
-    "ruler": "ruler:Ruler",
-    "base-ability": "base_ability:BaseAbility",
-}
+from kvcat_nemo.evaluate.cells import Cell, cells_of
+from kvcat_nemo.evaluate.models import ModelFolder, choose_device, find_models, load_model, model_facts
+from kvcat_nemo.evaluate.results import NONE, Key, Store, write_results
+from kvcat_nemo.evaluate.runner import Lazy, Work, item_seed, run_items, set_threads
+from kvcat_nemo.evaluate.settings import CompressionSettings, ProtocolSettings
+from kvcat_nemo.evaluate.statistics import mean
 
-
-@dataclass(frozen=True)
-class Cell:
-    """A compressor at a budget."""
-
-    compressor: Compressor
-    budget: Budget
-
-    @property
-    def name(self) -> str:
-        return str(self.compressor)
-
-    @property
-    def label(self) -> str:
-        return budget_label(self.budget)
+Tags = tuple[tuple[str, str], ...]
+"""What tells rows of one compressor and budget apart, e.g. (("depth", "0.5"),)."""
 
 
 @dataclass(kw_only=True)
-class Protocol(ABC):
-    """Settings of an evaluation. Fields are the options of its command and the keys of a sweep's entry."""
+class Protocol(ProtocolSettings, ABC):
+    """An evaluation with its settings."""
 
-    name: ClassVar[str]
-    shown: ClassVar[tuple[str, ...]] = ()
-    """Figures of a row that the command prints, besides what the row is about."""
-
-    models: list[str]
-    """Hugging Face model folders, each as FOLDER or NAME=FOLDER."""
-    out: str
-    """Folder of the results; one that is there is gone on with."""
-    limit: int | None = None
-    """Items to measure, the first ones; None: all."""
-    dtype: str = "float32"
-    """Of weights and cache: float32, bfloat16, float16 or float64."""
-    device: str = "auto"
-    """As torch names it; "auto": CUDA where there is one."""
-    threads: int | None = None
-    """CPU threads; None: torch's own choice."""
-    batch_size: int = 1
-    """Items that go through the model together. Figures are the same at the same batch size."""
-    seed: int = 0
-    """Of everything that is drawn."""
+    same_tokenizer = True
+    """Whether the models must have one tokenizer: the same tokens mean different texts otherwise."""
 
     @abstractmethod
-    def check(self) -> list[str]:
-        """The plan, a line each; loads no weights.
+    def prepare(self, models: list[ModelFolder]) -> list[str]:
+        """Check what the options' own ranges do not, without loading weights; lines of the plan.
 
         Raises:
             ValueError: on anything that would stop the run later; the message names the setting.
         """
 
     @abstractmethod
-    def run(self) -> Path:
-        """Measure what is missing and write OUT/results.json; returns its path."""
+    def own_settings(self) -> dict[str, Any]:
+        """Settings that decide every item (see `settings`)."""
 
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Protocol:
-        """The protocol with the given settings, as a YAML file or the command line holds them.
+    @abstractmethod
+    def data_facts(self) -> dict[str, Any]:
+        """Fingerprints of the data, as far as they decide every item."""
 
-        Raises:
-            ValueError: on an unknown setting, a missing one, or one of the wrong type.
-        """
-        hints = typing.get_type_hints(cls)
-        fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-        for key in settings:
-            if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-                raise ValueError(f"{key!r} is not a setting of {cls.name}; {hint}")
-        for item in dataclasses.fields(cls):
-            missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if missing and item.name not in settings:
-                raise ValueError(f"{cls.name}: {item.name} is missing; give it")
-        fitting = {key: fit(key, value, fields[key]) for key, value in settings.items()}
-        for key, value in fitting.items():
-            check_upper(key, value)
-        return cls(**fitting)
+    @abstractmethod
+    def measure_model(self, store: Store, model: ModelFolder) -> None:
+        """Put a model's items into the store; `run_items` skips those that are there."""
 
-    def check_common(self) -> list[ModelFolder]:
-        """Check the shared settings; returns the models, which all have one tokenizer.
+    @abstractmethod
+    def rows(self, store: Store, models: list[str]) -> list[dict[str, Any]]:
+        """Rows of the results, from the store."""
+
+    def load_data(self, models: list[ModelFolder]) -> None:
+        """Read or fetch what `prepare` only looked at; before the results folder is made."""
+
+    def told(self) -> dict[str, Any]:
+        """What else the results' manifest tells."""
+        return {}
+
+    def check(self) -> list[str]:
+        """The plan, a line each; loads no weights.
 
         Raises:
-            ValueError: as `check`.
+            ValueError: on anything that would stop the run later; the message names the setting.
         """
-        for name in ("batch_size", "limit", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give at least 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: choose among {', '.join(DTYPES)}")
+        return self._checked()[1]
+
+    def _checked(self) -> tuple[list[ModelFolder], list[str]]:
+        self.check_options()
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise ValueError(f"out={self.out!r} is a file; give a folder")
         choose_device(self.device)
-        return find_models(self.models)
+        models = find_models(self.models)
+        plan = self.prepare(models)
+        facts = self.model_facts(models)
+        return models, [f"{self.name} → {self.out}", f"models       {', '.join(facts)}", *plan]
+
+    def run(self) -> Path:
+        """Measure what is missing and write OUT/results.json; returns its path."""
+        models, _ = self._checked()
+        self.load_data(models)
+        threads = set_threads(self.threads)
+        facts = {
+            "protocol": self.name,
+            "settings": self.own_settings(),
+            "data": self.data_facts(),
+            "models": self.model_facts(models),
+        }
+        with closing(Store(self.out, facts)) as store:
+            for model in models:
+                self.measure_model(store, model)
+            rows = self.rows(store, [model.name for model in models])
+            return write_results(self.out, self.name, rows, {"threads": threads, **self.told()})
 
     def settings(self, *names: str) -> dict[str, Any]:
         """Facts that decide every item: the named settings and those of all protocols."""
@@ -143,7 +116,7 @@ class Protocol(ABC):
             ValueError: when tokenizers differ, whose tokens and perplexities cannot be compared.
         """
         facts = {m.name: model_facts(m) for m in models}
-        if len({f.tokenizer for f in facts.values()}) > 1:
+        if self.same_tokenizer and len({f.tokenizer for f in facts.values()}) > 1:
             raise ValueError(
                 f"models: {', '.join(facts)} have different tokenizers, so the same tokens mean different texts; evaluate"
                 " them in runs of their own"
@@ -151,111 +124,104 @@ class Protocol(ABC):
         return {name: f.facts() for name, f in facts.items()}
 
 
+class Group(ABC):
+    """Items that share a prefill: windows of a batch, or the questions on one context.
+
+    Args:
+        items: their ids, names on disk.
+        tags: what tells their rows from other rows.
+        seed_item: the id that seeds the compressor, whichever of the items asks first.
+    """
+
+    def __init__(self, items: list[str], tags: Tags, seed_item: str):
+        self.items, self.tags, self.seed_item = items, tags, seed_item
+
+    @abstractmethod
+    def open(self, model: PreTrainedModel, tokenizer, needs: set[str]) -> None:
+        """Prepare what all cells share. `needs`: what prefill must record."""
+
+    @abstractmethod
+    def compressed(self, cell: Cell | None) -> Any:
+        """What the items of a cell share, such as the compressed cache; None: the full cache."""
+
+    @abstractmethod
+    def measure(self, compressed: Any, number: int) -> dict[str, Any]:
+        """Figures of one item, plain JSON."""
+
+
 @dataclass(kw_only=True)
-class CompressionProtocol(Protocol):
-    """A protocol that measures compressors at budgets."""
+class CompressionProtocol(CompressionSettings, Protocol):
+    """A protocol that measures groups of items under compressors at budgets."""
 
-    compressors: list[str] = field(default_factory=lambda: ["attention-matching"])
-    """Specifications; SPEC@KEEP measures that one at a budget of its own, e.g. int8@1."""
-    keep: list[str] = field(default_factory=lambda: ["0.05", "0.1", "0.2", "0.4"])
-    """Budgets: kept fractions (0.1), or kept slots per layer and KV head (76t)."""
-    bos: str = "auto"
-    """BOS before each text: auto (as the model's tokenizer puts it there by itself), always or never."""
+    over_full_cache = True
+    """Whether items are measured over the full cache too."""
+    question_aware = False
+    """Whether the compressors see the question."""
 
-    def check_common(self) -> list[ModelFolder]:
-        IdRules(self.bos)
-        return super().check_common()
+    @abstractmethod
+    def groups(self) -> Iterator[Group]:
+        """The items, in the order in which they are measured."""
+
+    @abstractmethod
+    def cells(self) -> list[Cell]:
+        """Compressors at budgets (see `cells_of`)."""
+
+    def measure_model(self, store: Store, model: ModelFolder) -> None:
+        total = sum(len(group.items) for group in self.groups()) * len(self._measured_cells())
+        run_items(store, self._work(model), total=total, description=model.name, seed=self.seed)
+
+    def _measured_cells(self) -> list[Cell | None]:
+        return [*([None] if self.over_full_cache else []), *self.cells()]
+
+    def _work(self, folder: ModelFolder) -> Iterator[Work]:
+        loaded = Lazy(lambda: load_model(folder, self.dtype, self.device)[:2])
+        cells = self._measured_cells()
+        needs = {need for cell in cells if cell for need in cell.compressor.needs}
+        for group in self.groups():
+            opened = Lazy(lambda group=group: group.open(*loaded(), needs))
+            for cell in cells:
+                key = self.key(folder.name, cell, group.tags)
+                state = item_seed(self.seed, key, group.seed_item)
+
+                def compressed(group=group, opened=opened, cell=cell, state=state) -> Any:
+                    opened()
+                    if cell is not None:
+                        torch.manual_seed(state)
+                    return group.compressed(cell)
+
+                shared = Lazy(compressed)
+                for number, item in enumerate(group.items):
+                    yield key, item, lambda g=group, s=shared, n=number: g.measure(s(), n)
+
+    def key(self, model: str, cell: Cell | None, tags: Tags = ()) -> Key:
+        """The key of a row's items."""
+        name, label = (cell.name, cell.label) if cell else (NONE, "1")
+        return Key(self.name, model, name, label, self.question_aware, tags)
+
+    def head(self, model: str, cell: Cell | None, lengths: list[int]) -> dict[str, Any]:
+        """The first fields of a row, of contexts of the given lengths in tokens."""
+        name, label = (cell.name, cell.label) if cell else (NONE, "1")
+        by_slots = cell is not None and cell.budget.tokens is not None
+        keep = mean([cell.budget.slots(n) / n for n in lengths]) if by_slots else float(label)
+        return {
+            "model": model,
+            "compressor": name,
+            "keep": keep,
+            "budget": label,
+            "question_aware": self.question_aware,
+        }
 
     def settings(self, *names: str) -> dict[str, Any]:
         # "auto" is not said: results folders from before there was a choice go on.
         return super().settings(*names, *(["bos"] if self.bos != "auto" else []))
 
-    def cells(self, length: int) -> list[Cell]:
-        """Every compressor at every budget, in the order given, each once.
+    def cells_of(self, length: int) -> list[Cell]:
+        """The compressors at the budgets, for contexts of at least that many tokens; see cells.cells_of."""
+        return cells_of(self.compressors, self.keep, length)
 
-        Args:
-            length: tokens of the shortest context.
-
-        Raises:
-            ValueError: on an unknown compressor or setting, or a budget that the compressor cannot keep to.
-        """
-        if not self.compressors:
-            raise ValueError("compressors: give at least one, e.g. attention-matching")
-        budgets = [parse_budget(x) for x in self.keep]
-        cells: dict[tuple[str, str], Cell] = {}
-        for text in self.compressors:
-            specification, at, own = text.partition("@")
-            if not at and not budgets:
-                raise ValueError("keep: give at least one budget, e.g. 0.1")
-            compressor = make(specification)
-            for budget in [parse_budget(own)] if at else budgets:
-                check_budget(compressor, budget, length)
-                cell = Cell(compressor, budget)
-                cells.setdefault((cell.name, cell.label), cell)
-        return list(cells.values())
-
-
-def fed_by_compressors(cells: list[Cell], length: int) -> Iterator[tuple[str, int]]:
-    """Compressors that feed tokens behind a context of that length, and how many."""
-    for cell in cells:
-        if cell.budget.slots(length) < length and (tokens := cell.compressor.tokens_after(length)):
-            yield f"compressor {cell.name}", tokens
-
-
-def check_budget(compressor: Compressor, budget: Budget, length: int) -> None:
-    """Refuse a budget that a compressor could not keep to on a context of that many tokens.
-
-    Raises:
-        ValueError: it keeps nothing, fewer slots than the compressor works with, or less than all where it drops none.
-    """
-    slots = budget.slots(length)
-    if slots >= length:
-        return
-    if isinstance(compressor, Quantisation):
-        raise ValueError(
-            f"compressor {compressor}: keep {budget_label(budget)} drops slots, but quantisation drops none: write"
-            f" {compressor}@1, or stack it on a selection, e.g. attention-matching+{compressor}"
-        )
-    if slots < compressor.smallest:
-        raise ValueError(
-            f"compressor {compressor}: keep {budget_label(budget)} of {length} tokens leaves {slots} slots, it needs"
-            f" {compressor.smallest}; give a larger budget or smaller settings"
-        )
-
-
-def fit(name: str, value: Any, kind: Any) -> Any:
-    """A setting's value as its type wants it: single values become lists, and commas part the words of a string.
-
-    Raises:
-        ValueError: when it does not fit.
-    """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if list[str] in kinds:
-        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        if all(isinstance(x, (str, int, float)) and not isinstance(x, bool) for x in values):
-            return [str(x).strip() for x in values if str(x).strip()]
-    for one in kinds:
-        if one is type(None) and value is None:
-            return None
-        if one is float and type(value) is int:
-            return float(value)
-        if type(value) is one:
-            return value
-    wanted = " or ".join(
-        "nothing" if k is type(None) else "list" if k == list[str] else k.__name__ for k in kinds
-    )
-    raise ValueError(f"{name}={value!r}: must be {wanted}, is {type(value).__name__}")
-
-
-def protocol_class(name: str) -> type[Protocol]:
-    """The class of a protocol.
-
-    Raises:
-        ValueError: when there is none of that name.
-    """
-    if name not in PROTOCOLS:
-        near = difflib.get_close_matches(str(name), PROTOCOLS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PROTOCOLS)}"
-        raise ValueError(f"protocol {name!r}: no such protocol; {hint}")
-    module, _, attribute = PROTOCOLS[name].partition(":")
-    return getattr(importlib.import_module(f"kvcat_nemo.evaluate.{module}"), attribute)
+    def plan_of(self, cells: list[Cell]) -> list[str]:
+        """Lines of the plan that name compressors and budgets."""
+        return [
+            f"compressors  {', '.join(dict.fromkeys(c.name for c in cells))}",
+            f"keep         {', '.join(dict.fromkeys(c.label for c in cells))}",
+        ]

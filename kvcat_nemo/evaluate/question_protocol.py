@@ -17,7 +17,6 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -26,14 +25,14 @@ from transformers import PreTrainedModel
 
 from kvcat_nemo import tokens
 from kvcat_nemo.compress import KVCache, prefill
-from kvcat_nemo.evaluate.models import ModelFolder, load_model
-from kvcat_nemo.evaluate.protocol import Cell, CompressionProtocol, Protocol, fed_by_compressors
-from kvcat_nemo.evaluate.results import NONE, Key, Store, write_results
-from kvcat_nemo.evaluate.runner import Work, item_seed, run_items, set_threads
+from kvcat_nemo.evaluate.cells import Cell, fed_by_compressors
+from kvcat_nemo.evaluate.haystack import text_fingerprint
+from kvcat_nemo.evaluate.models import ModelFolder
+from kvcat_nemo.evaluate.options import options_of
+from kvcat_nemo.evaluate.protocol import CompressionProtocol, Group, Tags
+from kvcat_nemo.evaluate.results import Store
+from kvcat_nemo.evaluate.settings import HiddenSettings, ProtocolSettings, QuestionSettings
 from kvcat_nemo.evaluate.statistics import mean
-from kvcat_nemo.evaluate.window_protocol import Lazy
-
-Tags = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,11 @@ class Context:
     ids: list[int]
     asks: tuple[Ask, ...]
     tags: Tags = ()
-    """What tells a row's contexts from another row's, e.g. (("depth", "0.5"),)."""
 
 
 @dataclass(kw_only=True)
-class AskedProtocol(CompressionProtocol):
+class QuestionProtocol(QuestionSettings, CompressionProtocol):
     """A protocol whose items are questions on contexts."""
-
-    @property
-    def question_aware(self) -> bool:
-        return False
 
     @abstractmethod
     def check_own(self) -> list[str]:
@@ -75,14 +69,6 @@ class AskedProtocol(CompressionProtocol):
         """All contexts. `context`: tokens that the models read at most."""
 
     @abstractmethod
-    def own_settings(self) -> dict[str, Any]:
-        """Facts that decide every item, besides the contexts."""
-
-    @abstractmethod
-    def data_facts(self) -> dict[str, Any]:
-        """Fingerprints of files that were read. What is drawn from them may grow; items carry their own digests."""
-
-    @abstractmethod
     def measure(self, model: PreTrainedModel, tokenizer, cache: KVCache, ask: Ask) -> dict[str, Any]:
         """Figures of one question over a cache, which stays as it is."""
 
@@ -90,24 +76,12 @@ class AskedProtocol(CompressionProtocol):
     def figures(self, items: list[dict], asked: list[Ask]) -> dict[str, Any]:
         """A row's own figures from its items' results."""
 
-    def check(self) -> list[str]:
-        own = self.check_own()
-        models, contexts, cells = self._checked()
-        asked = sum(len(c.asks) for c in contexts)
-        known = "with the question" if self.question_aware else "without the question"
-        return [
-            f"{self.name} → {self.out}",
-            f"models       {', '.join(self.model_facts(models))}",
-            *own,
-            f"contexts     {len(contexts)} of {min(len(c.ids) for c in contexts)} to"
-            f" {max(len(c.ids) for c in contexts)} tokens, compressed {known}",
-            f"compressors  {', '.join(dict.fromkeys(c.name for c in cells))}",
-            f"keep         {', '.join(dict.fromkeys(c.label for c in cells))}",
-            f"work         {asked} questions × {1 + len(cells)} caches × {len(models)} models",
-        ]
+    def grouped(self, groups: dict[Tags, list[Context]]) -> dict[Tags, list[Context]]:
+        """Which contexts make a row; a protocol may add rows over several tags."""
+        return groups
 
-    def _checked(self) -> tuple[list[ModelFolder], list[Context], list[Cell]]:
-        models = self.check_common()
+    def prepare(self, models: list[ModelFolder]) -> list[str]:
+        own = self.check_own()
         if self.batch_size != 1:
             raise ValueError(
                 f"batch_size={self.batch_size}: {self.name} takes contexts one by one; leave it at 1"
@@ -116,7 +90,7 @@ class AskedProtocol(CompressionProtocol):
         if not hasattr(self, "_contexts"):
             limit = min(m.context for m in models)
             self._contexts = self.contexts(tokens.load(models[0].path), limit)
-        contexts, cells = self._contexts, self.cells(min(len(c.ids) for c in self._contexts))
+        contexts, cells = self._contexts, self.cells()
         for context in contexts:
             length, after = len(context.ids), max(self._after(ask) for ask in context.asks)
             fed = list(fed_by_compressors(cells, length))
@@ -128,97 +102,56 @@ class AskedProtocol(CompressionProtocol):
                     model.check_reads(
                         length, tokens_after, f"give shorter contexts, or fewer tokens of {what}"
                     )
-        return models, contexts, cells
+        lengths = [len(c.ids) for c in contexts]
+        known = "with the question" if self.question_aware else "without the question"
+        asked = sum(len(c.asks) for c in contexts)
+        return [
+            *own,
+            f"contexts     {len(contexts)} of {min(lengths)} to {max(lengths)} tokens, compressed {known}",
+            *self.plan_of(cells),
+            f"work         {asked} questions × {1 + len(cells)} caches × {len(models)} models",
+        ]
 
-    def options_told(self) -> dict[str, Any]:
-        """The options that decide which items there are, for the manifest."""
-        unsaid = {field.name for field in fields(Protocol)} - {"limit"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaid}
+    def cells(self) -> list[Cell]:
+        return self.cells_of(min(len(c.ids) for c in self._contexts))
 
     def _after(self, ask: Ask) -> int:
         """Tokens that follow the context at most."""
         return len(ask.prompt) + int(ask.payload.get("answer_tokens", 0))
 
-    def run(self) -> Path:
-        self.check_own()
-        models, contexts, cells = self._checked()
-        threads = set_threads(self.threads)
-        facts = {
-            "protocol": self.name,
-            "settings": {**self.own_settings(), "question_aware": self.question_aware},
-            "data": self.data_facts(),
-            "models": self.model_facts(models),
+    def settings(self, *names: str) -> dict[str, Any]:
+        return {**super().settings(*names), "question_aware": self.question_aware}
+
+    def told(self) -> dict[str, Any]:
+        """The options that decide which items there are."""
+        unsaid = {field.name for field in fields(ProtocolSettings)} - {"limit"}
+        return {
+            "options": {name: getattr(self, name) for name in options_of(type(self)) if name not in unsaid}
         }
-        store = Store(self.out, facts)
-        try:
-            rows = []
-            asked = sum(len(c.asks) for c in contexts)
-            for model in models:
-                total = asked * (1 + len(cells))
-                work = self._work(model, contexts, cells)
-                run_items(store, work, total=total, description=model.name, seed=self.seed)
-                rows += self._rows(store, model.name, contexts, cells)
-        finally:
-            store.close()
-        return write_results(self.out, self.name, rows, {"threads": threads, "options": self.options_told()})
 
-    def _key(self, model: str, cell: Cell | None, tags: Tags) -> Key:
-        name, label = (cell.name, cell.label) if cell else (NONE, "1")
-        return Key(self.name, model, name, label, self.question_aware, tags)
+    def groups(self) -> Iterator[Group]:
+        for context in self._contexts:
+            yield AskedContext(context, self)
 
-    def _work(self, folder: ModelFolder, contexts: list[Context], cells: list[Cell]) -> Iterator[Work]:
-        loaded = Lazy(lambda: load_model(folder, self.dtype, self.device)[:2])
-        needs = {need for cell in cells for need in cell.compressor.needs}
-        for context in contexts:
-            prefilled = Lazy(lambda context=context: prefill(loaded()[0], [context.ids], needs=needs))
-            for cell in [None, *cells]:
-                key = self._key(folder.name, cell, context.tags)
-                # The cache's own random state, whichever of its questions asks first.
-                state = item_seed(self.seed, key, context.id)
-                made = Lazy(
-                    lambda cell=cell, prefilled=prefilled, state=state: _compressed(prefilled(), cell, state)
-                )
-                length = len(context.ids)
-                for ask in context.asks:
-
-                    def measure(made=made, ask=ask, length=length) -> dict:
-                        cache, seconds = made()
-                        with torch.no_grad():
-                            found = self.measure(*loaded(), cache, ask)
-                        cost = {"slots": cache.slots, "bytes": cache.nbytes, "seconds": seconds}
-                        return {**found, **cost, "context_tokens": length}
-
-                    yield key, item_id(context, ask), measure
-
-    def _rows(self, store: Store, model: str, contexts: list[Context], cells: list[Cell]) -> list[dict]:
+    def rows(self, store: Store, models: list[str]) -> list[dict[str, Any]]:
         groups: dict[Tags, list[Context]] = {}
-        for context in contexts:
+        for context in self._contexts:
             groups.setdefault(context.tags, []).append(context)
-        rows = []
-        for cell in [None, *cells]:
-            for tags, group in self.grouped(groups).items():
-                rows.append(self._row(store, model, cell, tags, group))
-        return rows
+        rows = self.grouped(groups).items()
+        cells = self._measured_cells()
+        return [
+            self._row(store, m, cell, tags, group) for m in models for cell in cells for tags, group in rows
+        ]
 
-    def grouped(self, groups: dict[Tags, list[Context]]) -> dict[Tags, list[Context]]:
-        """Which contexts make a row; a protocol may add rows over several tags."""
-        return groups
-
-    def _row(self, store: Store, model: str, cell: Cell | None, tags: Tags, contexts: list[Context]) -> dict:
+    def _row(
+        self, store: Store, model: str, cell: Cell | None, tags: Tags, contexts: list[Context]
+    ) -> dict[str, Any]:
         pairs = [(context, ask) for context in contexts for ask in context.asks]
-        items = [store.get(self._key(model, cell, c.tags), item_id(c, ask)) for c, ask in pairs]
-        asked = [cell.budget.slots(len(c.ids)) / len(c.ids) if cell else 1.0 for c in contexts]
-        head = {
-            "model": model,
-            "compressor": cell.name if cell else NONE,
-            "keep": mean(asked) if cell and cell.budget.tokens else float(cell.label) if cell else 1.0,
-            "budget": cell.label if cell else "1",
-            "question_aware": self.question_aware,
-            **{name: _number(value) for name, value in tags},
-        }
+        items = [store.get(self.key(model, cell, c.tags), item_id(c, ask)) for c, ask in pairs]
         one = {(c.id, c.tags): item for (c, _), item in zip(pairs, items, strict=True)}  # of each context
         return {
-            **head,
+            **self.head(model, cell, [len(c.ids) for c in contexts]),
+            **{name: _number(value) for name, value in tags},
             "contexts": len(contexts),
             "items": len(items),
             **self.figures(items, [ask for _, ask in pairs]),
@@ -229,18 +162,57 @@ class AskedProtocol(CompressionProtocol):
         }
 
 
+@dataclass(kw_only=True)
+class HiddenProtocol(HiddenSettings, QuestionProtocol):
+    """A protocol that hides things in text: `samples` contexts of each kind, which the compressor reads with or without
+    the question."""
+
+    @property
+    def question_aware(self) -> bool:
+        return self.question == "known"
+
+    @property
+    def count(self) -> int:
+        """Contexts of each kind."""
+        return self.samples if self.limit is None else min(self.samples, self.limit)
+
+    def own_settings(self) -> dict[str, Any]:
+        return self.settings("question")
+
+    def data_facts(self) -> dict[str, Any]:
+        """What is drawn from the text may grow: items carry their own digests."""
+        return {"text": text_fingerprint(self.text)}
+
+
+class AskedContext(Group):
+    """The questions on one context."""
+
+    def __init__(self, context: Context, protocol: QuestionProtocol):
+        super().__init__([item_id(context, ask) for ask in context.asks], context.tags, context.id)
+        self.context, self.protocol = context, protocol
+
+    def open(self, model: PreTrainedModel, tokenizer, needs: set[str]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.prefilled = prefill(model, [self.context.ids], needs=needs)
+
+    def compressed(self, cell: Cell | None) -> tuple[KVCache, float]:
+        if cell is None:
+            return self.prefilled.cache, 0.0
+        start = perf_counter()
+        return cell.compressor.compress(self.prefilled, cell.budget), perf_counter() - start
+
+    def measure(self, compressed: tuple[KVCache, float], number: int) -> dict[str, Any]:
+        cache, seconds = compressed
+        with torch.no_grad():
+            found = self.protocol.measure(self.model, self.tokenizer, cache, self.context.asks[number])
+        cost = {"slots": cache.slots, "bytes": cache.nbytes, "seconds": seconds}
+        return {**found, **cost, "context_tokens": len(self.context.ids)}
+
+
 def item_id(context: Context, ask: Ask) -> str:
     """Name on disk: a context or question that has changed since is measured anew."""
     content = json.dumps([context.ids, ask.prompt, ask.payload], sort_keys=True)
     return f"{context.id} {ask.id} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
-
-
-def _compressed(prefilled, cell: Cell | None, state: int) -> tuple[KVCache, float]:
-    if cell is None:
-        return prefilled.cache, 0.0
-    torch.manual_seed(state)
-    start = perf_counter()
-    return cell.compressor.compress(prefilled, cell.budget), perf_counter() - start
 
 
 def _number(text: str) -> int | float | str:

@@ -12,70 +12,31 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from kvcat_nemo.compress import generate
-from kvcat_nemo.evaluate.haystack import sentences_of_files, text_fingerprint
-from kvcat_nemo.evaluate.needle import QUESTIONS, numbers
-from kvcat_nemo.evaluate.question_protocol import Ask, AskedProtocol, Context, Tags
+from kvcat_nemo.evaluate.haystack import sentences_of_files
+from kvcat_nemo.evaluate.question_protocol import Ask, Context, HiddenProtocol, Tags
 from kvcat_nemo.evaluate.ruler_tasks import TASKS
+from kvcat_nemo.evaluate.settings import RulerSettings
 from kvcat_nemo.evaluate.statistics import mean, standard_error
 from kvcat_nemo.tokens import beginning, end_ids, following_ids, text_of
 
 
 @dataclass(kw_only=True)
-class Ruler(AskedProtocol):
+class Ruler(RulerSettings, HiddenProtocol):
     """RULER-style synthetic tasks."""
 
-    name: ClassVar[str] = "ruler"
-    shown: ClassVar[tuple[str, ...]] = (
-        "question_aware",
-        "length",
-        "accuracy",
-        "accuracy_se",
-        "whole",
-        "slots",
-    )
-
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
-    """Of ruler_tasks.TASKS."""
-    lengths: list[str] = field(default_factory=lambda: ["1024"])
-    """Tokens of the context, at most."""
-    samples: int = 10
-    """Examples of each task and length; `limit` takes the first of them."""
-    question: str = "unknown"
-    """Whether the compressor sees the question: unknown or known."""
-    text: list[str] = field(default_factory=list)
-    """Files or folders whose sentences things are hidden in; made-up ones when there is none."""
-
-    @property
-    def question_aware(self) -> bool:
-        return self.question == "known"
-
     def check_own(self) -> list[str]:
-        if self.question not in QUESTIONS:
-            raise ValueError(f"question={self.question!r}: choose among {', '.join(QUESTIONS)}")
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: give at least 1")
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"tasks: {task!r} is not known; choose among {', '.join(TASKS)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks={','.join(self.tasks)!r}: give each task once, and at least one")
-        numbers(self.lengths, "lengths", int, 1)
-        return [f"tasks        {', '.join(self.tasks)}; {self._count} examples each"]
-
-    @property
-    def _count(self) -> int:
-        return self.samples if self.limit is None else min(self.samples, self.limit)
+        return [f"tasks        {', '.join(self.tasks)}; {self.count} examples each"]
 
     def contexts(self, tokenizer, context: int | None) -> list[Context]:
         text = sentences_of_files(self.text) if self.text else []
         return [
             self._context(tokenizer, text, task, length, number)
-            for number in range(self._count)
-            for length in numbers(self.lengths, "lengths", int, 1)
+            for number in range(self.count)
+            for length in map(int, self.lengths)
             for task in self.tasks
         ]
 
@@ -91,12 +52,6 @@ class Ruler(AskedProtocol):
         return Context(
             str(number), ids, (Ask("q", prompt, payload),), (("task", task), ("length", str(length)))
         )
-
-    def own_settings(self) -> dict[str, Any]:
-        return self.settings("question")
-
-    def data_facts(self) -> dict[str, Any]:
-        return {"text": text_fingerprint(self.text)}
 
     def measure(self, model, tokenizer, cache, ask: Ask) -> dict[str, Any]:
         stop, limit = end_ids(tokenizer, model), ask.payload["answer_tokens"]

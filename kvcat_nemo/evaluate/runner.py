@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -45,3 +46,15 @@ def set_threads(threads: int | None) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+class Lazy:
+    """Calls once, when first asked, and keeps the answer."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.function = function
+
+    def __call__(self) -> Any:
+        if not hasattr(self, "value"):
+            self.value = self.function()
+        return self.value

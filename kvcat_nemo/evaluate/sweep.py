@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from kvcat_nemo.evaluate.protocol import Protocol, protocol_class
+from kvcat_nemo.evaluate.protocol import Protocol
+from kvcat_nemo.evaluate.registry import protocol_class
 
 _TOP = ("out", "shared", "runs")
 

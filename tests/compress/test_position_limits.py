@@ -51,10 +51,12 @@ ENTRIES = {
 def test_every_entry_ends_where_the_model_does(entry, model, full, monkeypatch):
     run = ENTRIES[entry]
     run(model, full, 10)
-    import kvcat_nemo.compress.hf_attention as attention
+    import kvcat_nemo.compress.hf_attention as hf_attention
 
     passes = []
-    monkeypatch.setattr(attention, "_handled", lambda m: passes.append(m) or pytest.fail("a pass was begun"))
+    monkeypatch.setattr(
+        hf_attention, "attention", lambda m, name: passes.append(m) or pytest.fail("a pass was begun")
+    )
     if entry == "extend twice":
         monkeypatch.undo()
     with pytest.raises(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,12 +132,12 @@ def rewritten(path, *, tensors=None, description=None):
 @pytest.fixture
 def nothing_is_padded(monkeypatch):
     """Loading must end before memory is asked for."""
-    from kvcat_nemo.compress import quantised, storage
+    from kvcat_nemo.compress import layers, quantised
 
     def spread(*args, **kwargs):
         raise AssertionError("memory was asked for before the file was checked")
 
-    for module in (storage, quantised):
+    for module in (layers, quantised):
         monkeypatch.setattr(module, "spread", spread)
 
 
@@ -258,3 +261,45 @@ def test_padding_beyond_the_machines_memory_is_refused(tmp_path, monkeypatch, no
     rewritten(path, tensors=tensors)
     with pytest.raises(ValueError, match="bytes when padded, the machine has"):
         KVCache.load(path)
+
+
+# Files that an earlier version wrote, and what their keys, values and biases were when it read them.
+OLD = {
+    "plain": "72f2cd9df7c71d7e1043f59f39243f84969692d5d372a9a2217eb12be08773f7",
+    "bias": "45e5cb6b32b44b8f039f576d953b7907811a5fa32768539694bc7f52e62fe02e",
+    "int8": "9532df3e4356edf1253d7db3d45360fdbef5826079ba0db0ef144cdd6ae41f8f",
+    "int4": "5e8d8e746b30e9fc634c33878d091248f9aca75dad7db835aa39605816e6939f",
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_files_of_an_earlier_version_are_read_as_it_read_them(name, tmp_path):
+    path = Path(__file__).parent / "old" / f"{name}.safetensors"
+    cache, digest = KVCache.load(path), hashlib.sha256()
+    for layer in cache.layers:
+        for x in (*layer.read(), layer.bias_BGS):
+            digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest() == OLD[name] and cache.lengths_B.tolist() == [24, 17]
+    assert cache.facts["made_by"] and cache.facts["budget"]
+    cache.save(tmp_path / "again")
+    for name, x in load_file(path).items():  # and written as it wrote them
+        assert torch.equal(load_file(tmp_path / "again")[name], x), name
+
+
+def test_a_file_of_another_format_is_refused_by_its_name(tmp_path):
+    path = Path(__file__).parent / "old" / "plain.safetensors"
+    (tmp_path / "new").write_bytes(path.read_bytes().replace(FORMAT.encode(), b"kvcat-kv-cache-9"))
+    with pytest.raises(
+        ValueError, match="not a KV cache in the format kvcat-kv-cache-1 .its format: kvcat-kv-cache-9"
+    ):
+        KVCache.load(tmp_path / "new")
+
+
+@pytest.mark.parametrize("size", [1 << 63, 1 << 40, (1 << 40) + 8, 200 << 20])
+def test_a_header_of_absurd_size_allocates_nothing(size, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(size.to_bytes(8, "little") + b'{"a":1}' * 9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="cut off, damaged, or no safetensors file"):
+        KVCache.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB

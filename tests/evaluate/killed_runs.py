@@ -23,7 +23,7 @@ def _slowly() -> None:
 
 
 def run_protocol(settings, protocol="continuation"):
-    from kvcat_nemo.evaluate.protocol import protocol_class
+    from kvcat_nemo.evaluate.registry import protocol_class
 
     _slowly()
     protocol_class(protocol).of(settings).run()

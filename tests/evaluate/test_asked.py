@@ -18,8 +18,8 @@ from kvcat_nemo.evaluate.haystack import filled, made_up, sentences_of_files, st
 from kvcat_nemo.evaluate.long_qa import LongQA, balanced, cut_middle, exact, f1, option_scores
 from kvcat_nemo.evaluate.models import load_model
 from kvcat_nemo.evaluate.needle import Needle, greedy_match
-from kvcat_nemo.evaluate.protocol import protocol_class
 from kvcat_nemo.evaluate.question_protocol import Ask
+from kvcat_nemo.evaluate.registry import protocol_class
 from kvcat_nemo.evaluate.ruler import Ruler, found
 from kvcat_nemo.evaluate.ruler_tasks import TASKS
 from kvcat_nemo.tokens import beginning
@@ -468,7 +468,7 @@ def test_qasper_rows_balance_the_answers(model_dir, tmp_path, monkeypatch):
         ({"questions": "trivia"}, "questions='trivia': choose among qasper, squad, longbench-v2"),
         ({"questions": "squad"}, "for squad, give the set's local file"),
         ({"file": "x.json"}, "for qasper, leave it out"),
-        ({"options": "both"}, "options='both': choose letters or texts"),
+        ({"options": "both"}, "options='both': choose among letters, texts"),
         ({"max_tokens": 1}, "max_tokens=1: give at least 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import torch
 
 from kvcat_nemo.data.benchmarks import BENCHMARKS
 from kvcat_nemo.evaluate.base_ability import BaseAbility, drawn, rows
-from kvcat_nemo.evaluate.protocol import protocol_class
+from kvcat_nemo.evaluate.registry import protocol_class
 
 ABC = ["A", "B", "C"]
 

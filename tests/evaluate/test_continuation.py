@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvcat_nemo.compress import Budget, make
+from kvcat_nemo.evaluate.cells import Cell
 from kvcat_nemo.evaluate.continuation import Batch, Continuation, compare, summary
-from kvcat_nemo.evaluate.protocol import Cell
 from kvcat_nemo.evaluate.windows import Window, write_windows
 from tests.evaluate.killed_runs import kill_after, measured, run_protocol
 from tests.support.hf_models import small_model, tokens

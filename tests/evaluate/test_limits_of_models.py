@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from kvcat_nemo.cli import main
 from kvcat_nemo.compress import KVCache
 from kvcat_nemo.evaluate.models import find_model
-from kvcat_nemo.evaluate.protocol import protocol_class
+from kvcat_nemo.evaluate.registry import protocol_class
 from tests.support.hf_models import save_model
 
 LIMIT = 60

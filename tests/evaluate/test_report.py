@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from kvcat_nemo.cli import main
 from kvcat_nemo.evaluate.continuation import summary
 from kvcat_nemo.evaluate.report import read_results, write_report
-from kvcat_nemo.evaluate.report.charts import Point, Series, line_chart, log_ticks, nice_ticks
+from kvcat_nemo.evaluate.report.charts import Point, Series, draw, line_chart
 from kvcat_nemo.evaluate.report.tables import difference, number, with_error
 
 KEEPS = (0.05, 0.1, 0.2, 0.4)
@@ -52,8 +52,9 @@ def write(folder, rows, protocol="continuation", data="d"):
     return folder
 
 
-@pytest.fixture
-def page(tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("page")
     results = write(tmp_path / "results", rows_of("base") + rows_of("<kv-cat>", better=0.02))
     return write_report([results], tmp_path / "page.html", title="Compression & co")
 
@@ -75,7 +76,8 @@ def test_the_page_stands_alone_and_says_everything(page):
     source = page[0].read_text()
     seen = Seen()
     seen.feed(source)
-    assert not seen.links and "script" not in seen.tags and "@import" not in source and "url(" not in source
+    assert not seen.links and "script" not in seen.tags and "@import" not in source
+    assert not re.search(r"url\((?!#)|xlink:href=\"(?!#)", source)  # what a chart points to is in it
     text = " ".join(" ".join(seen.text).split())
     for words in (
         "Compression & co",
@@ -115,27 +117,50 @@ def test_before_and_after_are_paired(page):
     assert error < float(before.split(" ± ")[1]) and float(ratio) > 1.5
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (-3, 7), (0.013, 0.0131), (5, 5), (0, 1234)])
-def test_ticks_cover_and_are_few(low, high):
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
+def curve(count, decades, *, error=0.0):
+    """Points whose values fall by so many decades, at budgets from 1 % to 100 %."""
+    keeps = [0.01 * 100 ** (i / (count - 1)) for i in range(count)]
+    values = [10 ** (6 - decades * i / (count - 1)) for i in range(count)]
+    return [Point(x, y, y * error) for x, y in zip(keeps, values, strict=True)]
 
 
-def test_log_ticks_cover():
-    for low, high in ((0.3, 41), (1, 1000), (2e-4, 0.9)):
-        ticks = log_ticks(low, high)
-        assert ticks[0] <= low and ticks[-1] >= high
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("decades", [0, 0.4, 1.5, 3, 14])
+@pytest.mark.parametrize("error", [0, 2])
+def test_labels_of_an_axis_do_not_overlap_and_cover_the_points(count, decades, error):
+    points = curve(count, decades, error=error)
+    ticks = {"x_ticks": [p.x for p in points], "x_log": True}
+    figure, _ = draw([Series("a", points)], x_label="kept slots", y_label="ΔPPL", **ticks)
+    (axes,) = figure.axes
+    for axis, side in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        shown = [x for x in axis.get_ticklabels() if x.get_visible() and x.get_text()]
+        ends = sorted(tuple(x.get_window_extent().get_points()[:, side]) for x in shown)
+        inside = [e for e in ends if e[0] >= 0 and e[1] <= (480, 320)[side]]
+        assert all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False)) and len(inside) >= 2
+    low, high = axes.get_ylim()
+    assert all(low <= p.y and p.y + p.error <= high for p in points)
+    assert axes.get_yscale() == ("log" if decades > math.log10(20) else "linear")
 
 
 def test_a_chart_places_its_points_in_order_and_leaves_out_what_is_not_finite():
     svg = line_chart(
-        [Series("a", [Point(2, 1.0), Point(1, 4.0), Point(3, math.nan)])], x_label="x", y_label="y"
+        [Series("a & b", [Point(2, 1.0), Point(1, 4.0, 0.5), Point(3, math.nan)])], x_label="x", y_label="y"
     )
-    (path,) = re.findall(r'<polyline points="([^"]+)"', svg)
-    (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in path.split())
+    (path,) = re.findall(r'<g class="line s0"><title>a &amp; b</title> <path d="([^"]+)"', svg)
+    (x1, y1), (x2, y2) = (map(float, p.split()) for p in re.findall(r"[ML] ([\d.]+ [\d.]+)", path))
     assert x1 < x2 and y1 < y2  # SVG's y goes down: 4 stands above 1
+    assert re.findall(r"<title>(a &amp; b: .*?)</title>", svg) == [
+        "a &amp; b: 4 ± 0.5 at 1",
+        "a &amp; b: 1 at 2",
+    ]
+    assert not re.search(r"#0a0[bc]|DejaVu|<metadata|<!--", svg) and "var(--s0)" in svg
     with pytest.raises(ValueError, match="no finite value"):
         line_chart([Series("a", [Point(0, math.inf)])], x_label="x", y_label="y")
+
+
+def test_charts_of_a_page_share_no_ids(page):
+    ids = re.findall(r' id="([^"]+)"', page[0].read_text())
+    assert ids and len(set(ids)) == len(ids)
 
 
 def test_numbers():
@@ -328,4 +353,4 @@ def test_gradient_curves_say_when_the_first_models_end_was_reached(tmp_path):
     trained |= speed_up(base, trained)
     page, text = write_report([write(tmp_path, [base, trained], "gradient")], tmp_path / "x.html", title="t")
     assert "| kv | recent | 5 % | 3.000 | 0.700 ± 0.100 | 4 | 1 | 4.00 × |" in text.read_text()
-    assert page.read_text().count("<polyline") == 2
+    assert page.read_text().count('<g class="line s') == 2

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.nemo
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import frozen_overrides  # noqa: E402
+from tests.recipes import frozen_overrides  # noqa: E402
 
 
 def test_overrides_and_their_defaults_are_the_frozen_ones():

@@ -13,7 +13,7 @@ WORDS = {
     r"\bAutoTokenizer\b": {
         TOKENS: "the place",
         "kvcat_nemo/nemo/data_module.py": "NeMo's wrapper, for its end-of-document id; texts are tokenised by then",
-        "kvcat_nemo/compress/kvpress_run.py": "puts ours in the place of the one that a press loads",
+        "kvcat_nemo/compress/compat.py": "puts ours in the place of the one that a press loads",
         "benchmarks/attention_matching_authors.py": "the authors' code, as it is",
     },
     r"\b(add_special_tokens|split_special_tokens)\s*=": {

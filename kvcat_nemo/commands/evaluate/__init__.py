@@ -1,40 +1,42 @@
-"""`kvcat evaluate`: how well models do under compressed caches, one sub-command per protocol, imported when used."""
+"""`kvcat evaluate`: how well models do under compressed caches, one sub-command per protocol, made of its settings."""
 
 from __future__ import annotations
-
-import importlib
 
 import click
 
 from kvcat_nemo.commands.bounds import bound
 
-_COMMANDS = {
-    "continuation": "perplexity of a text's second part, its first part compressed (ΔPPL, KL, top-1)",
-    "gradient": "ΔPPL per step while the slots of a small cache are trained",
-    "needle": "a pass key in a long text, by budget, depth and length",
-    "long-qa": "questions on long documents: QASPER, SQuAD's articles, LongBench v2",
-    "ruler": "RULER-style synthetic tasks: needles of four kinds, variables, frequent words",
-    "base-ability": "six multiple-choice benchmarks over the full cache, before and after training",
-    "sweep": "many evaluations from one YAML file",
-}
 
+class _ProtocolGroup(click.Group):
+    """The commands of kvcat_nemo.evaluate.registry, which is read when one is wanted; help needs no torch."""
 
-class _LazyGroup(click.Group):
     def list_commands(self, ctx):
-        return list(_COMMANDS)
+        from kvcat_nemo.evaluate.registry import PROTOCOLS
+
+        return [*PROTOCOLS, "sweep"]
 
     def get_command(self, ctx, name):
-        if name not in _COMMANDS:
+        from kvcat_nemo.evaluate.registry import PROTOCOLS
+
+        if name == "sweep":
+            from kvcat_nemo.commands.evaluate.sweep import command
+
+            return bound(command)
+        if name not in PROTOCOLS:
             return None
-        module = f"kvcat_nemo.commands.evaluate.{name.replace('-', '_')}"
-        return bound(importlib.import_module(module).command)
+        from kvcat_nemo.commands.evaluate.options import protocol_command
+
+        return bound(protocol_command(PROTOCOLS[name][0]))
 
     def format_commands(self, ctx, formatter):
+        from kvcat_nemo.evaluate.registry import PROTOCOLS
+
+        lines = [(name, settings.about) for name, (settings, _) in PROTOCOLS.items()]
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl([*lines, ("sweep", "many evaluations from one YAML file")])
 
 
-@click.command(cls=_LazyGroup)
+@click.command(cls=_ProtocolGroup)
 def command():
     """Measure models under compressed KV caches.
 

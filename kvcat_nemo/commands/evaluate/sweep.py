@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvcat_nemo.commands.evaluate.options import print_rows
+from kvcat_nemo.commands.evaluate.options import run_all
 from kvcat_nemo.commands.options import friendly_errors
 
 
@@ -44,12 +44,4 @@ def command(config, dry_run, only):
 
     with friendly_errors():
         runs = load_sweep(config, only=only.split(",") if only else None)
-        for name, protocol in runs.items():
-            click.echo(f"{name}", err=not dry_run)
-            for line in protocol.check():
-                click.echo(f"  {line}", err=not dry_run)
-        if not dry_run:
-            for protocol in runs.values():
-                path = protocol.run()
-                click.echo(f"wrote {path}", err=True)
-                print_rows(path, protocol.shown)
+        run_all(runs, dry_run)

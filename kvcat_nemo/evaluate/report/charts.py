@@ -1,17 +1,28 @@
-"""Charts as inline SVG: colours and text come from the page's CSS, so that light and dark both read well."""
+"""Charts as inline SVG, drawn by matplotlib; colours and text come from the page's CSS, so that light and dark both read
+well. Needs no display: figures are made without pyplot."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 48
 COLOURS = 8
 """Number of series colours the stylesheet has (--s0 … --s7)."""
-_MARKERS = ("circle", "square", "diamond", "triangle")
+_MARKERS = (("o", "●"), ("s", "■"), ("D", "◆"), ("^", "▲"))
+"""matplotlib's name, and what stands for it in the legend."""
+# Colours that nobody else uses, and the stylesheet's names that take their places in the SVG.
+_STANDS_FOR = {f"#0a0b{n:02x}": f"var(--s{n})" for n in range(COLOURS)}
+_TEXT, _SOFT, _GRID, _PAGE = "#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04"
+_STANDS_FOR |= {_TEXT: "var(--text)", _SOFT: "var(--soft)", _GRID: "var(--grid)", _PAGE: "var(--page)"}
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_GAP = 6
+"""Pixels between two labels of an axis, at least."""
 
 
 @dataclass(frozen=True)
@@ -35,55 +46,35 @@ class Series:
     """Of the stylesheet's series colours; by order when None."""
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high]."""
-    if not high > low:
-        high = low + (abs(low) or 1.0)
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    return [round(step * i, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 of each decade within [low, high], at least two of them, with their neighbours outside."""
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5)]
-    first = max(i for i, t in enumerate(ticks) if t <= low * 1.0001)
-    last = min(i for i, t in enumerate(ticks) if t >= high * 0.9999)
-    return ticks[first : last + 1]
-
-
 def _number(value: float) -> str:
+    """Of an axis: short, also over many decades."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        power = math.floor(math.log10(abs(value)) + 1e-9)
+        digits = f"{value / 10.0**power:.3g}"
+        factor = {"1": "", "-1": "−"}.get(digits, f"{digits}·")
+        return f"{factor}10{str(power).translate(_SUPERSCRIPT)}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _marker(kind: str, x: float, y: float, css: str, title: str) -> str:
-    tip = f"<title>{escape(title)}</title>"
-    if kind == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{css}">{tip}</circle>'
-    corners = {
-        "square": ((-3.6, -3.6), (3.6, -3.6), (3.6, 3.6), (-3.6, 3.6)),
-        "diamond": ((0, -5), (5, 0), (0, 5), (-5, 0)),
-        "triangle": ((0, -4.8), (4.6, 3.8), (-4.6, 3.8)),
-    }[kind]
-    path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
-    return f'<polygon points="{path}" class="{css}">{tip}</polygon>'
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, **how) -> str:
+    """An SVG of lines with error bars, and a legend below it.
+
+    Args:
+        how: see `draw`.
+
+    Raises:
+        ValueError: as `draw`.
+    """
+    figure, titles = draw(series, x_label=x_label, y_label=y_label, **how)
+    svg = _inline(figure, titles, f"{y_label} over {x_label}")
+    return svg + _legend([s for s in series if _finite(s)])
 
 
-def _scale(ticks: list[float], start: float, end: float, log: bool) -> Callable[[float], float]:
-    first, last = (math.log10(t) if log else t for t in (ticks[0], ticks[-1]))
-
-    def place(value: float) -> float:
-        at = math.log10(max(value, 1e-300)) if log else value
-        return start + (min(max(at, first), last) - first) / ((last - first) or 1.0) * (end - start)
-
-    return place
+def _finite(series: Series) -> list[Point]:
+    return sorted((p for p in series.points if math.isfinite(p.y)), key=lambda p: p.x)
 
 
-def line_chart(
+def draw(
     series: Sequence[Series],
     *,
     x_label: str,
@@ -92,80 +83,151 @@ def line_chart(
     x_log: bool = False,
     x_format: Callable[[float], str] = _number,
     markers: bool = True,
-) -> str:
-    """An SVG of lines with error bars; the y axis is logarithmic when positive values span more than a factor of 20.
+):
+    """The chart as matplotlib's figure; and by the id of a group in its SVG, the group's CSS class and title.
+
+    The y axis is logarithmic when positive values span more than a factor of 20.
+
+    Args:
+        x_ticks: where the x axis has labels, as far as they fit; x_format: what they say; x_log: a logarithmic x axis.
+        markers: a mark with its error bar at each point.
 
     Raises:
-        ValueError: when there is no finite point.
+        ValueError: when there is no finite point, or matplotlib is missing.
     """
-    series = [s for s in series if any(math.isfinite(p.y) for p in s.points)]
-    points = [p for s in series for p in s.points if math.isfinite(p.y)]
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+    except ImportError as error:
+        raise ValueError(f"charts are drawn by matplotlib: pip install matplotlib ({error})") from None
+    series = [s for s in series if _finite(s)]
+    points = [p for s in series for p in _finite(s)]
     if not points:
         raise ValueError("chart: no finite value to draw")
-    ys = [p.y for p in points]
-    y_log = min(ys) > 0 and max(ys) / min(ys) > 20
-    lower = [p.y - p.error for p in points]
-    low = min(y for y in [*lower, *ys] if y > 0 or not y_log)
-    ticks = (log_ticks if y_log else nice_ticks)(low, max(p.y + p.error for p in points))
-    xs = [p.x for p in points]
-    shown_x = list(x_ticks) if x_ticks else (log_ticks if x_log else nice_ticks)(min(xs), max(xs))
-    ends_x = [min(min(xs), shown_x[0]), max(max(xs), shown_x[-1])]
-    inset = 18 if markers else 0
-    place_x = _scale(ends_x, _LEFT + inset, WIDTH - _RIGHT - inset, x_log)
-    place_y = _scale(ticks, HEIGHT - _BOTTOM, _TOP, y_log)
-    out = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">'
-    ]
-    for tick in ticks:
-        y = place_y(tick)
-        out.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        out.append(
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" class="tick" text-anchor="end">{_number(tick)}</text>'
-        )
-    for tick in shown_x:
-        x = place_x(tick)
-        out.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 20}" class="tick" text-anchor="middle">{escape(x_format(tick))}</text>'
-        )
-    middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    out.append(
-        f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2:.0f}" y="{HEIGHT - 8}" class="label" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    axis = f"{y_label} (log scale)" if y_log else y_label
-    out.append(
-        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" class="label" text-anchor="middle">{escape(axis)}</text>'
-    )
+    values = [p.y for p in points]
+    y_log = min(values) > 0 and max(values) / min(values) > 20
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
+    axes = figure.add_subplot()
+    titles = {}
     for order, one in enumerate(series):
-        number = order if one.colour is None else one.colour
-        css, kind = f"s{number % COLOURS}", _MARKERS[number % len(_MARKERS)]
-        drawn = sorted((p for p in one.points if math.isfinite(p.y)), key=lambda p: p.x)
-        path = " ".join(f"{place_x(p.x):.1f},{place_y(p.y):.1f}" for p in drawn)
-        dash = " dashed" if one.dashed else ""
-        out.append(f'<polyline points="{path}" class="line {css}{dash}"/>')
-        for p in drawn if markers else ():
-            x = place_x(p.x)
-            if p.error:
-                top, bottom = place_y(p.y + p.error), place_y(p.y - p.error)
-                out.append(
-                    f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 4:.1f} {top:.1f}h8M{x - 4:.1f} {bottom:.1f}h8" class="line {css}"/>'
-                )
-            title = f"{one.name}: {_number(p.y)}" + (f" ± {_number(p.error)}" if p.error else "")
-            out.append(_marker(kind, x, place_y(p.y), f"mark {css}", f"{title} at {x_format(p.x)}"))
-    out.append("</svg>")
-    return "".join(out) + _legend(series)
+        number = (order if one.colour is None else one.colour) % COLOURS
+        colour, drawn = f"#0a0b{number:02x}", _finite(one)
+        (line,) = axes.plot(
+            [p.x for p in drawn],
+            [p.y for p in drawn],
+            *("--" if one.dashed else "-",),
+            color=colour,
+            linewidth=2,
+            gid=f"line-{order}",
+        )
+        titles[line.get_gid()] = (f"line s{number}", one.name)
+        if markers and (sure := [p for p in drawn if p.error]):
+            # A logarithmic axis has no 0.
+            below = [min(p.error, p.y * (1 - 1e-6)) if y_log else p.error for p in sure]
+            axes.errorbar(
+                [p.x for p in sure],
+                [p.y for p in sure],
+                [below, [p.error for p in sure]],
+                **{"fmt": "none", "ecolor": colour, "elinewidth": 2, "capsize": 4, "capthick": 2},
+            )
+        for place, p in enumerate(drawn if markers else ()):  # one by one: each has a title of its own
+            shape, gid = _MARKERS[number % len(_MARKERS)][0], f"point-{order}-{place}"
+            look = {"markersize": 7, "markeredgecolor": _PAGE, "markeredgewidth": 1, "zorder": 3}
+            axes.add_line(Line2D([p.x], [p.y], marker=shape, color=colour, gid=gid, **look))
+            error = f" ± {_number(p.error)}" if p.error else ""
+            titles[gid] = ("mark", f"{one.name}: {_number(p.y)}{error} at {x_format(p.x)}")
+    axes.set_xlabel(x_label, color=_TEXT, fontsize=14)
+    axes.set_ylabel(f"{y_label} (log scale)" if y_log else y_label, color=_TEXT, fontsize=14)
+    if x_log:
+        axes.set_xscale("log")
+    if y_log:
+        axes.set_yscale("log")
+        # An error bar down to nearly 0 must not stretch the axis over empty decades.
+        low, high = min(values), max(p.y + p.error for p in points)
+        low = max(min(p.y - p.error for p in points), low / 10)
+        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+        few = high / low < 300
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x_format(value)))
+    if x_ticks:
+        axes.xaxis.set_major_locator(FixedLocator(list(x_ticks)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", color=_GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6, labelsize=13, labelcolor=_SOFT)
+    axes.set_frame_on(False)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out: not again when it is written
+    for axis in (axes.xaxis, axes.yaxis):
+        _thin(axis)
+    return figure, titles
+
+
+def _thin(axis) -> None:
+    """Hide labels that would touch the one before, so that none overlap whatever the ticks are."""
+    labels = [label for label in axis.get_ticklabels() if label.get_text()]
+    side = 0 if axis.axis_name == "x" else 1
+    ends = [(label.get_window_extent().get_points()[:, side], label) for label in labels]
+    shown_to = -math.inf
+    for (low, high), label in sorted(ends, key=lambda end: end[0][0]):
+        if low < shown_to + _GAP:
+            label.set_visible(False)
+        else:
+            shown_to = high
+
+
+def _inline(figure, titles: dict[str, tuple[str, str]], label: str) -> str:
+    """matplotlib's SVG as part of a page: no ids that another chart has too, the page's colours and font."""
+    import matplotlib
+
+    salt = hashlib.sha256(repr((sorted(titles.items()), label)).encode()).hexdigest()
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(
+            out,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.S)
+    svg = re.sub(r"<svg .*?>", _opening(label), svg, count=1, flags=re.S)
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', svg))
+
+    def group(found: re.Match) -> str:
+        name = found[1]
+        if name in titles:
+            kind, title = titles[name]
+            return f'<g class="{kind}"><title>{escape(title)}</title>'
+        return found[0] if name in used else "<g>"
+
+    svg = re.sub(r'<g id="[\w.-]+"/>', "", svg)
+    svg = re.sub(r'<g id="([\w.-]+)">', group, svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    for colour, name in _STANDS_FOR.items():
+        svg = svg.replace(colour, name)
+    return re.sub(r"\s*\n\s*", " ", svg).strip()
+
+
+def _opening(label: str) -> str:
+    name = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" {name}>'
 
 
 def _legend(series: Sequence[Series]) -> str:
     items = []
     for order, one in enumerate(series):
-        number = order if one.colour is None else one.colour
-        css = f"s{number % COLOURS}"
-        dash = " dashed" if one.dashed else ""
-        sample = (
-            f'<svg viewBox="0 0 30 12" class="sample"><line x1="1" x2="29" y1="6" y2="6" class="line {css}{dash}"/>'
-            f"{_marker(_MARKERS[number % len(_MARKERS)], 15, 6, f'mark {css}', one.name)}</svg>"
+        number = (order if one.colour is None else one.colour) % COLOURS
+        ends = "╌" if one.dashed else "─"
+        sample = f"{ends}{_MARKERS[number % len(_MARKERS)][1]}{ends}"
+        items.append(
+            f'<li><span class="line s{number}" aria-hidden="true">{sample}</span>{escape(one.name)}</li>'
         )
-        items.append(f"<li>{sample}{escape(one.name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
