@@ -128,6 +128,9 @@ def guard(engine: Any, gate: Gate) -> None:
         extra = dict(getattr(sampling_params, "extra_args", None) or {})
         transfer = {k: v for k, v in (extra.pop("kv_transfer_params", None) or {}).items() if k != KEY}
         if name is not None:
+            if getattr(sampling_params, "skip_reading_prefix_cache", None):
+                # The engine would compute the placeholders as if they were text.
+                raise ValueError(f"document {name!r}: requests that read no cache cannot be answered")
             prompt = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_offsets")} | {
                 "prompt_token_ids": ids,
                 "cache_salt": salt,

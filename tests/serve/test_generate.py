@@ -160,7 +160,7 @@ def test_turns_grow_and_fork(folder, tokenizer, files):
         assert answers[question] == generate(model, ours, fed, max_new_tokens=5)
         tail = tokenizer.decode(fed)
         assert tail.endswith(f"<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-    assert len(set(map(tuple, answers.values()))) == 2
+    assert cache.get_seq_length() == first.shape[1] - 1  # the trunk stays, the branches have grown
 
 
 def test_a_conversation_is_what_the_template_makes_of_it(folder, tokenizer, files):

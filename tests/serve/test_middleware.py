@@ -157,6 +157,11 @@ def test_only_the_gate_names_documents_and_salts(gate):
         assert params.max_tokens == 200 - 16 - 2
         salts.add(prompt["cache_salt"])
     assert len(salts) == 3
+    token, blind = ASKED.set(Asked("manual", [7])), Params()
+    blind.skip_reading_prefix_cache = True
+    with pytest.raises(ValueError, match="read no cache"):
+        engine.generate({"prompt_token_ids": [5]}, blind, "3")
+    ASKED.reset(token)
     other = Gate(gate.documents, "base", gate.tokenizer, 380, 200, b"another server")
     assert other.salt("manual", None) not in salts
 
