@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from smoke import add_option, shrink, tiny_model
 
+from benchmarks.smoke import add_option, shrink, tiny_model
 from kvcat_nemo.common.files import new_file
 from kvcat_nemo.compress import (
     Budget,

@@ -35,6 +35,9 @@ MODULES = {
 CLASSES = {"stop": {"KVCatTrainer": "trainer"}, "strategy": {"KVCatOptimizerModule": "optimizer"}}
 """Module that is still there → class → where the class stands now."""
 
+RENAMED = {"KVCatLifeline": "KVCatHeartbeat"}
+"""Classes that have another name now; their modules keep the old one as an alias."""
+
 
 class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds what no other finder has found: modules that are gone."""

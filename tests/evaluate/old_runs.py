@@ -53,9 +53,8 @@ def _write(out: Path) -> None:
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))
-    from model_folders import save_model
-
     from kvcat_nemo.evaluate.registry import protocol_class
+    from tests.support.hf_models import save_model
 
     out.mkdir(parents=True)
     model = save_model(out / "model").resolve()
