@@ -7,7 +7,6 @@ error, and not in the middle of a forward pass. Checked against transformers 4.5
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -106,7 +105,6 @@ def cached(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
     return cache.layers[layer].keys, cache.layers[layer].values
 
 
-@functools.cache
 def kvpress() -> ModuleType:
     """The library.
 

@@ -48,7 +48,6 @@ def test_another_version_of_kvpress_is_refused_when_it_is_used(name, monkeypatch
     import kvpress
 
     monkeypatch.delattr(kvpress, name)
-    compat.kvpress.cache_clear()
     with pytest.raises(ValueError, match=rf"kvpress 0.5.5: .* needs kvpress\.{name}.*kvpress==0\.5\.5"):
         compat.kvpress()
     monkeypatch.undo()
