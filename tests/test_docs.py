@@ -133,7 +133,11 @@ def test_links_lead_somewhere(page):
 def test_every_protocol_has_its_row():
     from kvcat_nemo.evaluate.registry import PROTOCOLS
 
-    named = re.findall(r"^\| `kvcat evaluate ([\w-]+)` \|", PAGES[-1].read_text(encoding="utf-8"), re.M)
+    named = re.findall(
+        r"^\| `kvcat evaluate ([\w-]+)` \|",
+        (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     assert sorted(named) == sorted([*PROTOCOLS, "sweep"])
 
 
@@ -141,7 +145,7 @@ def test_every_compressor_has_its_row():
     from kvcat_nemo.compress.kvpress_adapter import PRESSES
     from kvcat_nemo.compress.registry import COMPRESSORS
 
-    table = re.findall(r"^\| (`[^|]+`) \|", PAGES[-2].read_text(encoding="utf-8"), re.M)
+    table = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "compress.md").read_text(encoding="utf-8"), re.M)
     assert sorted(re.findall(r"`([^`]+)`", " ".join(table))) == sorted([*COMPRESSORS, *PRESSES])
 
 

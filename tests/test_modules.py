@@ -17,6 +17,8 @@ PATH_CHANGES = {
     "tests/kernels/test_flash.py": "the same",
     "tests/evaluate/test_asked.py": "a protocol of a user, in a temporary folder",
     "tests/launch/test_image.py": "the image has these scripts and no package",
+    "tests/engine/test_toy_policy.py": "policies of a user, in folders of their own",
+    "tests/registry_assets/conftest.py": "the examples' package, which no install has",
     "tests/test_machine.py": "a conftest of a made-up run",
     "tests/test_modules.py": "names it",
 }
@@ -33,6 +35,9 @@ ELSEWHERE = {
     "compaction": "the authors' repository of Attention Matching",
     "evaluation": "the same",
     "models": "the same",
+    "registry_assets": "examples/registry_assets, by kvcat_nemo.data.assets",
+    "every_third": "tests/engine/toy_policies, as a user's folder",
+    "one_weight": "the same",
     "protected": "launch/image, by tests/launch/test_image.py",
     "versions": "launch/image, by tests/launch/test_image.py",
 }

@@ -29,6 +29,8 @@ class Compressor(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """What prefill must record: of prefill.NEEDS."""
+    trained: ClassVar[bool] = False
+    """Whether it is made of a file that training wrote, which a setting names."""
     smallest: ClassVar[int] = 1
     """Slots without which it cannot work (its window, its sinks)."""
 

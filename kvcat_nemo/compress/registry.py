@@ -10,6 +10,7 @@ from kvcat_nemo.compress.baselines import Random, Recent
 from kvcat_nemo.compress.compressor import Compressor
 from kvcat_nemo.compress.gradient import Gradient
 from kvcat_nemo.compress.kivi import Int4, Int8
+from kvcat_nemo.compress.kvdistill.compressor import KVDistill
 from kvcat_nemo.compress.kvsculpt import KVSculpt
 from kvcat_nemo.compress.rkv import RKV
 from kvcat_nemo.compress.specification import COMPRESSORS, make
@@ -23,6 +24,7 @@ _ALL: tuple[type[Compressor], ...] = (
     KVSculpt,
     Gradient,
     RKV,
+    KVDistill,
     Int8,
     Int4,
 )

@@ -50,9 +50,7 @@ def settings_of(name: str, model: Path, out: Path) -> dict:
 
 def _write(out: Path) -> None:
     import os
-    import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))
     from kvcat_nemo.evaluate.registry import protocol_class
     from tests.support.hf_models import save_model
 

@@ -1,16 +1,12 @@
 """What can be set in a recipe, and its default, changes in the sight of a reviewer: tests/recipes/overrides.txt."""
 
 import difflib
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.recipes import frozen_overrides
+
 pytestmark = pytest.mark.nemo
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tests.recipes import frozen_overrides  # noqa: E402
 
 
 def test_overrides_and_their_defaults_are_the_frozen_ones():

@@ -33,6 +33,7 @@ BUDGETS = {
     "tests/models": 60,
     "tests/nemo": 420,
     "tests/recipes": 60,
+    "tests/registry_assets": 60,
     "tests/runs": 60,
     "tests/serve": 180,
     "tests/tokens": 30,

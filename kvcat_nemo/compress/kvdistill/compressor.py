@@ -20,6 +20,7 @@ class KVDistill(Compressor):
     """KV-Distill (arXiv 2503.10337): the same tokens stay in every layer and head; the plain model decodes."""
 
     name: ClassVar[str] = "kv-distill"
+    trained: ClassVar[bool] = True
     adapter: str = ""
     """Folder of the adapter."""
     allow_other_base: bool = False
