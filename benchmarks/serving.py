@@ -8,8 +8,8 @@ Times, taking turns in one process, so that only ratios mean something: the firs
 loaded from the file; a decoding step over the servable cache against one over the model's own cache of as many tokens, and over the full cache.
 Bytes of the cache are those of the tensors that the process holds. vLLM is not measured here.
 
-    python benchmarks/serving.py                                   # 768 tokens, 5 to 40 %, 8 windows
-    python benchmarks/serving.py --windows 50 --keep 0.1 --only quality
+    python -m benchmarks.serving                                   # 768 tokens, 5 to 40 %, 8 windows
+    python -m benchmarks.serving --windows 50 --keep 0.1 --only quality
 """
 
 from __future__ import annotations

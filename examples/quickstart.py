@@ -62,7 +62,7 @@ PLAN = [
          f"{RUN}/kvcat/finished.json",
          (f'nemo llm pretrain --factory "{FACTORY}" -y trainer.max_steps={STEPS}'
           f" trainer.val_check_interval={max(STEPS // 2, 1)} log.ckpt.every_n_train_steps={STEPS}",),
-         reads=("recipes/*.py", "kvcat_nemo/method/*.py", f"{DATA}/manifest.json"), fresh=(RUN, FIGURES, PAGE), shown=SHOWN),
+         reads=("recipes/*.py", "kvcat_nemo/method/**/*.py", f"{DATA}/manifest.json"), fresh=(RUN, FIGURES, PAGE), shown=SHOWN),
     Step("export", "Export a plain Hugging Face model (no router in it), load it with transformers, generate",
          f"{EXPORTED}/config.json",
          (f"kvcat export {RUN} {EXPORTED} --base {BASE} --force",

@@ -129,7 +129,7 @@ refuse_secret() {
 # batch host beside a container), those that have a manifest, are not being written and not set aside; sizes are not compared then.
 complete_checkpoints() {
   local folder root checkpoints=$KVCAT_RUN_DIR/$RUN_CHECKPOINTS
-  for root in "$KVCAT_HERE/.." "$KVCAT_HERE/../.."; do
+  for root in "$KVCAT_HERE" "$KVCAT_HERE/.." "$KVCAT_HERE/../.."; do
     [[ -f $root/kvcat_nemo/runs/__main__.py ]] || continue
     PYTHONPATH=$root python3 -m kvcat_nemo.runs "$checkpoints" 2> /dev/null && return
   done

@@ -216,6 +216,14 @@ fi
 command -v sbatch > /dev/null || die "sbatch is not on PATH: submit from a node of the cluster, or look at it with --dry-run"
 mkdir -p "$run_dir/$RUN_SCRIPTS"
 cp "$here"/{common.sh,health.sh,rank.sh,run_names.sh,torchrun.sh,values.tsv} "$run_dir/$RUN_SCRIPTS/"
+# Who decides which checkpoints are complete goes along: on the nodes it needs Python alone.
+for root in "$here/.." "$here/../.."; do
+  [[ -f $root/kvcat_nemo/runs/__main__.py ]] || continue
+  mkdir -p "$run_dir/$RUN_SCRIPTS"/kvcat_nemo/{runs,common}
+  cp "$root/kvcat_nemo/__init__.py" "$run_dir/$RUN_SCRIPTS/kvcat_nemo/"
+  for room in runs common; do cp "$root/kvcat_nemo/$room"/*.py "$run_dir/$RUN_SCRIPTS/kvcat_nemo/$room/"; done
+  break
+done
 script "$@" > "$run_dir/$RUN_LAUNCH/.job.sbatch.$$"
 mv -f "$run_dir/$RUN_LAUNCH/.job.sbatch.$$" "$run_dir/$RUN_JOB_SCRIPT"
 printf 'submitted\t%s\n' "$(date +%FT%T)" >> "$run_dir/$RUN_ATTEMPTS" # restarts are counted from here

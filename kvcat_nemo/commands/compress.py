@@ -180,7 +180,7 @@ def _compress(
 
     from kvcat_nemo.compress import Budget, compress, compress_servable, make
     from kvcat_nemo.compress.context_limit import check_positions
-    from kvcat_nemo.compress.long_text import check_rolls, chunks_of
+    from kvcat_nemo.compress.long_text import check_rolls, chunks_of, remove_parts
     from kvcat_nemo.compress.servable import check_can_serve, document_digest
     from kvcat_nemo.compress.storage import check_target
     from kvcat_nemo.data.reading import read_text
@@ -236,6 +236,8 @@ def _compress(
         "chat_template": form.facts() if form else None,
     }
     cache.save(out)
+    if long is not None:
+        remove_parts(Path(f"{out}.parts"))  # not before: the chunks took hours
     click.echo(
         f"{maker} at {budget}: {cache.slots:.1f} of {len(ids)} slots per layer and head, {_size(cache.nbytes)} of"
         f" {_size(full)} ({100 * cache.nbytes / full:.1f} %), in {done.seconds:.1f} s → {out}"

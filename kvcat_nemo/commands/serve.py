@@ -8,7 +8,7 @@ from kvcat_nemo.commands.options import SERVED_DTYPES, friendly_errors
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("model")
 @click.option(
     "--cache",
     "caches",
@@ -27,12 +27,12 @@ from kvcat_nemo.commands.options import SERVED_DTYPES, friendly_errors
 @click.option(
     "--served-model-name",
     "served",
-    help="Name under which the model is asked without a document.  [default: the folder's]",
+    help="Name under which the model is asked without a document.  [default: the model's]",
 )
 @click.option("--check", is_flag=True, help="Check model and documents, print them, and stop.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 def command(model, caches, host, port, dtype, served, check, vllm_options):
-    """Serve MODEL (a Hugging Face folder) with vLLM, and compressed documents by name: an OpenAI-compatible server.
+    """Serve MODEL (a Hugging Face folder or a hub id) with vLLM, and compressed documents by name: an OpenAI-compatible server.
 
     A request whose "model" is a document's name is answered on that document; one with the model's own name, without. Every
     other option goes to vLLM's server (vllm serve --help), after --.
@@ -51,7 +51,6 @@ def command(model, caches, host, port, dtype, served, check, vllm_options):
 def _serve(model, caches, host, port, dtype, served, check, options):
     import os
     import secrets
-    from pathlib import Path
 
     from kvcat_nemo.compress.context_limit import position_limit
     from kvcat_nemo.evaluate.models import find_model, model_facts
@@ -59,11 +58,12 @@ def _serve(model, caches, host, port, dtype, served, check, options):
     from kvcat_nemo.serve.gate import Gate, named_files, open_documents
     from kvcat_nemo.tokens import load
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     options = [x for x in options if x != "--"]
     vllm_server.check_options(options)
     folder = find_model(model)
-    served = served or Path(model).resolve().name
+    served = served or folder.name
+    # What vLLM needs is here now: it must not ask the hub for anything else.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     files = named_files(caches, served)
     if not check:
         vllm_server.check_installed()

@@ -21,6 +21,7 @@ from kvcat_nemo.compress.hf_attention import check_model
 
 _SAMPLES = 16
 """Numbers taken of each weight, evenly spaced."""
+_HALVES = ("bfloat16", "float16")
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -40,6 +41,7 @@ def remember(model: PreTrainedModel) -> dict[str, Any]:
         "rope": _rope(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": _digest(model),
+        "rounded": {name: _digest(model, getattr(torch, name)) for name in _HALVES},
     }
     return {**_KNOWN.get(model, {}), "made_by": made_by}
 
@@ -94,8 +96,13 @@ def _check_maker(model: PreTrainedModel, facts: dict[str, Any]) -> None:
     mine = remember(model)["made_by"]
     if not _alike(made_by.get("rope"), mine["rope"], made_by.get("dtype"), mine["dtype"]):
         raise _other("its keys were turned by other rotary frequencies than the model's")
-    there, now = made_by.get("weights"), mine["weights"]
-    if made_by.get("dtype") == mine["dtype"] and None not in (there, now) and there != now:
+    pairs = []
+    if made_by.get("dtype") == mine["dtype"]:
+        pairs.append((made_by.get("weights"), mine["weights"]))
+    rounded = made_by.get("rounded")
+    if isinstance(rounded, dict):  # one of the two models may be the other one in 16 bits
+        pairs += [(rounded.get(d), mine["rounded"].get(d)) for d in (made_by.get("dtype"), mine["dtype"])]
+    if any(None not in pair and pair[0] != pair[1] for pair in pairs):
         raise _other("it was made by a model with other weights")
 
 
@@ -124,8 +131,11 @@ def _alike(there: Any, now: list[float], dtype: Any, own_dtype: str) -> bool:
 
 
 @torch.no_grad()
-def _digest(model: PreTrainedModel) -> str | None:
+def _digest(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None:
     """sha256 of numbers from every weight; None where weights are elsewhere (meta device).
+
+    Args:
+        dtype: round the numbers to it first: the digest of the same model in that dtype.
 
     Computed again at each call: weights may be trained in place without a trace.
     """
@@ -133,11 +143,12 @@ def _digest(model: PreTrainedModel) -> str | None:
     for name, x in sorted(model.named_parameters()):
         if x.is_meta:
             return None
-        head.append(f"{name.removeprefix('model.')} {tuple(x.shape)} {x.dtype}")
+        head.append(f"{name.removeprefix('model.')} {tuple(x.shape)} {dtype or x.dtype}")
         if count := x.numel():
             number = min(count, _SAMPLES)
             places = [i * (count - 1) // max(number - 1, 1) for i in range(number)]
             part = x.detach().reshape(-1)[torch.tensor(places, device=x.device)]
+            part = part if dtype is None else part.to(dtype)
             taken.append(part.contiguous().view(torch.uint8))
     digest = hashlib.sha256("\n".join(head).encode())
     if taken:

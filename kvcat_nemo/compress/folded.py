@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcat_nemo.compress.attention_matching import AttentionMatching
 from kvcat_nemo.compress.attention_matching_fit import Reference, reference
 from kvcat_nemo.compress.cache import KVCache, LayerCache
+from kvcat_nemo.compress.context_limit import position_limit
 from kvcat_nemo.compress.folding import fold
 from kvcat_nemo.compress.prefill import Prefilled
 
@@ -57,6 +58,11 @@ def folded(prefilled: Prefilled, cache: KVCache) -> KVCache:
     if not any(layer.has_bias for layer in cache.layers):
         return cache
     folding = Folded(selection="highest")
+    length = prefilled.lengths[0]
+    if length + folding.tokens_after(length) > position_limit(prefilled.model.config):
+        folding = Folded(
+            selection="highest", queries="context"
+        )  # no positions are left to read the text again
     folding.given = iter(cache.layers)
     out = folding.compress_row(prefilled, cache.layers[0].bias_BGS.shape[2])
     return KVCache(out.layers, cache.lengths_B, dict(cache.facts))

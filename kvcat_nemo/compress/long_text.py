@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,12 +69,21 @@ def chunks_of(
         )
     count = -(-length // most)
     ends = [length * (i + 1) // count for i in range(count)]
+    if length // count < form.block:
+        raise ValueError(
+            f"chunk={most}: chunks of {length // count} tokens, a block is {form.block}; give larger chunks"
+        )
     out, before = [], 0
-    share = budget.slots(length) / length
+    # Shares are rounded where a chunk ends, not one by one: all of them together are the budget in whole blocks.
+    total = form.slots(budget, length)
     for first, last in zip([0, *ends], ends, strict=False):
-        size = last - first
-        wanted = -(-round(share * size, 6) // 1)
-        slots = form.slots(Budget(tokens=max(1, int(min(wanted, size)))), size)
+        end = -(-total * last // (length * form.block)) * form.block
+        slots = min(end - before, (last - first) // form.block * form.block)
+        if slots < form.block:
+            raise ValueError(
+                f"{total} slots for {count} chunks: a chunk would keep less than a block of {form.block}; keep more (--keep), or give"
+                " larger chunks"
+            )
         out.append(Chunk(first, last, before, slots))
         before += slots
     reach = before + max(c.last - c.first for c in out)
@@ -120,7 +128,7 @@ def compress_long(
 
     Args:
         mode: of MODES; chunk: tokens of a chunk at most.
-        parts: folder for finished chunks, removed at the end; None: none are kept.
+        parts: folder for finished chunks, for `remove_parts` once the result is on disk; None: none are kept.
         progress: wraps the loop over chunks.
 
     Raises:
@@ -138,7 +146,7 @@ def compress_long(
     for part in progress(chunks):
         text = ids[part.first : part.last]
         chain = hashlib.sha256(f"{chain} {part} {text}".encode()).hexdigest()
-        known = _kept(parts, chain)
+        known = _kept(parts, chain, model.get_input_embeddings().weight.device)
         if known is None:
             known = _read(model, text, maker, part, form, done if mode == "rolling" else [])
             known.facts = {"part": chain}
@@ -154,10 +162,15 @@ def compress_long(
         "count": len(chunks),
         "tokens": max(c.last - c.first for c in chunks),
     }
-    out = anchored(model, cache, slots, form, text_tokens=len(ids))
-    if parts is not None:
-        shutil.rmtree(parts, ignore_errors=True)
-    return out
+    return anchored(model, cache, slots, form, text_tokens=len(ids))
+
+
+def remove_parts(parts: Path) -> None:
+    """Remove the finished chunks of a text whose cache has been saved, and their folder when nothing else lies in it."""
+    for file in parts.glob("*.part"):
+        file.unlink()
+    if parts.is_dir() and not any(parts.iterdir()):
+        parts.rmdir()
 
 
 def joined(parts: list[KVCache]) -> KVCache:
@@ -170,10 +183,14 @@ def joined(parts: list[KVCache]) -> KVCache:
     return KVCache(layers, parts[-1].lengths_B)
 
 
-def _kept(folder: Path | None, chain: str) -> KVCache | None:
+def _kept(folder: Path | None, chain: str, device: torch.device) -> KVCache | None:
     if folder is None or not (file := folder / f"{chain[:16]}.part").is_file():
         return None
-    cache = load(file)
+    try:
+        cache = load(file).to(device)
+    except ValueError:  # damaged, under a name that only a chunk of ours has: it is read again
+        file.unlink()
+        return None
     return cache if cache.facts.get("part") == chain else None
 
 

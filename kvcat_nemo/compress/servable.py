@@ -211,6 +211,8 @@ def servable_facts(cache: KVCache, what: str) -> dict[str, Any]:
     names = {"form": int, "slots": int, "block": int, "dtype": str, "text_tokens": int}
     if not isinstance(facts, dict) or any(type(facts.get(n)) is not kind for n, kind in names.items()):
         raise ValueError(f"{what}: damaged cache file (servable = {facts!r}); compress the text again")
+    if min(facts["slots"], facts["block"], facts["text_tokens"]) < 1 or facts["slots"] % facts["block"]:
+        raise ValueError(f"{what}: damaged cache file (servable = {facts!r}); compress the text again")
     if facts["form"] != FORM:
         raise ValueError(
             f"{what}: form {facts['form']} of servable caches, this version knows {FORM}; compress again"

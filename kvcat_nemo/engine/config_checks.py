@@ -40,6 +40,10 @@ def validate_model_config(config) -> None:
     check_model_sizes(config)
     kvcat: KVCatConfig = config.kvcat
     kvcat.validate()
+    if kvcat.gate_policy.own_model and getattr(config, "kvdistill", None) is None:
+        raise ValueError(
+            f"model.config.kvcat.policy={kvcat.policy!r}: only a KV-Distill model makes these gates; give router, random, attention or none"
+        )
 
     def refuse(name: str, fix: str) -> None:
         raise ValueError(f"model.config.{name}={getattr(config, name)!r}: {fix}")

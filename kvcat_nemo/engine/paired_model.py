@@ -24,6 +24,10 @@ class KVCatGPTModel(GatedGPTModel):
     """
 
     def __init__(self, config, *args, true_vocab_size: int | None = None, **kwargs):
+        if config.kvcat.gate_policy.own_model and getattr(config, "kvdistill", None) is None:
+            raise ValueError(
+                f"kvcat.policy={config.kvcat.policy!r}: only a KV-Distill model makes these gates; give another policy"
+            )
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = true_vocab_size or self.vocab_size
         if self.post_process:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -142,8 +143,10 @@ def numbers(words: list[str], name: str, about: Option) -> list:
         values = [about.number(word) for word in words]
     except ValueError:
         raise ValueError(f"{name}={text!r}: must be numbers, comma-separated") from None
-    if not values or not min(values) >= about.least or len(set(values)) < len(values):
-        raise ValueError(f"{name}={text!r}: give different numbers, each at least {about.least:g}")
+    least = -math.inf if about.least is None else about.least
+    good = all(math.isfinite(value) and value >= least for value in values)
+    if not values or not good or len(set(values)) < len(values):
+        raise ValueError(f"{name}={text!r}: give different numbers, each at least {least:g}")
     if about.most is not None and not max(values) <= about.most:
         raise ValueError(f"{name}={text}: each must be from {about.least:g} to {about.most:g}; {about.hint}")
     return values

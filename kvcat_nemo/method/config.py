@@ -86,7 +86,8 @@ class KVCatConfig:
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, the value and the fix."""
-        _one_of(self, "policy", tuple(POLICIES))
+        choices = ", ".join(name for name, policy in POLICIES.items() if not policy.own_model)
+        _check(self, "policy", self.policy in POLICIES, f"choose one of {choices}")
         _one_of(self, "mask_per", ("token", "kv_head"))
         _one_of(self, "loss_kernel", ("auto", "torch", "triton"))
         _one_of(self, "attention_backend", ("auto", "cpu", "te", "flash", "torch", "oracle"))
@@ -187,7 +188,7 @@ def keep_target(settings: Mapping[str, Any]) -> float | None:
 def _span_fix(policy: Policy) -> str:
     if "window" not in policy.mask_spans:
         return f"gates of the policy {policy.name!r} hide slots from rows behind a cut alone; give prefix"
-    others = [p.name for p in POLICIES.values() if p.paired and "prefix" in p.mask_spans]
+    others = [p.name for p in POLICIES.values() if p.paired and not p.own_model and "prefix" in p.mask_spans]
     return (
         f"gates of the policy {policy.name!r} hide a slot from every later query; give window, or "
         f"policy={' or '.join(others)}"

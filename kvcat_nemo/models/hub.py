@@ -18,7 +18,9 @@ from kvcat_nemo.models.weights import INDEX, SINGLE, find_weights, index_files
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_PART}/{_PART})(?:@([\w.][\w./-]*))?")
-_DATASET = re.compile(rf"hf://datasets/({_PART}/{_PART})(?:@([\w.-]+))?(?:/(.+))?")
+_DATASET = re.compile(
+    rf"hf://datasets/({_PART}/{_PART})(?:@(refs/convert/\w+|refs/pr/\d+|[\w.-]+))?(?:/(.+))?"
+)
 _CACHED = re.compile(
     rf".*[/\\](?:models|datasets)--({_PART})--({_PART})[/\\]snapshots[/\\]([0-9a-f]{{40}})(?:[/\\].*)?"
 )

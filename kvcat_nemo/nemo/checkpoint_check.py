@@ -1,4 +1,4 @@
-"""Compares checkpoints with their seals before they are loaded; all ranks together, each for its share of the files."""
+"""Compares checkpoints with their manifests before they are loaded; all ranks together, each for its share of the files."""
 
 from pathlib import Path
 

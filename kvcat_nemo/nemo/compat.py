@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def missing(reaches=REACHES) -> list[str]:
                 owner = getattr(owner, part)
             there = hasattr(owner, reach.name)
             if not there:
-                there = reach.name.removeprefix("self.") in inspect.getsource(owner)
+                own = re.escape(reach.name.removeprefix("self."))
+                there = bool(re.search(rf"(?:\bself\.|(?<![\w.])){own}\b", inspect.getsource(owner)))
         except (ImportError, AttributeError):
             there = False
         if not there:

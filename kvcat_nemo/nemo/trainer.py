@@ -93,4 +93,5 @@ def arrange(given: list[Callback]) -> list[Callback]:
     first = next((i for i, c in enumerate(given) if c in ours), 0)
     others = [(i, c) for i, c in enumerate(given) if c not in ours]
     before = [c for i, c in others if i < first and not isinstance(c, Checkpoint)]
-    return before + ours + [c for _, c in others if c not in before]
+    rest = [c for _, c in others if c not in before]
+    return before + ours + sorted(rest, key=lambda c: isinstance(c, Checkpoint))

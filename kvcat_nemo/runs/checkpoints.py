@@ -65,11 +65,9 @@ def find_checkpoint(path: str | Path, *, unverified: bool = False) -> Checkpoint
     Raises:
         ValueError: when there is none, or it is unfinished, damaged, or without a manifest; says what to do.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not Path(path).is_dir():
         raise ValueError(f"{path} is not a folder")
-    if path.is_symlink():  # checkpoints/last
-        path = path.resolve()
+    path = Path(path).resolve()  # checkpoints/last is a link, `.` has no name and no neighbours
     if _is_weights(path):
         inside = path.name == WEIGHTS and (has_manifest(path.parent) or not has_manifest(path))
         return _take(path.parent if inside else path, path, unverified)

@@ -74,6 +74,8 @@ class Gate:
         if asked is None:
             return ids, salt, None
         own = ids if asked.ids is None else asked.ids
+        if not own:
+            raise ValueError(f"document {asked.document!r}: the prompt holds no token; ask at least one")
         self.check_length(asked.document, len(own), 1)
         return [*self.placeholders[asked.document], *own], self.salt(asked.document, salt), asked.document
 

@@ -83,7 +83,8 @@ class Documents:
         if path not in (COMPLETIONS, CHAT):
             raise ValueError(f"document {name!r}: documents are asked at {COMPLETIONS} and {CHAT}")
         for given, why in REFUSED.items():
-            if request.get(given) not in (None, False, [], {}, ""):
+            value = request.get(given)
+            if not (value is None or value is False or value in ([], {}, "")):
                 raise ValueError(f"document {name!r}: {given} cannot be answered: {why}")
         if request.get("add_generation_prompt") is False:
             raise ValueError(f"document {name!r}: add_generation_prompt=false cannot be answered")
@@ -110,7 +111,7 @@ class Documents:
         if document is None:
             return model if isinstance(model, str) and model in self.gate.documents else None
         known = ", ".join(self.gate.documents)
-        if document not in self.gate.documents:
+        if not isinstance(document, str) or document not in self.gate.documents:
             raise ValueError(f"document = {document!r}: this server has {known}")
         if model not in (None, self.gate.model, document):
             raise ValueError(

@@ -33,6 +33,12 @@ OURS = (
     "--kv-cache-dtype",
     "--headless",
     "--grpc",
+    "--config",
+    "--hf-overrides",
+    "--quantization",
+    "-q",
+    "--load-format",
+    "--override-generation-config",
     "--served-model-name",
     "--dtype",
     "--model",
@@ -74,8 +80,10 @@ def check_options(options: list[str]) -> None:
         ValueError: names the option.
     """
     for option in options:
-        name = option.partition("=")[0].replace("_", "-")
-        if name in OURS:
+        name = option.partition("=")[0].partition(".")[0].replace("_", "-")
+        # argparse takes what an option's name begins with for the option.
+        begins = len(name) > 2 and name.startswith("--") and any(own.startswith(name) for own in OURS)
+        if name in OURS or begins:
             raise ValueError(f"{name}: kvcat serve sets it or does not support it; leave it out")
 
 
@@ -96,6 +104,8 @@ def engine_options(
     }
     return [
         *("--model", model, "--dtype", dtype),
+        # A penalty of the model's own would punish placeholder ids.
+        *("--override-generation-config", json.dumps({"repetition_penalty": 1.0})),
         *("--served-model-name", served, *documents),
         *("--kv-transfer-config", json.dumps(transfer), "--disable-hybrid-kv-cache-manager"),
         *options,
@@ -126,9 +136,16 @@ def guard(engine: Any, gate: Gate) -> None:
         sampling_params = copy.copy(sampling_params)
         # Whatever a client wrote there: documents are named by the gate alone.
         extra = dict(getattr(sampling_params, "extra_args", None) or {})
-        transfer = {k: v for k, v in (extra.pop("kv_transfer_params", None) or {}).items() if k != KEY}
+        transfer = extra.pop("kv_transfer_params", None)
+        transfer = {k: v for k, v in transfer.items() if k != KEY} if isinstance(transfer, dict) else {}
         if name is not None:
-            if getattr(sampling_params, "skip_reading_prefix_cache", None):
+            if getattr(sampling_params, "repetition_penalty", 1.0) not in (None, 1.0):
+                # The engine counts the prompt's ids, and those of a document are placeholders.
+                raise ValueError(
+                    f"document {name!r}: repetition_penalty would punish tokens that the document does not hold"
+                )
+            no_cache = getattr(sampling_params, "skip_reading_prefix_cache", None)
+            if no_cache or getattr(sampling_params, "prompt_logprobs", None) is not None:
                 # The engine would compute the placeholders as if they were text.
                 raise ValueError(f"document {name!r}: requests that read no cache cannot be answered")
             prompt = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_offsets")} | {

@@ -120,3 +120,18 @@ def test_rows_and_numbers_must_agree(model):
     meta = cache.to("meta")
     with pytest.raises(ValueError, match=r"cache on meta, the model on cpu; move it: cache.to\('cpu'\)"):
         check_fits(model, meta)
+
+
+@pytest.mark.parametrize(
+    "made, used", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")]
+)
+def test_another_models_cache_is_found_across_dtypes(made, used):
+    """A cache made in float32 and read in 16 bits, as servable caches are: rounding is no other model."""
+
+    def of(seed, dtype):
+        return small_model(seed=seed).to(torch.bfloat16).to(getattr(torch, dtype))
+
+    cache = prefill(of(0, made), [tokens(9)]).cache
+    check_fits(of(0, used), cache)
+    with pytest.raises(ValueError, match="other weights"):
+        check_fits(of(1, used), cache)

@@ -192,3 +192,19 @@ def test_refusals():
         model(tokens, position, torch.tensor([0, 36]), labels=labels, context_lengths=torch.tensor(CONTEXTS))
     with pytest.raises(ValueError, match="scorer_layer=5: the model has 4 layers"):
         model_of(distill_config(scorer_layer=5))
+
+
+def test_a_kv_cat_run_refuses_its_gates_and_too_long_contexts_are_refused():
+    from kvcat_nemo.engine.config_checks import validate_model_config
+    from tests.engine.small_models import build, transformer_config
+
+    config = transformer_config(
+        "none, untied", kvcat={"policy": "scorer", "mask_span": "prefix", "num_groups": 1}
+    )
+    for start in (lambda: validate_model_config(config), lambda: build(config, False)):
+        with pytest.raises(ValueError, match="policy='scorer'.*only a KV-Distill model makes these gates"):
+            start()
+    model = model_of(distill_config(context_window=6))
+    tokens, position, labels = batch()
+    with pytest.raises(ValueError, match=r"context_lengths \[7, 3, 9\]: above kvdistill.context_window=6"):
+        model(tokens, position, labels=labels, context_lengths=torch.tensor(CONTEXTS))

@@ -232,5 +232,7 @@ def test_every_policy_is_documented():
     table = page.partition("## Policies")[2].partition("## Settings")[0]
     assert list(POLICIES) == list(dict.fromkeys(re.findall(r"(?m)^\| `(\w+)`", table)[1:]))
     for policy in POLICIES.values():
-        assert sum((policy.has_routers, policy.reads_tokens, policy.reads_attention)) == int(policy.paired)
+        assert sum(
+            (policy.has_routers, policy.reads_tokens, policy.reads_attention, policy.own_model)
+        ) == int(policy.paired)
         assert set(policy.settings) <= {field.name for field in fields(KVCatConfig)}

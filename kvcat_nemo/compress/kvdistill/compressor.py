@@ -34,7 +34,7 @@ class KVDistill(Compressor):
         """
         if not self.adapter:
             raise ValueError(
-                "kv-distill: give its adapter, kv-distill:adapter=FOLDER (kvcat convert export writes one)"
+                "kv-distill: give its adapter, kv-distill:adapter=FOLDER (conversion/kvdistill.py writes one)"
             )
         folder = Path(self.adapter)
         times = tuple(
@@ -44,7 +44,7 @@ class KVDistill(Compressor):
 
     @property
     def smallest(self) -> int:
-        return self.loaded().config.always_keep + 1 if self.adapter else 1
+        return max(1, self.loaded().config.always_keep) if self.adapter else 1
 
     def compress_row(self, prefilled: Prefilled, slots: int) -> KVCache:
         adapter, model = self.loaded(), prefilled.model

@@ -154,10 +154,11 @@ def _adapted(model: PreTrainedModel, adapter: Adapter, chosen_C: Tensor):
     with ExitStack() as stack:
         for (layer, projection), (a, b) in adapter.lora.items():
             linear = getattr(model.model.layers[layer].self_attn, f"{projection}_proj")
-            a, b = a.to(linear.weight), b.to(linear.weight)
+            a, b = a.to(linear.weight.device), b.to(linear.weight.device)
 
             def add(module, args, output, a=a, b=b, routed=projection in "qo"):
-                delta = scale * F.linear(F.linear(args[0], a), b)
+                x = args[0]
+                delta = scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
                 return output + (torch.where(rows_CI, delta, 0.0) if routed else delta)
 
             stack.callback(linear.register_forward_hook(add).remove)

@@ -26,6 +26,11 @@ class KVDistillTransformerLayer(KVCatTransformerLayer):
         super().__init__(config, submodules, layer_number=layer_number, **kwargs)
         layer, last = self.layer_number - 1, self.layer_number == config.num_layers
         distill = config.kvdistill
+        if getattr(self.self_attention.linear_qkv, "layer_norm_weight", None) is not None:
+            raise ValueError(
+                "transformer_impl: Transformer Engine's fused norm and QKV projection hide what adapters read; KV-Distill needs "
+                "Megatron's own layers so far: train on a host without Transformer Engine"
+            )
         self.qkv_adapter = QKVAdapter(config, distill, layer, self.tp_group, with_q=not last)
         self.output_adapter = None if last else OutputAdapter(config, distill, layer, self.tp_group)
         self.routing = distill.routing
@@ -48,7 +53,7 @@ class KVDistillTransformerLayer(KVCatTransformerLayer):
             return self.plain_forward(hidden_states, gate=None, documents=documents, **kwargs), None
         gate, held = gates[0], Spans.from_table(spans, *gates.shape[1:])
         if self.layer_number == 1 and not self.is_recomputation:
-            open_slots = (gate.detach() > 0).to(gate.dtype)
+            open_slots = (gate.detach() > 0).float()
             self.stats.append(fixed_stats(0, self.config.kvcat, open_slots, None, held, None))
         self._rows = student_rows(gate, held, self.routing)
         given = Gate(gate, held, shared_rows=False)

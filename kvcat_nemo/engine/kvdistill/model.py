@@ -54,14 +54,13 @@ class KVDistillGPTModel(KVCatGPTModel):
         for name, parameter in self.named_parameters():
             parameter.requires_grad = is_trained(name)
         self._arrived: Tensor | None = None
+        """What the stage before sent: hidden states, and in a labelled pass the gates as their last row."""
 
     def set_input_tensor(self, input_tensor) -> None:
-        """What the stage before sent: hidden states, and the gates as their last row."""
+        """Megatron's; of a labelled pass, `forward` takes the gates off."""
         parts = input_tensor if isinstance(input_tensor, list) else [input_tensor]
-        if parts[0] is None:
-            return super().set_input_tensor(input_tensor)
-        hidden, self._arrived = parts[0][:, :-1].contiguous(), parts[0][:, -1]
-        super().set_input_tensor([hidden, *parts[1:]])
+        self._arrived = parts[0]
+        super().set_input_tensor(input_tensor)
 
     def forward(
         self,
@@ -100,6 +99,11 @@ class KVDistillGPTModel(KVCatGPTModel):
         lengths = context_lengths.to(input_ids.device)
         if bool(((lengths < 1) | (lengths >= T)).any()):
             raise ValueError(f"context_lengths {lengths.tolist()}: give 1 … {T - 1} in windows of {T} tokens")
+        most = self.config.kvdistill.context_window
+        if bool((lengths > most).any()):
+            raise ValueError(
+                f"context_lengths {lengths.tolist()}: above kvdistill.context_window={most}, and longer contexts are not folded in training"
+            )
         spans = Spans.from_cuts(lengths[:, None], T)
         if self.pre_process:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -107,7 +111,8 @@ class KVDistillGPTModel(KVCatGPTModel):
             gate_BP = self._gates(score_BP, input_ids, lengths, whole_BT, example_ids, kept_B, embedded.dtype)
             kwargs["decoder_input"] = torch.cat([embedded, embedded], 1)
         else:
-            gate_BP = self._arrived[:, :B].T
+            super().set_input_tensor([self._arrived[:, :-1].contiguous()])
+            gate_BP = self._arrived[:, -1, :B].T
         whole = gather_sequence if self._sequence_parallel else copy_to_tensor_parallel
         gate_BT = whole(gate_BP, self.pg_collection.tp)
         twice = (x.repeat(2, 1) for x in (input_ids, position_ids))
@@ -151,7 +156,9 @@ class KVDistillGPTModel(KVCatGPTModel):
             group = self.pg_collection.tp
             chosen, must = (x.chunk(group.size(), 1)[group.rank()] for x in (chosen, must))
         gate = slot_gates(score_BP, chosen, must, dropped_gradient=distill.dropped_slot_gradient)
-        return torch.where(chosen, gate.clamp(min=SMALLEST_GATE), gate).to(dtype)
+        return torch.where(chosen, gate.clamp(min=max(SMALLEST_GATE, torch.finfo(dtype).tiny)), gate).to(
+            dtype
+        )
 
     def _with_gates(self, hidden_PXM: Tensor, gate_BP: Tensor) -> Tensor:
         """Hidden states for the next stage, and the gates as their last row."""

@@ -28,8 +28,8 @@ class Range(NamedTuple):
 class Policy:
     """A source of gates. A policy is a file with a class like this one, and a line in `kvcat_nemo.method.policies.POLICIES`.
 
-    Gates come from one of three places: routers (`has_routers`), the window's tokens (`reads_tokens`), or each layer's own
-    attention (`reads_attention`). The engine calls that place's methods, and no others.
+    Gates come from one of four places: routers (`has_routers`), the window's tokens (`reads_tokens`), each layer's own attention
+    (`reads_attention`), or a model of their own (`own_model`). The engine calls that place's methods, and no others.
     """
 
     name: ClassVar[str]
@@ -42,6 +42,8 @@ class Policy:
     """Whether gates are drawn from the tokens of a window: `window_gates` is called."""
     reads_attention: ClassVar[bool] = False
     """Whether each layer makes its gates from its own attention: `attention_gates` is called."""
+    own_model: ClassVar[bool] = False
+    """Whether a model of its own makes the gates (engine.kvdistill): a KV-CAT run refuses it."""
     mask_spans: ClassVar[tuple[str, ...]] = ("window",)
     """Values of `kvcat.mask_span` that it serves; `prefix` stands for rows behind a cut alone."""
     masks_per: ClassVar[tuple[str, ...]] = ("token",)

@@ -11,6 +11,7 @@ class ScorerPolicy(Policy):
     """Gates come from the KV-Distill model itself; rows behind a context read them. No anchor: the base is frozen."""
 
     name: ClassVar[str] = "scorer"
+    own_model: ClassVar[bool] = True
     mask_spans: ClassVar[tuple[str, ...]] = ("prefix",)
 
     def loss_weights(self, config):
