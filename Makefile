@@ -26,7 +26,7 @@ COMPRESS_LOG := $(COMPRESS)/setup.log
 ARGS_PATHS := $(filter tests%,$(ARGS))
 COMPRESS_FOLDERS := tests/compress tests/evaluate tests/models tests/serve tests/tokens
 COMPRESS_TESTS := $(if $(ARGS_PATHS),$(filter $(addsuffix %,$(COMPRESS_FOLDERS)),$(ARGS_PATHS)),$(COMPRESS_FOLDERS))
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 # vLLM for CPUs, for `kvcat serve` and tests/serve/test_vllm.py: 3 GB, one and a half minutes on a fast line. By hand: `make serve-test`.
 VENV_SERVE := .venv-serve
 SERVE_STAMP := $(VENV_SERVE)/.setup-$(shell (cat pyproject.toml constraints-serve.txt; echo '$(TORCH) $(CURDIR)') | cksum | tr ' ' '-')

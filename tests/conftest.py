@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machine import ALONE, Turnstile, cpu_seconds, share_out
+from tests.support.machine import ALONE, Turnstile, cpu_seconds, group_of, share_out
 
 OTHERS = {"kvpress": ("nemo-toolkit",), "vllm": ("nemo-toolkit", "kvpress")}
 """Mark → packages whose environments do not have what the mark's tests need."""
@@ -36,7 +36,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_TURNSTILE] = Turnstile(folder)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file's tests stay together, and so do the files of one group (tests.support.machine.group_of)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(config.rootpath / nodeid.partition("::")[0])
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """kvpress cannot be installed beside NeMo (numpy 2 against 1), nor vLLM beside either: their tests belong to other environments.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machine import ALONE, BUDGETS, FAR, PROCESSES, Turnstile, group_of, part_of
+from tests.support.machine import BUDGETS, FAR, PROCESSES, Turnstile, group_of, part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}">{}</testsuite></testsuites>'
@@ -76,11 +76,15 @@ def test_all_budgets_together_fit_forty_minutes_on_two_cores():
     assert sum(BUDGETS.values()) <= (40 - 5) * 60 * 2 * 0.8
 
 
-def test_files_of_several_processes_are_one_group():
-    assert group_of({"nemo", "slow"}, "tests/nemo/test_x.py") == "tests/nemo/test_x.py"
-    assert (
-        group_of({"multiprocess"}, "tests/nemo/test_x.py") == group_of({"slurm"}, "tests/y.py") == PROCESSES
-    )
+def test_files_of_several_processes_are_one_group(tmp_path):
+    for name, text in (
+        ("plain", "pytest.mark.nemo"),
+        ("ranks", "pytest.mark.multiprocess"),
+        ("jobs", "[pytest.mark.slurm]"),
+    ):
+        (tmp_path / f"test_{name}.py").write_text(text)
+    groups = {name: group_of(tmp_path / f"test_{name}.py") for name in ("plain", "ranks", "jobs")}
+    assert groups == {"plain": str(tmp_path / "test_plain.py"), "ranks": PROCESSES, "jobs": PROCESSES}
 
 
 def stay(folder, alone, results):
@@ -110,24 +114,29 @@ def test_who_is_alone_has_nobody_beside(tmp_path):
     assert shared[2][1] >= single[2]  # who came after
 
 
-def test_the_order_in_which_workers_take_files(pytester):
-    """Those of several processes first, those that are alone last; each file's tests stay together."""
-    pytester.makepyfile(
-        conftest=f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from tests.support.machine import share_out
-def pytest_collection_modifyitems(config, items):
-    share_out(items, config.rootpath)
-    Path("groups.txt").write_text("\\n".join(f"{{i.name}} {{i.get_closest_marker('xdist_group').args[0]}}" for i in items))
-""",
-        test_a="import pytest\ndef test_one(): pass\n@pytest.mark.alone\ndef test_clock(): pass\n",
-        test_b="import pytest\ndef test_two(): pass\n@pytest.mark.multiprocess\ndef test_ranks(): pass\n",
+def test_workers_take_whole_files_and_the_long_group_first(pytester):
+    """A real run of two workers: no file is split, files of several processes are on one worker, a clock comes last."""
+    conftest = (
+        (ROOT / "tests" / "conftest.py")
+        .read_text(encoding="utf-8")
+        .replace('pytest_plugins = ["pytester"]', "")
     )
-    pytester.makeini("[pytest]\nmarkers =\n  alone\n  multiprocess\n  xdist_group\n")
-    done = pytester.runpytest_subprocess("--collect-only", "-q", "-p", "no:cacheprovider")
-    assert done.ret == 0, done.outlines
-    assert (pytester.path / "groups.txt").read_text().splitlines() == [
-        f"test_two {PROCESSES}", f"test_ranks {PROCESSES}", "test_one test_a.py", f"test_clock {ALONE}",
-    ]  # fmt: skip
+    plain = (
+        "import pytest, time\n@pytest.mark.parametrize('n', range(4))\ndef test_plain(n): time.sleep(0.02)\n"
+    )
+    several = plain.replace("@pytest", "@pytest.mark.multiprocess\n@pytest").replace("plain", "ranks")
+    clock = "import pytest\n@pytest.mark.alone\ndef test_clock(): pass\n"
+    pytester.makepyfile(
+        conftest=conftest, test_a=plain, test_b=plain, test_c=clock, test_d=several, test_e=several
+    )
+    pytester.makeini(
+        f"[pytest]\npythonpath = {ROOT}\nmarkers =\n  alone\n  multiprocess\n  slurm\n  kvpress\n  vllm\n"
+    )
+    arguments = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "-v", "-p", "no:cacheprovider")
+    done = pytester.runpytest_subprocess(*arguments)
+    ran = [re.match(r"\[(gw\d)\].* (test_\w)\.py", line) for line in done.outlines if " PASSED " in line]
+    workers: dict[str, set[str]] = {}
+    for found in ran:
+        workers.setdefault(found[2], set()).add(found[1])
+    assert len(ran) == 17 and all(len(on) == 1 for on in workers.values()), done.outlines
+    assert workers["test_d"] == workers["test_e"] and ran[-1][2] == "test_c"

@@ -438,7 +438,14 @@ def test_squad_rows(model_dir, tmp_path):
 def test_qasper_rows_balance_the_answers(model_dir, tmp_path, monkeypatch):
     from kvcat_nemo.data.questions import QADocument, Question
 
-    def papers(say):
+    class Papers:
+        SHA256 = "0" * 64
+
+        @staticmethod
+        def yes_no_questions(say):
+            return papers()
+
+    def papers():
         asked = [Question(f"q{n}", f"Do they {n}?", ("Yes", "No"), int(n == 3)) for n in range(4)]
         return [QADocument("p", "# Title\n\nText. " * 10, tuple(asked))]
 
@@ -447,7 +454,7 @@ def test_qasper_rows_balance_the_answers(model_dir, tmp_path, monkeypatch):
             prefilled, [torch.rand(layer.bias_BGS.shape) for layer in prefilled.cache.layers], slots
         )
 
-    monkeypatch.setattr(long_qa, "qasper_yes_no", papers)
+    monkeypatch.setattr(long_qa, "registry_assets", lambda name: {"qasper": Papers}[name])
     monkeypatch.setattr(Random, "compress_row", drawn_from_the_global_state)
     settings = {"models": [f"m={model_dir}"], "threads": 1, "compressors": ["random"], "keep": ["0.5"]}
     row = rows_of(LongQA.of({**settings, "out": str(tmp_path / "out")}).run())[0]

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import re
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,34 +53,27 @@ def part_of(file: str) -> str:
     return "/".join(parts[:2]) if len(parts) > 2 else parts[0]
 
 
-def group_of(marks: Iterable[str], file: str) -> str:
-    """The group of a file whose tests have these marks, all of them together."""
-    marks = set(marks)
-    if marks & {"multiprocess", "slurm"}:
-        return PROCESSES
-    return file
+@functools.cache
+def group_of(file: Path) -> str:
+    """The group of a file of tests: all those whose tests start several processes are one.
+
+    Told from the file's text: the process that hands out tests has collected none.
+    """
+    several = re.search(r"\bmark\.(multiprocess|slurm)\b", file.read_text(encoding="utf-8"))
+    return PROCESSES if several else str(file)
 
 
 def share_out(items: list[pytest.Item], root: Path) -> None:
-    """Give every test its group, and put the tests in the order in which workers are to take them.
+    """Put the tests in the order in which workers are to take them.
 
-    The long group comes first, then parts by their budget: whoever is free takes what is left. `alone` is last.
+    The long group comes first, then parts by their budget: whoever is free takes what is left. Files with an `alone` are last.
     """
-    marks: dict[str, set[str]] = {}
-    for item in items:
-        marks.setdefault(_file(item, root), set()).update(mark.name for mark in item.iter_markers())
+    alone = {item.path for item in items if item.get_closest_marker(ALONE)}
     places = {}
     for number, item in enumerate(items):
-        file = _file(item, root)
-        group = ALONE if item.get_closest_marker(ALONE) else group_of(marks[file] - {ALONE}, file)
-        item.add_marker(pytest.mark.xdist_group(group))
-        first = (0 if group == PROCESSES else 2 if group == ALONE else 1, -BUDGETS.get(part_of(file), 0))
-        places[item] = (*first, number)
+        first = 0 if group_of(item.path) == PROCESSES else 2 if item.path in alone else 1
+        places[item] = (first, -BUDGETS.get(part_of(str(item.path.relative_to(root))), 0), number)
     items.sort(key=places.__getitem__)
-
-
-def _file(item: pytest.Item, root: Path) -> str:
-    return str(item.path.relative_to(root))
 
 
 class Turnstile:

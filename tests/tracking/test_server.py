@@ -154,7 +154,7 @@ def test_the_page_of_a_run(server, tmp_path):
     async def visit(page):
         overview = await page.open(where, "model.kvcat.policy", "train/loss/distill", "Finished")
         await page.picture(tmp_path / "overview.png")
-        charts = await page.open(f"{where}/model-metrics", "keep_rate/group0", "loss/budget")
+        charts = await page.open(f"{where}/model-metrics", *NAMES)
         drawn = await page.curves(len(NAMES), points=30)
         await page.picture(tmp_path / "charts.png")
         files = await page.open(f"{where}/artifacts", "config.yaml")
