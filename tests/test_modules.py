@@ -19,7 +19,6 @@ PATH_CHANGES = {
     "tests/launch/test_image.py": "the image has these scripts and no package",
     "tests/engine/test_toy_policy.py": "policies of a user, in folders of their own",
     "tests/registry_assets/conftest.py": "the examples' package, which no install has",
-    "tests/test_machine.py": "a conftest of a made-up run",
     "tests/test_modules.py": "names it",
 }
 """Files that may change sys.path, and why no module of this project gets a second name by it."""
